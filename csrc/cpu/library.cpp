@@ -1,0 +1,1 @@
+int duplex_placeholder;
