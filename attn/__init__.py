@@ -1,0 +1,6 @@
+"""Fused attention for PyTorch in which the direction is data: bidirectional, causal and everything between."""
+
+from .functional import attention, merge_attention, varlen_attention
+from .mask import Mask, causal, full, prefix_lm, sliding_window
+
+__all__ = ["Mask", "attention", "causal", "full", "merge_attention", "prefix_lm", "sliding_window", "varlen_attention"]

@@ -1,0 +1,241 @@
+"""The formulas of the design as written: the specification of what the kernels compute faster.
+
+Scores are a dense tensor, float32 (float64 for float64 inputs), and outputs are rounded once. A packed batch is padded,
+computed as a dense one with lengths, and packed again. A sequence's row is *stored* at some index of its padded
+tensor, and is row `i` (or key `j`) of the sequence; a bias is indexed as stored, all else by i and j.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .call import Call
+
+
+class _Span(NamedTuple):
+    """Section 2 for a padded batch of (B, Sq) queries and (B, Sk) keys."""
+
+    i: Tensor  # (B, Sq) row within the sequence
+    j: Tensor  # (B, Sk)
+    live_q: Tensor  # (B, Sq) the stored row belongs to the sequence
+    live_k: Tensor  # (B, Sk)
+    distance: Tensor  # (B, Sq, Sk) j - p(i)
+    visible: Tensor  # (B, Sq, Sk)
+
+
+class _Attention(NamedTuple):
+    """What forward computes and backward starts from; B, H, Sq, Sk unless noted."""
+
+    q: Tensor  # (B, Sq, Hkv, G, D): G query heads share a kv head
+    k: Tensor  # (B, Sk, Hkv, D)
+    v: Tensor  # (B, Sk, Hkv, Dv)
+    span: _Span
+    p: Tensor  # probabilities before dropout
+    lse: Tensor  # (B, H, Sq)
+    kept: Tensor | None  # 1 / (1 - dropout_p), or 0 where dropped
+    cap_slope: Tensor | None  # derivative of the soft cap
+
+
+def _pad(x: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(total, ...) -> (B, rows, ...); whatever lies past a sequence's end is for the caller to hide."""
+    index = cu_seqlens[:-1, None] + torch.arange(rows, device=x.device)
+    return x[index.clamp(max=len(x) - 1)] if len(x) else x.new_zeros(*index.shape, *x.shape[1:])
+
+
+def _pack(x: Tensor, cu_seqlens: Tensor, total: int, fill: float = 0) -> Tensor:
+    """(B, rows, ...) -> (total, ...), `fill` past the last sequence."""
+    out = x.new_full((total, *x.shape[2:]), fill)
+    inside = torch.arange(x.shape[1], device=x.device) < cu_seqlens.diff()[:, None]
+    out[: int(cu_seqlens[-1])] = x[inside]
+    return out
+
+
+def _padded(c: Call) -> Call:
+    """The same call as a dense one."""
+    if c.cu_seqlens_q is None or c.cu_seqlens_k is None:
+        return c
+    return c._replace(
+        q=_pad(c.q, c.cu_seqlens_q, c.max_seqlen_q),
+        k=_pad(c.k, c.cu_seqlens_k, c.max_seqlen_k),
+        v=_pad(c.v, c.cu_seqlens_k, c.max_seqlen_k),
+        seqlens_q=c.cu_seqlens_q.diff(),
+        seqlens_k=c.cu_seqlens_k.diff(),
+    )
+
+
+def _span(c: Call) -> _Span:
+    def rows(x: Tensor, lengths: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        lengths = index.new_full(x.shape[:1], x.shape[1]) if lengths is None else lengths.long()
+        index = index if starts is None else index - starts[:, None]
+        return index, lengths, (index >= 0) & (index < lengths[:, None])
+
+    i, len_q, live_q = rows(c.q, c.seqlens_q, c.starts_q)
+    j, len_k, live_k = rows(c.k, c.seqlens_k, c.starts_k)
+    position = i if c.top_left else i + (len_k - len_q)[:, None]
+    distance = j[:, None, :] - position[:, :, None]
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if c.left is not None:
+        visible &= distance >= -c.left
+    if c.right is not None:
+        visible &= distance <= c.right
+    if c.prefix is not None:
+        visible |= (j < c.prefix[:, None])[:, None, :]
+    visible &= live_q[:, :, None] & live_k[:, None, :]
+    return _Span(i, j, live_q, live_k, distance, visible)
+
+
+def _bucket(distance: Tensor, table: Tensor) -> Tensor:
+    """Index of clamp(j - p(i), -R, R) into the last dimension, 2R+1, of a table."""
+    reach = table.shape[-1] // 2
+    return distance.clamp(-reach, reach) + reach
+
+
+def _attend(c: Call) -> _Attention:
+    """Sections 2 and 3 for a dense call."""
+    span = _span(c)
+    distance, visible = span.distance[:, None], span.visible[:, None]  # (B, 1, Sq, Sk)
+    q = torch.where(span.live_q[..., None, None], c.q, 0).to(c.accumulator)
+    k, v = (torch.where(span.live_k[..., None, None], x, 0).to(c.accumulator) for x in (c.k, c.v))
+    q = q.unflatten(2, (k.shape[2], -1))
+
+    scale = q.shape[-1] ** -0.5 if c.scale is None else c.scale
+    s = scale * torch.einsum("bihgd,bjhd->bhgij", q, k).flatten(1, 2)
+    cap_slope = None
+    if c.softcap > 0:
+        t = torch.tanh(s / c.softcap)
+        s, cap_slope = c.softcap * t, 1 - t * t
+    if c.distance_bias is not None:
+        s = s + c.distance_bias[:, _bucket(span.distance, c.distance_bias)].transpose(0, 1)
+    if c.row_distance_bias is not None:
+        s = s + c.row_distance_bias.to(s).gather(3, _bucket(distance, c.row_distance_bias).expand(s.shape))
+    if c.col_distance_bias is not None:
+        s = s + c.col_distance_bias.to(s).gather(3, _bucket(distance, c.col_distance_bias).expand(s.shape).mT).mT
+    if c.alibi_slopes is not None:
+        s = s - c.alibi_slopes[:, None, None] * distance.abs()
+    if c.bias is not None and c.bias.dtype == torch.bool:
+        visible = visible & c.bias
+    elif c.bias is not None:
+        s = s + c.bias
+    s = s.masked_fill(~visible, -math.inf)
+
+    lse = s.logsumexp(-1)
+    if c.sink is not None:
+        lse = torch.logaddexp(lse, c.sink[:, None]).masked_fill(~span.live_q[:, None], -math.inf)
+    p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0)[..., None])
+    kept = None
+    if c.dropout_p > 0 and c.seed is not None:
+        kept = dropout_kept(s.shape[1], span.i, span.j, c.dropout_p, c.seed) / (1 - c.dropout_p)
+    return _Attention(q, k, v, span, p, lse, kept, cap_slope)
+
+
+def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
+    c = Call(*arguments)
+    a = _attend(_padded(c))
+    p = a.p if a.kept is None else a.p * a.kept
+    p = p.unflatten(1, a.q.shape[2:4])  # (B, Hkv, G, Sq, Sk)
+    out = torch.einsum("bhgij,bjhd->bihgd", p, a.v).flatten(2, 3).to(c.q.dtype)
+    if c.cu_seqlens_q is None:
+        return out.contiguous(), a.lse
+    lse = _pack(a.lse.transpose(1, 2), c.cu_seqlens_q, len(c.q), fill=-math.inf)
+    return _pack(out, c.cu_seqlens_q, len(c.q)), lse.T.contiguous()
+
+
+def attention_backward(dout, dlse, out, lse, *rest) -> tuple[Tensor, ...]:
+    """Recomputes everything from the inputs, so `out` and `lse` are not read."""
+    c, wanted = Call(*rest[:-1]), rest[-1]
+    dense = _padded(c)
+    a = _attend(dense)
+    if c.cu_seqlens_q is not None:
+        dout = _pad(dout, c.cu_seqlens_q, c.max_seqlen_q)
+        dlse = None if dlse is None else _pad(dlse.T, c.cu_seqlens_q, c.max_seqlen_q).transpose(1, 2)
+    dout = torch.where(a.span.live_q[..., None, None], dout, 0).to(c.accumulator)
+    dout = dout.unflatten(2, a.q.shape[2:4])  # (B, Sq, Hkv, G, Dv)
+    dlse = torch.zeros_like(a.lse) if dlse is None else dlse.masked_fill(a.lse == -math.inf, 0)
+
+    dp = torch.einsum("bihgd,bjhd->bhgij", dout, a.v).flatten(1, 2)
+    dropped_p = a.p
+    if a.kept is not None:
+        dropped_p, dp = a.p * a.kept, dp * a.kept
+    dv = torch.einsum("bhgij,bihgd->bjhd", dropped_p.unflatten(1, a.q.shape[2:4]), dout)
+    dlse_minus_delta = dlse - (a.p * dp).sum(-1)  # (B, H, Sq)
+    ds = a.p * (dp + dlse_minus_delta[..., None])  # of a score after the soft cap
+
+    ds_cap = ds if a.cap_slope is None else ds * a.cap_slope
+    ds_cap = (ds_cap * (c.q.shape[-1] ** -0.5 if c.scale is None else c.scale)).unflatten(1, a.q.shape[2:4])
+    dq = torch.einsum("bhgij,bjhd->bihgd", ds_cap, a.k).flatten(2, 3)
+    dk = torch.einsum("bhgij,bihgd->bjhd", ds_cap, a.q)
+    if c.cu_seqlens_q is not None and c.cu_seqlens_k is not None:
+        dq = _pack(dq, c.cu_seqlens_q, len(c.q))
+        dk, dv = (_pack(x, c.cu_seqlens_k, len(c.k)) for x in (dk, dv))
+
+    unwanted = dq.new_empty(0)
+    dbias = ddistance = drow_distance = dcol_distance = dsink = unwanted
+    if c.bias is not None and wanted[3]:
+        dbias = ds.sum_to_size(c.bias.shape).to(c.bias.dtype)
+    if c.distance_bias is not None and wanted[4]:
+        ddistance = _sum_by_distance(ds, _bucket(a.span.distance, c.distance_bias), c.distance_bias).sum((0, 2))
+    if c.row_distance_bias is not None and wanted[5]:
+        table = c.row_distance_bias
+        drow_distance = _sum_by_distance(ds, _bucket(a.span.distance, table), table)
+    if c.col_distance_bias is not None and wanted[6]:
+        table = c.col_distance_bias
+        dcol_distance = _sum_by_distance(ds.mT, _bucket(a.span.distance.mT, table), table)
+    if c.sink is not None and wanted[7]:
+        share = torch.exp(c.sink[:, None] - a.lse).masked_fill(a.lse == -math.inf, 0)
+        dsink = (share * dlse_minus_delta).sum((0, 2))
+    qkv = (dx.to(c.q.dtype) if want else unwanted for dx, want in zip((dq, dk, dv), wanted[:3], strict=True))
+    return *qkv, dbias, ddistance, drow_distance, dcol_distance, dsink
+
+
+def _sum_by_distance(ds: Tensor, bucket: Tensor, table: Tensor) -> Tensor:
+    """Sums each row of ds (B, H, M, N) into the buckets of `table`, (B, H, M, 2R+1).
+
+    Only the two outermost buckets take more than one score of a row; summed apart, no sum depends on an order.
+    """
+    bucket = bucket[:, None].expand(ds.shape)
+    outermost = {0, table.shape[-1] - 1}
+    inner = ds
+    for end in outermost:
+        inner = inner.masked_fill(bucket == end, 0)
+    grad = ds.new_zeros(*ds.shape[:3], table.shape[-1]).scatter_add_(3, bucket, inner)
+    for end in outermost:
+        grad[..., end] = ds.masked_fill(bucket != end, 0).sum(-1)
+    return grad.to(table.dtype)
+
+
+def dropout_kept(heads: int, i: Tensor, j: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """(B, H, Sq, Sk) bool: the probabilities that dropout keeps, for rows i (B, Sq) and keys j (B, Sk)."""
+    batch = torch.arange(len(i), device=i.device)[:, None, None, None]
+    head = torch.arange(heads, device=i.device)[:, None, None]
+    i, j = i[:, None, :, None], j[:, None, None, :]
+    word = torch.stack(torch.broadcast_tensors(*_philox(j // 4, i, head, batch, seed)), -1)
+    word = word.gather(-1, (j % 4).expand(word.shape[:-1])[..., None])[..., 0]
+    return word >= math.floor(dropout_p * 2**32)
+
+
+def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), 32-bit words in int64.
+
+    A product of two words wraps with the same bits as in uint64, so both of its halves come out right.
+    """
+    low = 0xFFFFFFFF
+    key0, key1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ key0, b & low, (a >> 32 & low) ^ c3 ^ key1, a & low
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
+
+
+def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Weights each part by exp(lse_part - lse); out (..., H, D), lse (B, H, S) or (H, total)."""
+    lse_parts = torch.stack(lses)
+    lse = lse_parts.logsumexp(0)
+    weights = torch.exp(lse_parts - lse.masked_fill(lse == -math.inf, 0)).mT[..., None]  # (parts, B, S, H, 1)
+    parts = torch.stack(outs).to(lse.dtype)
+    return torch.where(weights > 0, parts * weights, 0).sum(0).to(outs[0].dtype), lse
