@@ -1,0 +1,70 @@
+# Two commands for a new user: `make demo` and `make test`. Each installs what it needs first: into the active
+# environment, whose torch is used as it is, or else into .venv with torch's CPU build.
+
+TORCH_VERSION := 2.13.0
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+VENV := $(or $(ACTIVE),$(CURDIR)/.venv)
+BIN := $(VENV)/bin
+# One environment may serve several clones: what is recorded as installed belongs to this one.
+STAMPS := $(VENV)/.duplex-attn/$(subst /,_,$(CURDIR))
+
+# A folder changes when a file is added or removed (an editable install links files); sources also when edited.
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f) \
+    $(shell find attn kernels csrc -type d -not -name __pycache__)
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# The root holds a folder `kernels`, which is also a package on PyPI: nothing may put the root on sys.path.
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/demo
+	@$(BIN)/duplex-attn profile
+
+test: $(STAMPS)/test
+	@$(BIN)/pytest tests -n 2 -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')"
+
+lint: $(STAMPS)/lint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy -p duplex_attn
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+bench: $(STAMPS)/test
+	@$(BIN)/pytest benchmarks
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks attn/*.so $(STAMPS)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	$(if $(ACTIVE),,rm -rf .venv)
+
+# The constraint holds torch at the version that is there, whatever a dependency would like.
+INSTALL = echo "Building and installing duplex-attn$(if $(1),[$(1)]) into $(VENV)" \
+    && $(BIN)/pip install --quiet --constraint $(STAMPS)/torch --no-build-isolation --config-settings editable_mode=strict \
+    --editable ".$(if $(1),[$(1)])"
+
+$(STAMPS)/demo: $(STAMPS)/torch $(SOURCES)
+	@$(call INSTALL)
+	@touch $@
+
+$(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: $(STAMPS)/torch $(SOURCES)
+	@$(call INSTALL,$*)
+	@touch $@ $(STAMPS)/demo
+
+# The local version +cpu is asked for by name: the general index has none, so its gigabytes of CUDA libraries are
+# never taken, and a wheel from pip's configured find-links is. Only after that is PyTorch's own index asked.
+$(STAMPS)/torch:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@find $(VENV)/.duplex-attn -mindepth 1 -maxdepth 1 -exec rm -r {} + 2>/dev/null; mkdir -p $(STAMPS)
+	$(BIN)/pip install --quiet "setuptools>=77" wheel
+	$(BIN)/python -c "import torch" 2>/dev/null \
+	  || $(BIN)/pip install "torch==$(TORCH_VERSION)+cpu" \
+	  || $(BIN)/pip install "torch==$(TORCH_VERSION)+cpu" --extra-index-url $(TORCH_INDEX) \
+	  || { echo "No CPU build of torch $(TORCH_VERSION) for this Python and platform, neither here nor at $(TORCH_INDEX):" \
+	            "install torch >= 2.10 in an environment of your own, activate it, and run make again." >&2; exit 1; }
+	@$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $@
