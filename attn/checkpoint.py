@@ -1,0 +1,355 @@
+"""Loads a Hugging Face checkpoint directory (config.json and safetensors) into the reference models.
+
+    model = load_checkpoint("path/to/bert-base-uncased")         # as config.json's architectures say
+    bert = load_checkpoint("path/to/bert-base-uncased", Bert)    # the encoder alone, whatever head is stored
+
+Pickles are never opened: reading one can run code. Nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .modules.bert import Bert, BertClassifier, BertConfig, BertMaskedLM
+from .modules.gpt import GPT, GPTConfig, RopeScaling
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+ARCHITECTURES: dict[str, type[nn.Module]] = {
+    "BertModel": Bert,
+    "BertForMaskedLM": BertMaskedLM,
+    "BertForPreTraining": BertMaskedLM,
+    "BertForSequenceClassification": BertClassifier,
+    "GPT2Model": GPT,
+    "GPT2LMHeadModel": GPT,
+    "LlamaForCausalLM": GPT,
+}
+
+# Our module -> the stored modules whose weights, one below the other, make up its own. {} is the layer.
+BERT = {
+    "embedding.word": ("embeddings.word_embeddings",),
+    "embedding.position": ("embeddings.position_embeddings",),
+    "embedding.type": ("embeddings.token_type_embeddings",),
+    "embedding.norm": ("embeddings.LayerNorm",),
+    "layers.{}.qkv": tuple("encoder.layer.{}.attention.self." + name for name in ("query", "key", "value")),
+    "layers.{}.out": ("encoder.layer.{}.attention.output.dense",),
+    "layers.{}.attention_norm": ("encoder.layer.{}.attention.output.LayerNorm",),
+    "layers.{}.up": ("encoder.layer.{}.intermediate.dense",),
+    "layers.{}.down": ("encoder.layer.{}.output.dense",),
+    "layers.{}.norm": ("encoder.layer.{}.output.LayerNorm",),
+    "pooler": ("pooler.dense",),
+}
+BERT_HEADS = {
+    "dense": ("cls.predictions.transform.dense",),
+    "norm": ("cls.predictions.transform.LayerNorm",),
+    "decoder": ("cls.predictions.decoder",),
+    "classifier": ("classifier",),
+}
+GPT2 = {
+    "word": ("wte",),
+    "position": ("wpe",),
+    "layers.{}.attention_norm": ("h.{}.ln_1",),
+    "layers.{}.qkv": ("h.{}.attn.c_attn",),
+    "layers.{}.out": ("h.{}.attn.c_proj",),
+    "layers.{}.norm": ("h.{}.ln_2",),
+    "layers.{}.up": ("h.{}.mlp.c_fc",),
+    "layers.{}.down": ("h.{}.mlp.c_proj",),
+    "norm": ("ln_f",),
+    "head": ("lm_head",),
+}
+LLAMA = {
+    "word": ("embed_tokens",),
+    "layers.{}.attention_norm": ("layers.{}.input_layernorm",),
+    "layers.{}.qkv": tuple(f"layers.{{}}.self_attn.{name}_proj" for name in "qkv"),
+    "layers.{}.out": ("layers.{}.self_attn.o_proj",),
+    "layers.{}.norm": ("layers.{}.post_attention_layernorm",),
+    "layers.{}.up": ("layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"),
+    "layers.{}.down": ("layers.{}.mlp.down_proj",),
+    "norm": ("norm",),
+    "head": ("lm_head",),
+}
+# Stored, but no weight of ours: buffers of older versions, and next-sentence prediction, which no head here computes.
+UNUSED = re.compile(
+    r"embeddings\.position_ids|cls\.seq_relationship\..*|h\.\d+\.attn\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
+)
+
+
+def load_checkpoint(
+    directory: str | Path,
+    architecture: type[nn.Module] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """The model in `directory`, in eval mode.
+
+    directory: holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
+    architecture: Bert, BertMaskedLM, BertClassifier or GPT; by default what config.json's `architectures` names.
+    dtype: of the weights; by default as stored.
+    Raises FileNotFoundError where a file is missing, ValueError for a pickle, an unknown architecture or option, and
+    missing, unexpected or wrongly shaped tensors.
+    """
+    folder = Path(directory)
+    files = weight_files(folder)
+    raw = read_config(folder)
+    named = (raw.get("architectures") or ["?"])[0]
+    made = architecture or ARCHITECTURES.get(named)
+    if made is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"architectures: expected one of {known} in {folder / 'config.json'}, got {named}")
+    family = raw.get("model_type")
+    if family not in ("bert", "gpt2", "llama"):
+        raise ValueError(f"model_type: expected bert, gpt2 or llama in {folder / 'config.json'}, got {family}")
+    if (made is GPT) == (family == "bert"):
+        raise ValueError(f"architecture: expected one of family {family}, got {made.__name__}")
+
+    stored = {plain_name(name, family): tensor for file in files for name, tensor in read_tensors(file).items()}
+    config: BertConfig | GPTConfig
+    if family == "bert":
+        config = bert_config(raw)
+        if made is Bert:
+            config = replace(config, pooler="pooler.dense.weight" in stored)
+            stored = {name: t for name, t in stored.items() if not name.startswith(("cls.", "classifier."))}
+        elif made is BertMaskedLM:
+            config = replace(config, pooler="pooler.dense.weight" in stored)
+            for old in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
+                if old in stored:
+                    stored["cls.predictions.decoder.bias"] = stored.pop(old)
+        modules = BERT if made is Bert else {f"bert.{ours}": theirs for ours, theirs in BERT.items()} | BERT_HEADS
+        head, word = "cls.predictions.decoder.weight", "embeddings.word_embeddings.weight"
+    else:
+        config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
+        modules = GPT2 if family == "gpt2" else LLAMA
+        head, word = "lm_head.weight", "wte.weight" if family == "gpt2" else "embed_tokens.weight"
+    if config.tied and word in stored and made in (BertMaskedLM, GPT):
+        if head in stored and not torch.equal(stored[head], stored[word]):
+            raise ValueError(f"tie_word_embeddings: config.json says true, but {head} differs from {word} in {folder}")
+        stored[head] = stored[word]
+
+    with torch.device("meta"):
+        model = made(config)
+    weights = assemble(model.state_dict(), stored, modules, transposed=family == "gpt2", folder=folder)
+    weights = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # assignment parted them
+    return model.eval()
+
+
+def assemble(
+    wanted: Mapping[str, Tensor],
+    stored: dict[str, Tensor],
+    modules: dict[str, tuple[str, ...]],
+    transposed: bool,
+    folder: Path,
+) -> dict[str, Tensor]:
+    """Our state dict of the stored tensors, each used exactly once; `transposed` linear weights are (in, out)."""
+    weights, missing, unused = {}, [], {name for name in stored if not UNUSED.fullmatch(name)}
+    for name, parameter in wanted.items():
+        module, leaf = name.rsplit(".", 1)
+        layer = re.search(r"layers\.(\d+)\.", module)
+        key = module if layer is None else module.replace(layer[0], "layers.{}.", 1)
+        sources = [f"{source.format(layer and layer[1])}.{leaf}" for source in modules[key]]
+        absent = [source for source in sources if source not in stored]
+        if absent:
+            missing += absent
+            continue
+        unused -= set(sources)
+        parts = [stored[source] for source in sources]
+        if transposed and key.startswith("layers.") and parts[0].dim() == 2:
+            parts = [part.t().contiguous() for part in parts]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if whole.shape != parameter.shape:
+            expected, got = tuple(parameter.shape), tuple(whole.shape)
+            raise ValueError(f"{' + '.join(sources)}: expected {expected} ({name}) in {folder}, got {got}")
+        if not whole.is_floating_point():
+            raise ValueError(f"{' + '.join(sources)}: expected a floating dtype in {folder}, got {whole.dtype}")
+        weights[name] = whole
+    if missing:
+        raise ValueError(f"missing tensors in {folder}: {listed(missing)}")
+    if unused:
+        raise ValueError(f"unexpected tensors in {folder}: {listed(sorted(unused))}")
+    return weights
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory, shards in the order of their names."""
+    if folder.suffix in PICKLES:
+        raise ValueError(pickle_refusal(folder))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"directory: expected a checkpoint directory, got {folder}")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for shard in shards:
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ValueError(f"weight_map: expected names of safetensors files in {index}, got {shard!r}")
+            if not (folder / shard).exists():
+                raise FileNotFoundError(f"{index} names {shard}, which is not there")
+        return [folder / shard for shard in shards]
+    for file in sorted(folder.iterdir()):
+        if file.suffix in PICKLES:
+            raise ValueError(pickle_refusal(file))
+    raise FileNotFoundError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither")
+
+
+def pickle_refusal(file: Path) -> str:
+    return (
+        f"{file} is a pickle, and reading one can run any code: expected safetensors. Convert it where you trust it, "
+        "for example with transformers: Model.from_pretrained(...).save_pretrained(...)"
+    )
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file, got one that cannot be read ({error})") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder}: expected a config.json, found none")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: expected JSON ({error})") from None
+
+
+def plain_name(name: str, family: str) -> str:
+    """A stored name without its model's prefix, and with today's names for a norm's weight and bias."""
+    name = name.removeprefix({"bert": "bert.", "gpt2": "transformer.", "llama": "model."}[family])
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{'weight' if m[1] == 'gamma' else 'bias'}", name)
+
+
+def need(raw: Mapping[str, Any], name: str) -> Any:
+    if raw.get(name) is None:
+        raise ValueError(f"{name}: expected it in config.json, found nothing")
+    return raw[name]
+
+
+def refuse(raw: Mapping[str, Any], name: str, supported: Any) -> None:
+    """Stops at an option that these models do not compute."""
+    if raw.get(name) not in (None, supported):
+        raise ValueError(f"{name}: expected {supported!r} in config.json, got {raw[name]!r}")
+
+
+def activation(raw: Mapping[str, Any], name: str, default: str) -> str:
+    given = raw.get(name) or default
+    if given not in ACTIVATIONS:
+        raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)} in config.json, got {given!r}")
+    return ACTIVATIONS[given]
+
+
+def bert_config(raw: Mapping[str, Any]) -> BertConfig:
+    """A Hugging Face BERT config.json as ours."""
+    refuse(raw, "position_embedding_type", "absolute")
+    refuse(raw, "is_decoder", False)
+    refuse(raw, "add_cross_attention", False)
+    return BertConfig(
+        vocab_size=need(raw, "vocab_size"),
+        hidden=need(raw, "hidden_size"),
+        layers=need(raw, "num_hidden_layers"),
+        heads=need(raw, "num_attention_heads"),
+        inner=need(raw, "intermediate_size"),
+        max_positions=need(raw, "max_position_embeddings"),
+        type_vocab_size=raw.get("type_vocab_size", 2),
+        activation=activation(raw, "hidden_act", "gelu"),
+        eps=raw.get("layer_norm_eps", 1e-12),
+        dropout=raw.get("hidden_dropout_prob", 0.1),
+        attention_dropout=raw.get("attention_probs_dropout_prob", 0.1),
+        tied=raw.get("tie_word_embeddings", True),
+        labels=len(raw.get("id2label") or range(raw.get("num_labels", 2))),
+        classifier_dropout=raw.get("classifier_dropout"),
+    )
+
+
+def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
+    """A Hugging Face GPT-2 config.json as ours."""
+    refuse(raw, "scale_attn_weights", True)
+    refuse(raw, "scale_attn_by_inverse_layer_idx", False)
+    refuse(raw, "add_cross_attention", False)
+    hidden, heads = need(raw, "n_embd"), need(raw, "n_head")
+    return GPTConfig(
+        vocab_size=need(raw, "vocab_size"),
+        hidden=hidden,
+        layers=need(raw, "n_layer"),
+        heads=heads,
+        heads_kv=heads,
+        head_dim=hidden // heads,
+        inner=raw.get("n_inner") or 4 * hidden,
+        max_positions=need(raw, "n_positions"),
+        activation=activation(raw, "activation_function", "gelu_new"),
+        tied=raw.get("tie_word_embeddings", True),
+        eps=raw.get("layer_norm_epsilon", 1e-5),
+        embedding_dropout=raw.get("embd_pdrop", 0.1),
+        dropout=raw.get("resid_pdrop", 0.1),
+        attention_dropout=raw.get("attn_pdrop", 0.1),
+    )
+
+
+def llama_config(raw: Mapping[str, Any]) -> GPTConfig:
+    """A Hugging Face Llama config.json as ours, with either form of its rotary options."""
+    hidden, heads = need(raw, "hidden_size"), need(raw, "num_attention_heads")
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers >= 5, and before
+    refuse(rope, "partial_rotary_factor", 1.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    scaling = None
+    if kind in ("linear", "llama3"):
+        scaling = RopeScaling(
+            kind,
+            need(rope, "factor"),
+            rope.get("low_freq_factor", 1.0),
+            rope.get("high_freq_factor", 4.0),
+            rope.get("original_max_position_embeddings") or need(raw, "max_position_embeddings"),
+        )
+    elif kind != "default":
+        raise ValueError(f"rope_type: expected default, linear or llama3 in config.json, got {kind!r}")
+    return GPTConfig(
+        vocab_size=need(raw, "vocab_size"),
+        hidden=hidden,
+        layers=need(raw, "num_hidden_layers"),
+        heads=heads,
+        heads_kv=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or hidden // heads,
+        inner=need(raw, "intermediate_size"),
+        max_positions=need(raw, "max_position_embeddings"),
+        positions="rotary",
+        norm="rms",
+        activation=activation(raw, "hidden_act", "silu"),
+        gated=True,
+        attention_bias=raw.get("attention_bias", False),
+        mlp_bias=raw.get("mlp_bias", False),
+        tied=raw.get("tie_word_embeddings", False),
+        eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+        rope_scaling=scaling,
+        attention_dropout=raw.get("attention_dropout", 0.0),
+    )

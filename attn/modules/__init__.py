@@ -1,0 +1,6 @@
+"""Reference models: one readable file each, on `duplex_attn`'s attention."""
+
+from .bert import Bert, BertClassifier, BertConfig, BertMaskedLM
+from .gpt import GPT, GPTConfig, KVCache, RopeScaling
+
+__all__ = ["GPT", "Bert", "BertClassifier", "BertConfig", "BertMaskedLM", "GPTConfig", "KVCache", "RopeScaling"]

@@ -1,0 +1,173 @@
+"""Where the tokens of a batch lie, and which attention runs over them: the one seam between the models and attention.
+
+`attention="duplex"` is this package, on tokens packed to (total, ...). `"sdpa"` (F.scaled_dot_product_attention) and
+`"plain"` (the softmax formula) run the same weights on the padded batch, for comparison.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import attention, varlen_attention
+from ..mask import Mask
+
+ATTENTIONS = ("duplex", "sdpa", "plain")
+
+
+@dataclass
+class Rows:
+    """The rows of one forward pass. Activations are (total, ...) when packed (`index` is set), else (B, S, ...).
+
+    Shapes and dtypes: positions int64 (total,) packed, else (B or 1, S); keep bool (B, S); index int64 (total,), the
+    place of each packed token in the flattened batch; cu_seqlens int32 (B+1,); seqlens_q and seqlens_k int32 (B,).
+    None stands for "every row is full". `past` counts the keys a cache holds before this pass (of its longest row).
+    """
+
+    attention: str
+    mask: Mask
+    batch: int
+    seqlen: int
+    positions: Tensor
+    past: int = 0
+    keep: Tensor | None = None
+    index: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    seqlens_q: Tensor | None = None
+    seqlens_k: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        ids: Tensor,
+        mask: Mask,
+        attention: str = "duplex",
+        *,
+        attention_mask: Tensor | None = None,
+        seqlens: Tensor | None = None,
+    ) -> Rows:
+        """Rows of ids (B, S) with attention_mask (B, S), nonzero = a token, or seqlens (B,), the rest being padding.
+
+        With "duplex" the padding is dropped here, at the price of one host synchronisation (the number of tokens);
+        none where the attention_mask is on the CPU.
+        """
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        if ids.dim() != 2:
+            raise ValueError(f"ids: expected shape (batch, seqlen), got {tuple(ids.shape)}")
+        if attention_mask is not None and seqlens is not None:
+            raise ValueError("attention_mask: expected it or seqlens, got both")
+        batch, seqlen = ids.shape
+        columns = torch.arange(seqlen, device=ids.device)
+        keep: Tensor | None = None
+        if attention_mask is not None:
+            if attention_mask.shape != ids.shape:
+                raise ValueError(
+                    f"attention_mask: expected shape {tuple(ids.shape)}, got {tuple(attention_mask.shape)}"
+                )
+            keep = attention_mask.bool()
+        elif seqlens is not None:
+            if seqlens.shape != (batch,):
+                raise ValueError(f"seqlens: expected shape ({batch},), got {tuple(seqlens.shape)}")
+            keep = columns.to(seqlens.device) < seqlens[:, None]
+        if keep is None:
+            return cls(attention, mask, batch, seqlen, columns[None])
+        if attention != "duplex":
+            return cls(attention, mask, batch, seqlen, columns[None], keep=keep.to(ids.device))
+        index = keep.flatten().nonzero().squeeze(1).to(ids.device, non_blocking=True)
+        lengths = keep.sum(1, dtype=torch.int32).to(ids.device, non_blocking=True)
+        cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        positions = index % max(seqlen, 1)
+        return cls(
+            attention, mask, batch, seqlen, positions, 0, None, index, cu_seqlens, seqlens_q=lengths, seqlens_k=lengths
+        )
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, S, ...) as given -> the layout of the activations: (total, ...) when packed, else x itself."""
+        return x if self.index is None else x.flatten(0, 1).index_select(0, self.index)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The layout of the activations -> (B, S, ...). Rows of padding are 0 where the batch was packed."""
+        if self.index is None:
+            return x
+        padded = x.new_zeros(self.batch * self.seqlen, *x.shape[1:])
+        return padded.index_copy(0, self.index, x).unflatten(0, (self.batch, self.seqlen))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """q (total, Hq, D) or (B, S, Hq, D), k and v the same with Hk heads and any strides -> out, shaped as q.
+
+        In a pass over a cache (`past > 0`), k and v are (B, past + S, Hk, D).
+        """
+        if self.attention == "duplex":
+            if self.cu_seqlens is None:
+                lengths = {"seqlens_q": self.seqlens_q, "seqlens_k": self.seqlens_k}
+                return attention(q, k, v, self.mask, dropout_p=dropout_p, **lengths)
+            cu, longest = self.cu_seqlens, self.seqlen
+            return varlen_attention(q, k, v, cu, cu, longest, longest, self.mask, dropout_p=dropout_p)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D)
+        if self.attention == "plain":
+            return plain(q, k, v, self.visible(), dropout_p).transpose(1, 2)
+        grouped = q.shape[1] != k.shape[1]
+        causal = self.past == 0 and is_causal(self.mask)  # right padding: no query sees it, so no mask is needed
+        seen = None if causal else self.visible()
+        out = F.scaled_dot_product_attention(q, k, v, seen, dropout_p, causal, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+    def visible(self) -> Tensor | None:
+        """What the peers see: bool, broadcasting to (B, 1, S, past + S), or None for everything. Computed once."""
+        if not hasattr(self, "_visible"):
+            self._visible = self._span()
+        return self._visible
+
+    def _span(self) -> Tensor | None:
+        keys = self.past + self.seqlen
+        mask, device = self.mask, self.positions.device
+        j = torch.arange(keys, device=device)
+        seen = None if self.keep is None else self.keep[:, None, None, :]  # (B, 1, 1, S)
+        if self.seqlens_k is not None:
+            seen = j < self.seqlens_k[:, None, None, None]
+        one_query_sees_all = is_causal(mask) and self.seqlen == 1
+        if (mask.left is None and mask.right is None) or one_query_sees_all:
+            return seen
+        i = torch.arange(self.seqlen, device=device)[:, None]
+        p = i if mask.align == "top_left" else self.positions[:, None, :, None]
+        span = torch.ones((), dtype=torch.bool, device=device)
+        if mask.right is not None:
+            span = span & (j <= p + mask.right)
+        if mask.left is not None:
+            span = span & (j >= p - mask.left)
+        prefix = mask.prefix[:, None, None, None] if isinstance(mask.prefix, Tensor) else mask.prefix
+        span = span | (j < prefix)
+        return span if seen is None else span & seen
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v as written, in the dtype of q; (B, H, S, D), k and v with heads that divide q's."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return F.dropout(scores.softmax(-1), dropout_p) @ v
+
+
+def is_causal(mask: Mask) -> bool:
+    return mask.left is None and mask.right == 0 and isinstance(mask.prefix, int) and mask.prefix == 0
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """gelu, gelu_tanh, silu or relu of x; in x's own memory where no gradient is recorded (it is the widest tensor)."""
+    in_place = not torch.is_grad_enabled()
+    if name == "gelu":
+        return torch.ops.aten.gelu_(x) if in_place else F.gelu(x)
+    if name == "gelu_tanh":
+        return torch.ops.aten.gelu_(x, approximate="tanh") if in_place else F.gelu(x, approximate="tanh")
+    if name == "silu":
+        return F.silu(x, inplace=in_place)
+    if name == "relu":
+        return F.relu(x, inplace=in_place)
+    raise ValueError(f"activation: expected gelu, gelu_tanh, silu or relu, got {name!r}")
