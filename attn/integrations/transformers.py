@@ -1,0 +1,525 @@
+"""`attn_implementation="duplex_attn"` for models of Hugging Face transformers (5.x).
+
+    print(duplex_attn.swap(model))                        # a model already built
+    duplex_attn.integrations.transformers.register()      # or before from_pretrained(..., attn_implementation=...)
+
+transformers asks two functions. The *mask* entry is called once a forward with a function of the indices (query, key)
+and the padding mask; what it returns travels through the model as `attention_mask` to the *attention* entry, once a
+layer. Here the mask entry runs that function on symbols, which shows the span it describes (or that it is none), and
+turns padding into lengths: nothing of the size queries x keys is made. What is no span becomes a boolean bias.
+
+What travels is a `SpanMask`: a plain object, as the `BlockMask` of transformers' own flex_attention is, so every place
+that a mask passes is ready for it. It holds no reference to the cache, whose counters change under it, and no global is
+involved, so forwards may be nested, interleaved and recomputed (gradient checkpointing). torch.compile traces through
+it with its integers symbolic, which it does not do for a tensor subclass. A model that computes with its mask (slices
+it, combines it) gets the boolean tensor that the sdpa implementation would have had.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+from .. import functional
+from ..mask import Mask
+
+NAME = "duplex_attn"
+
+
+class SpanMask:
+    """What the queries of one forward see: a span, cut to each sequence's keys.
+
+    span: da.Mask over keys counted from the sequence's start.
+    starts_k, seqlens_k: int32 (batch,) or None; where the keys of each sequence lie in their padded row.
+    keys: bool (batch, 1, 1, keys), True for what may be seen, or None; padding that is not one run, or was not read.
+    shape: (batch, 1, queries, keys), of the boolean mask that this stands for.
+    """
+
+    dtype = torch.bool
+    ndim = 4
+
+    def __init__(
+        self,
+        span: Mask,
+        shape: tuple[int, int, int, int],
+        device: torch.device | str,
+        starts_k: Tensor | None = None,
+        seqlens_k: Tensor | None = None,
+        keys: Tensor | None = None,
+    ):
+        self.span, self.shape, self.device = span, shape, device
+        self.starts_k, self.seqlens_k, self.keys = starts_k, seqlens_k, keys
+
+    def dense(self) -> Tensor:
+        """The same mask as a boolean tensor (batch, 1, queries, keys), for code that reads masks."""
+        queries, keys = self.shape[2:]
+        i = torch.arange(queries, device=self.device)[:, None]
+        j = torch.arange(keys, device=self.device)
+        length: Tensor | int = keys if self.seqlens_k is None else self.seqlens_k[:, None, None, None]
+        if self.starts_k is not None:
+            j = j - self.starts_k[:, None, None, None]
+        distance = j - i if self.span.align == "top_left" else j - (i + length - queries)
+        seen = ((j >= 0) & (j < length)).expand(self.shape)
+        if self.span.left is not None:
+            seen = seen & (distance >= -self.span.left)
+        if self.span.right is not None:
+            seen = seen & (distance <= self.span.right)
+        return seen if self.keys is None else seen & self.keys
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def contiguous(self, *args, **kwargs) -> SpanMask:
+        return self
+
+    def to(self, *args, **kwargs) -> SpanMask | Tensor:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype not in (None, torch.bool):
+            return self.dense().to(*args, **kwargs)
+        moved = (None if x is None else x.to(device) for x in (self.starts_k, self.seqlens_k, self.keys))
+        return SpanMask(self.span, self.shape, device or self.device, *moved)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name.endswith("_"):
+            raise TypeError(f"attention_mask: expected no change in place, got .{name}(): a SpanMask has no elements")
+        return getattr(self.dense(), name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError("attention_mask: expected no change in place, got an assignment: a SpanMask has no elements")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        def plain(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return type(x)(plain(y) for y in x)
+            return x.dense() if isinstance(x, SpanMask) else x
+
+        return function(*plain(args), **{name: plain(x) for name, x in (kwargs or {}).items()})
+
+    def __repr__(self) -> str:
+        lengths = "".join(f", {n}" for n in ("starts_k", "seqlens_k", "keys") if getattr(self, n) is not None)
+        return f"SpanMask({self.span}{lengths}, shape={self.shape})"
+
+
+def _on_dense(name: str) -> Callable:
+    return lambda self, *args: getattr(self.dense(), name)(*args)
+
+
+for _name in (  # operators are looked up on the type, past __getattr__
+    "eq", "ne", "lt", "le", "gt", "ge", "and", "rand", "or", "ror", "xor", "rxor", "add", "radd", "sub", "rsub", "mul",
+    "rmul", "invert", "getitem", "len", "bool", "iter",
+):  # fmt: skip
+    setattr(SpanMask, f"__{_name}__", _on_dense(f"__{_name}__"))
+
+
+class _Unreadable(TypeError):
+    """The mask function does something that no span does."""
+
+
+class _Reach:
+    """Keys at `low <= key - query <= high`, None for no bound: what a comparison of two indices says."""
+
+    device = None  # and_masks brings its parts to one device
+
+    def __init__(self, low: int | None = None, high: int | None = None):
+        self.low, self.high = low, high
+
+    @property
+    def unbounded(self) -> bool:
+        return self.low is None and self.high is None
+
+    def to(self, *args, **kwargs) -> _Reach:
+        return self
+
+    def __and__(self, other: _Reach) -> _Reach:
+        if not isinstance(other, _Reach):
+            raise _Unreadable
+        low = other.low if self.low is None else self.low if other.low is None else max(self.low, other.low)
+        high = other.high if self.high is None else self.high if other.high is None else min(self.high, other.high)
+        return _Reach(low, high)
+
+    def __bool__(self) -> bool:
+        raise _Unreadable
+
+    def span(self, offset: int, align: str) -> Mask | None:
+        """As a da.Mask whose p(i) lies `offset` keys before the query; None where a distance would be negative."""
+        left = None if self.low is None else -self.low - offset
+        right = None if self.high is None else self.high + offset
+        if (left is not None and left < 0) or (right is not None and right < 0):
+            return None
+        return Mask(left=left, right=right, align=align)  # type: ignore[arg-type]
+
+
+class _Symbol:
+    """An argument of a mask function of which nothing is known: batch and head."""
+
+    def __eq__(self, other: object):
+        raise _Unreadable
+
+    def __bool__(self) -> bool:
+        raise _Unreadable
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise _Unreadable
+
+
+class _Index(_Symbol):
+    """`query * q + key * k + constant`; of q and k, the indices of a query and a key, only that they are >= 0 is known."""
+
+    def __init__(self, query: int, key: int, constant: int = 0):
+        self.query, self.key, self.constant = query, key, constant
+
+    def __neg__(self) -> _Index:
+        return _Index(-self.query, -self.key, -self.constant)
+
+    def __add__(self, other: _Index | int) -> _Index:
+        if isinstance(other, int):
+            return _Index(self.query, self.key, self.constant + other)
+        if isinstance(other, _Index):
+            return _Index(self.query + other.query, self.key + other.key, self.constant + other.constant)
+        raise _Unreadable
+
+    __radd__ = __add__
+
+    def __sub__(self, other: _Index | int) -> _Index:
+        return self + -other
+
+    def __rsub__(self, other: int) -> _Index:
+        return -self + other
+
+    def __abs__(self) -> _Distance:
+        return _Distance(self)
+
+    def __ge__(self, other: _Index | int) -> _Reach:
+        return _not_negative(self - other)
+
+    def __gt__(self, other: _Index | int) -> _Reach:
+        return _not_negative(self - other - 1)
+
+    def __le__(self, other: _Index | int) -> _Reach:
+        return _not_negative(-(self - other))
+
+    def __lt__(self, other: _Index | int) -> _Reach:
+        return _not_negative(-(self - other) - 1)
+
+    def new_ones(self, *args, **kwargs) -> _Reach:
+        return _Reach()  # where and_masks starts
+
+
+class _Distance(_Symbol):
+    """|index|"""
+
+    def __init__(self, index: _Index):
+        self.index = index
+
+    def __le__(self, other: int) -> _Reach:
+        return _not_negative(-self.index + other) & _not_negative(self.index + other)
+
+    def __lt__(self, other: int) -> _Reach:
+        return self <= other - 1
+
+
+def _not_negative(index: _Index) -> _Reach:
+    """What `index >= 0` says of key - query."""
+    sign, constant = (index.query, index.key), index.constant
+    if sign == (-1, 1):
+        return _Reach(low=-constant)
+    if sign == (1, -1):
+        return _Reach(high=constant)
+    if sign in ((0, 0), (0, 1), (1, 0)) and constant >= 0:
+        return _Reach()
+    raise _Unreadable
+
+
+def _read(mask_function: Callable) -> _Reach | None:
+    """The distances that a mask function lets through, by running it on symbols; None if it does anything else."""
+    try:
+        reach = mask_function(_Symbol(), _Symbol(), _Index(1, 0), _Index(0, 1))
+    except Exception:  # anything may happen in a function of the user; run on real indices it shows its own errors
+        return None
+    return reach if isinstance(reach, _Reach) else None
+
+
+def span_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | SpanMask | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> SpanMask | Tensor:
+    """The mask entry: called by transformers' `create_*_mask` functions, with the arguments of its `sdpa_mask`.
+
+    Query i stands at position i + q_offset (a tensor with a static cache), key j at j + kv_offset; attention_mask is
+    the padding mask, bool (batch, positions). Returns a SpanMask or, for what is no span, bool (batch, 1, queries, keys).
+    Costs one host check when there is a padding mask; while a graph is traced or captured nothing is read, and the
+    padding is kept as a bias of one row.
+    """
+    if isinstance(attention_mask, SpanMask):  # prepared before the forward, by generate with a static cache
+        return attention_mask
+
+    tracing = is_tracing(attention_mask)
+    # Dynamo cannot trace a tensor indexed by symbols; a skip is allowed only where the function has no tensor in it.
+    readable = not tracing or allow_is_causal_skip or allow_is_bidirectional_skip
+    reach = _read(mask_function) if readable else None
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None and padding.dim() != 2:
+        reach = None
+
+    mask = None
+    if reach is not None:
+        shape = (batch_size, 1, q_length, kv_length)
+        keys = None if padding is None else padding[:, kv_offset : kv_offset + kv_length].bool()
+        if keys is not None and not tracing:
+            mask, keys, q_offset = _from_lengths(reach, shape, q_offset, kv_offset, keys, device)
+        if mask is None:
+            mask = _from_offsets(reach, shape, q_offset, kv_offset, keys, device)
+    if mask is not None:
+        return mask
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        device=device,
+        **kwargs,
+    )
+
+
+def _from_offsets(
+    reach: _Reach,
+    shape: tuple[int, int, int, int],
+    q_offset: int | Tensor,
+    kv_offset: int,
+    keys: Tensor | None,
+    device: torch.device | str,
+) -> SpanMask | None:
+    """The mask of a call whose sequences all see the same keys, but for those that `keys` (batch, keys) hides."""
+    batch, _, q_length, kv_length = shape
+    if keys is not None:
+        keys = keys[:, None, None, :]
+    offset = q_offset - kv_offset  # query i stands beside the stored key i + offset
+    end = q_length + offset  # no key of its own lies after the last query
+    span = None
+    if reach.unbounded or (isinstance(end, int) and end == kv_length):
+        span = reach.span(0, "bottom_right")
+    elif isinstance(offset, int):
+        span = reach.span(offset, "top_left")
+    if span is not None:
+        return SpanMask(span, shape, device, keys=keys)
+
+    # Causal, in a cache longer than what it holds: what lies after the last query is seen by none.
+    span = reach.span(0, "bottom_right")
+    if span is None or span.right != 0 or (isinstance(end, int) and end > kv_length):
+        return None
+    seqlens_k = torch.as_tensor(end, device=device).to(torch.int32).repeat(batch)
+    return SpanMask(span, shape, device, seqlens_k=seqlens_k, keys=keys)
+
+
+def _from_lengths(
+    reach: _Reach,
+    shape: tuple[int, int, int, int],
+    q_offset: int | Tensor,
+    kv_offset: int,
+    keys: Tensor,
+    device: torch.device | str,
+) -> tuple[SpanMask | None, Tensor | None, int]:
+    """The mask of a call with padding, `keys` (batch, keys) bool, after one look at its contents.
+
+    Returns (mask, or None if its padding is not one run of keys a sequence; the padding left to apply; q_offset read).
+    """
+    q_length, kv_length = shape[2:]
+    start = keys.int().argmax(-1)  # (batch,)
+    end = kv_length - keys.flip(-1).int().argmax(-1)
+    count = keys.sum(-1)
+    query_end = q_length + q_offset - kv_offset
+    facts = [
+        (count == kv_length).all(),
+        (count == end - start).all(),
+        (start == 0).all(),
+        (end >= query_end if reach.high == 0 else end == query_end).all(),
+    ]
+    if isinstance(q_offset, Tensor):
+        facts.append(q_offset)
+    whole, one_run, from_first, to_query_end, *read = torch.stack([fact.to(torch.int64) for fact in facts]).tolist()
+    q_offset = read[0] if read else q_offset
+    if whole:
+        return None, None, q_offset
+
+    span, seqlens_k = None, count
+    if one_run and (reach.unbounded or to_query_end):  # left padding
+        span = reach.span(0, "bottom_right")
+        if not reach.unbounded:
+            seqlens_k = (q_length + q_offset - kv_offset - start).clamp(min=0)
+    elif one_run and from_first:  # right padding
+        span = reach.span(q_offset - kv_offset, "top_left")
+    if span is None:
+        return None, keys, q_offset
+    starts_k = None if from_first else start.to(torch.int32)
+    return SpanMask(span, shape, device, starts_k, seqlens_k.to(torch.int32)), None, q_offset
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: SpanMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cache: Any = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The attention entry: called by a model's layers.
+
+    query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), not repeated; returns (B, Sq, Hq, Dv) and None
+    for the weights, which are never formed. attention_mask: what `span_mask` returned, or a mask of the user's, bool
+    (True = keep) or floating (added), that broadcasts to (B, Hq, Sq, Sk). Without one, `is_causal` (or the module's)
+    says the direction, as it does in transformers' sdpa. A query that sees no key gives 0, where eager gives the average
+    of all values. sliding_window is not read: the mask has it. Raises ValueError for output_attentions=True.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions: expected False, got True; duplex_attn never forms the attention weights, "
+            'use attn_implementation="eager" for them'
+        )
+    if cache is not None:
+        raise ValueError("cache: expected None, continuous batching is not supported by duplex_attn")
+
+    span, starts_k, seqlens_k, bias = Mask(), None, None, position_bias
+    if isinstance(attention_mask, SpanMask):
+        span, starts_k, seqlens_k = attention_mask.span, attention_mask.starts_k, attention_mask.seqlens_k
+        bias = _combine(position_bias, attention_mask.keys)
+    elif attention_mask is not None:
+        if attention_mask.dim() != 4:
+            raise ValueError(f"attention_mask: expected 4 dimensions (B, H, Sq, Sk), got {tuple(attention_mask.shape)}")
+        bias = _combine(position_bias, attention_mask)
+    elif query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        span = Mask(right=0, align="top_left")
+
+    out = functional.attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        span,
+        starts_k=starts_k,
+        seqlens_k=seqlens_k,
+        bias=bias,
+        sink=s_aux,
+        scale=scaling,
+        softcap=softcap or 0.0,
+        dropout_p=dropout if module.training else 0.0,
+    )
+    return out, None
+
+
+def _combine(position_bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """One bias that says both."""
+    if position_bias is None or mask is None:
+        return mask if position_bias is None else position_bias
+    if mask.dtype == torch.bool:
+        return position_bias.masked_fill(~mask, float("-inf"))
+    return position_bias + mask
+
+
+def register() -> None:
+    """Make `attn_implementation="duplex_attn"` known to transformers: attention and mask, for without the mask entry a
+    model would get no mask and lose its causality in silence."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, span_mask)
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap` did."""
+
+    swapped: dict[str, int]  # attention class -> number of its modules that run here now
+    left: dict[str, str]  # attention class -> why its modules were left as they were
+    previous: dict[str, str]  # model class -> its implementation before
+
+    def __str__(self) -> str:
+        lines = [f"{kind}: {count} modules now run duplex_attn" for kind, count in self.swapped.items()]
+        lines += [f"{kind}: left as it was, {reason}" for kind, reason in self.left.items()]
+        return "\n".join(lines) or "no attention modules found"
+
+
+def swap(model: nn.Module) -> SwapReport:
+    """Run the attention of a built model here: a transformers model, or any module that holds some.
+
+    Weights are untouched; `model.set_attn_implementation(...)` with what the report has in `previous` undoes it. Raises
+    TypeError if there is no transformers model in `model`.
+    """
+    register()
+    roots = list(_pretrained(model))
+    if not roots:
+        raise TypeError(f"model: expected a transformers model or a module that holds one, got {type(model).__name__}")
+    previous = {type(root).__name__: root.config._attn_implementation for root in roots}
+    for root in roots:
+        root.set_attn_implementation(NAME)
+
+    swapped: Counter[str] = Counter()
+    left: dict[str, str] = {}
+    for module in model.modules():
+        kind = type(module).__name__
+        if _asks_interface(module):
+            used = module.config._attn_implementation
+            if used == NAME:
+                swapped[kind] += 1
+            else:
+                left[kind] = f"its model refused another implementation than {used!r}"
+        elif _is_other_attention(module):
+            left[kind] = "it computes attention itself instead of asking transformers' AttentionInterface"
+    return SwapReport(dict(swapped), left, previous)
+
+
+def _pretrained(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """The outermost transformers models in a module."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from _pretrained(child)
+
+
+def _asks_interface(module: nn.Module) -> bool:
+    """Whether a layer looks its attention up in transformers' interface when it runs."""
+    if isinstance(module, PreTrainedModel):
+        return False
+    methods = (inspect.unwrap(f) for base in type(module).__mro__ for f in vars(base).values() if inspect.isfunction(f))
+    return any("ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in methods)
+
+
+def _is_other_attention(module: nn.Module) -> bool:
+    named = re.search(r"Attention|Attn", type(module).__name__) is not None and not isinstance(module, PreTrainedModel)
+    return named and not any(_asks_interface(child) for child in module.modules())
