@@ -60,7 +60,7 @@ class BuildNative(build_ext):
             raise RuntimeError("torch >= 2.10 is needed to build the CPU backend: pip install torch first")
         folder = Path(self.build_temp) / "cpu"
         folder.mkdir(parents=True, exist_ok=True)
-        flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
+        flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-maybe-uninitialized"]
         flags += [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch / "include")]
         headers = [*(ROOT / "csrc/common").glob("*.h"), *CPU.rglob("*.h"), Path(__file__)]
         newest_header = max(header.stat().st_mtime for header in headers)

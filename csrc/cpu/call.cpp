@@ -1,0 +1,117 @@
+#include "cpu/call.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cmath>
+#include <stdexcept>
+
+namespace duplex {
+
+using torch::headeronly::ScalarType;
+
+const char* const CALL_SCHEMA =
+    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, Tensor? seqlens_q, Tensor? seqlens_k, Tensor? starts_q, Tensor? starts_k, Tensor? prefix, "
+    "SymInt? left, SymInt? right, bool top_left, Tensor? bias, Tensor? distance_bias, Tensor? alibi_slopes, "
+    "Tensor? row_distance_bias, Tensor? col_distance_bias, Tensor? sink, float? scale, float softcap, "
+    "float dropout_p, Tensor? seed, bool deterministic, bool batch_invariant";
+
+namespace {
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::FLOAT32;
+    case ScalarType::Half: return DType::FLOAT16;
+    case ScalarType::BFloat16: return DType::BFLOAT16;
+    case ScalarType::Bool: return DType::BOOL;
+    default: throw std::invalid_argument("the CPU kernels take float32, float16 and bfloat16");
+  }
+}
+
+template <class T>
+const T* data(const OptionalTensor& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[4], stride = 1;
+  for (int d = int(sizes.size()) - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+BiasView bias_view(const OptionalTensor& t) {
+  BiasView view;
+  if (!t) return view;
+  view.data = t->data_ptr();
+  view.dtype = dtype_of(*t);
+  int64_t* const strides[4] = {&view.batch, &view.head, &view.row, &view.col};
+  for (int d = 0; d < 4; ++d) *strides[d] = t->size(d) == 1 ? 0 : t->stride(d);
+  return view;
+}
+
+}  // namespace
+
+View view(const Tensor& t) {
+  const int64_t d = t.dim();
+  return {t.data_ptr(), d == 4 ? t.stride(0) : 0, t.stride(d - 3), t.stride(d - 2)};
+}
+
+Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(sizes, dtype);
+}
+
+Tensor new_float(std::initializer_list<int64_t> sizes) { return empty(sizes, aoti_torch_dtype_float32()); }
+
+Problem problem_of(const CallArguments& call, const Tensor& out, const Tensor& lse) {
+  if (call.row_distance_bias || call.col_distance_bias)
+    throw std::invalid_argument("row_distance_bias, col_distance_bias: not in the CPU kernels");
+  const int64_t dims = call.q.dim();
+  Problem p{};
+  p.dtype = dtype_of(call.q);
+  p.batch = call.packed() ? call.cu_seqlens_q->size(0) - 1 : call.q.size(0);
+  p.heads_q = call.q.size(dims - 2);
+  p.heads_kv = call.k.size(dims - 2);
+  p.head_dim = call.q.size(dims - 1);
+  p.head_dim_v = call.v.size(dims - 1);
+  p.rows_q = call.packed() ? call.max_seqlen_q : call.q.size(1);
+  p.rows_k = call.packed() ? call.max_seqlen_k : call.k.size(1);
+  p.q = view(call.q);
+  p.k = view(call.k);
+  p.v = view(call.v);
+  p.out = view(out);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.lse_batch = call.packed() ? 0 : lse.stride(0);
+  p.lse_head = lse.stride(call.packed() ? 0 : 1);
+  p.cu_q = data<int32_t>(call.cu_seqlens_q);
+  p.cu_k = data<int32_t>(call.cu_seqlens_k);
+  p.len_q = data<int32_t>(call.seqlens_q);
+  p.len_k = data<int32_t>(call.seqlens_k);
+  p.start_q = data<int32_t>(call.starts_q);
+  p.start_k = data<int32_t>(call.starts_k);
+  p.prefix = data<int32_t>(call.prefix);
+  p.left = clamp(call.left.value_or(UNBOUNDED), -UNBOUNDED, UNBOUNDED);
+  p.right = clamp(call.right.value_or(UNBOUNDED), -UNBOUNDED, UNBOUNDED);
+  p.top_left = call.top_left;
+  p.bias = bias_view(call.bias);
+  p.distance_bias = data<float>(call.distance_bias);
+  p.radius = call.distance_bias ? call.distance_bias->size(1) / 2 : 0;
+  p.alibi_slopes = data<float>(call.alibi_slopes);
+  p.sink = data<float>(call.sink);
+  p.scale = float(call.scale ? *call.scale : 1.0 / std::sqrt(double(p.head_dim)));
+  p.softcap = float(call.softcap);
+  p.dropout = call.dropout_p > 0;
+  p.drop_below = uint64_t(std::floor(call.dropout_p * 4294967296.0));
+  p.keep_scale = call.dropout_p < 1 ? float(1.0 / (1.0 - call.dropout_p)) : 0.0f;
+  p.seed = p.dropout ? uint64_t(*data<int64_t>(call.seed)) : 0;
+  return p;
+}
+
+}  // namespace duplex

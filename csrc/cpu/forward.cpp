@@ -1,0 +1,77 @@
+// attention_forward: allocates the outputs, cuts the queries into tasks, hands them to the kernel in use.
+#include "cpu/forward.h"
+
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace duplex {
+namespace {
+
+std::vector<ForwardTask> forward_tasks(const Problem& p, int64_t block) {
+  std::vector<ForwardTask> tasks;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t rows = sequence(p, b).len_q;
+    const int64_t blocks = (rows + block - 1) / block;
+    for (int64_t h = 0; h < p.heads_q; ++h)
+      for (int64_t x = blocks; x-- > 0;)  // a causal block costs most at the end: start there
+        tasks.push_back({int32_t(b), int32_t(h), x * block, int32_t(std::min(block, rows - x * block))});
+  }
+  return tasks;
+}
+
+// The largest block that still gives every thread several tasks.
+int64_t block_of_queries(const Problem& p, const ForwardKernel& kernel) {
+  const int64_t enough = 4 * torch::stable::get_num_threads();
+  int64_t rows = 0;
+  for (int64_t b = 0; b < p.batch; ++b) rows += sequence(p, b).len_q;
+  int64_t block = kernel.queries;
+  while (block > kernel.tile && rows * p.heads_q < enough * block) block -= kernel.tile;
+  return block;
+}
+
+// Rows that belong to no sequence: 0 and -inf.
+void clear_rows(const Problem& p, int64_t b, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  const size_t width = p.heads_q * p.head_dim_v * (p.dtype == DType::FLOAT32 ? 4 : 2);
+  std::memset(
+      static_cast<char*>(p.out.data) + (b * p.out.batch + begin * p.out.row) * (width / (p.heads_q * p.head_dim_v)), 0,
+      (end - begin) * width);
+  for (int64_t h = 0; h < p.heads_q; ++h) {
+    float* lse = p.lse + b * p.lse_batch + h * p.lse_head;
+    std::fill(lse + begin, lse + end, -std::numeric_limits<float>::infinity());
+  }
+}
+
+void clear_padding(const Problem& p, int64_t rows_stored) {
+  if (p.cu_q) return clear_rows(p, 0, p.cu_q[p.batch], rows_stored);
+  if (!p.len_q && !p.start_q) return;
+  parallel_tasks(p.batch, 0, [&](int64_t b, void*) {
+    const Sequence s = sequence(p, b);
+    clear_rows(p, b, 0, s.row_q);
+    clear_rows(p, b, s.row_q + s.len_q, rows_stored);
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
+  const CallArguments call DUPLEX_CALL_ARGUMENTS;
+  const int64_t heads = call.heads_q(), dim_v = v.size(v.dim() - 1);
+  const bool packed = call.packed();
+  Tensor out = packed ? new_tensor(q, {q.size(0), heads, dim_v}) : new_tensor(q, {q.size(0), q.size(1), heads, dim_v});
+  Tensor lse = packed ? new_float({heads, q.size(0)}) : new_float({q.size(0), heads, q.size(1)});
+  if (heads == 0) return {std::move(out), std::move(lse)};
+  const Problem p = problem_of(call, out, lse);
+  const ForwardKernel& kernel = *current_isa().forward;
+  clear_padding(p, packed ? q.size(0) : q.size(1));
+  const std::vector<ForwardTask> tasks = forward_tasks(p, block_of_queries(p, kernel));
+  parallel_tasks(int64_t(tasks.size()), kernel.scratch(p),
+                 [&](int64_t index, void* scratch) { kernel.run(p, tasks[index], scratch); });
+  return {std::move(out), std::move(lse)};
+}
+
+}  // namespace duplex

@@ -1,0 +1,23 @@
+// The kernels of the instruction set in use: the widest this CPU has, or the one DUPLEX_ATTN_ISA names.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels/kernels.h"
+
+namespace duplex {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const ForwardKernel* forward;
+};
+
+// Those this CPU can run, narrowest first.
+std::vector<std::string> supported_isas();
+
+// Reads DUPLEX_ATTN_ISA at every call. Throws std::invalid_argument for a name that is unknown or cannot run here.
+const Isa& current_isa();
+
+}  // namespace duplex

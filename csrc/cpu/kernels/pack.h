@@ -1,0 +1,117 @@
+// Tensor rows of any dtype to and from the units the products read. Everything past the end is zero, so that what lies
+// there (NaN included) never enters a sum.
+#pragma once
+
+#include "cpu/kernels/tile.h"
+
+namespace duplex::DUPLEX_ISA {
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class E>
+inline vfloat widen_partial(const E* from, int count) {
+  E padded[LANES] = {};
+  memcpy(padded, from, count * sizeof(E));
+  return widen(padded);
+}
+
+template <class E>
+inline void narrow_partial(E* to, vfloat v, int count) {
+  E padded[LANES];
+  narrow(padded, v);
+  memcpy(to, padded, count * sizeof(E));
+}
+
+// rows x dim elements as floats: to[r * to_row + x], zero for x in [dim, to_row) and for rows [rows, padded_rows).
+template <class E>
+inline void widen_rows(float* to, int64_t to_row, const E* from, int64_t from_row, int rows, int padded_rows, int dim) {
+  for (int r = 0; r < rows; ++r, to += to_row, from += from_row) {
+    int x = 0;
+    for (; x + LANES <= dim; x += LANES) store(to + x, widen(from + x));
+    if (x < dim) {
+      alignas(64) float last[LANES];
+      store(last, widen_partial(from + x, dim - x));
+      for (; x < dim; ++x) to[x] = last[x % LANES];
+    }
+    for (; x < to_row; ++x) to[x] = 0;
+  }
+  memset(to, 0, (padded_rows - rows) * to_row * sizeof(float));
+}
+
+// out[x * to_row + r] = in[r * from_row + x]: blocks that fit in registers and L1.
+inline void transpose_units(uint32_t* to, int64_t to_row, const uint32_t* from, int64_t from_row, int rows, int units) {
+  constexpr int BLOCK = 16;
+  for (int x0 = 0; x0 < units; x0 += BLOCK)
+    for (int r0 = 0; r0 < rows; r0 += BLOCK) {
+      const int x1 = x0 + BLOCK < units ? x0 + BLOCK : units, r1 = r0 + BLOCK < rows ? r0 + BLOCK : rows;
+      for (int x = x0; x < x1; ++x)
+        for (int r = r0; r < r1; ++r) to[x * to_row + r] = from[r * from_row + x];
+    }
+}
+
+template <class P>
+struct Pack;
+
+template <>
+struct Pack<Float32> {
+  // Rows as stored: to[r * to_row + x].
+  template <class E>
+  static void rows(float* to, int64_t to_row, const E* from, int64_t from_row, int count, int padded, int dim) {
+    widen_rows(to, to_row, from, from_row, count, padded, dim);
+  }
+  // Units along the rows: one float is its own unit.
+  template <class E>
+  static void pairs(float* to, int64_t to_row, const E* from, int64_t from_row, int count, int padded, int dim) {
+    widen_rows(to, to_row, from, from_row, count, padded, dim);
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Pack<BFloat16> {
+  // Rows as stored: unit x of row r holds elements 2x and 2x + 1.
+  static void rows(uint32_t* to, int64_t to_row, const bf16* from, int64_t from_row, int count, int padded, int dim) {
+    for (int r = 0; r < count; ++r, to += to_row, from += from_row) {
+      memcpy(to, from, dim * sizeof(bf16));
+      memset((char*)to + dim * sizeof(bf16), 0, to_row * sizeof(uint32_t) - dim * sizeof(bf16));
+    }
+    memset(to, 0, (padded - count) * to_row * sizeof(uint32_t));
+  }
+  // Units along the rows: unit x of row r / 2 holds element x of rows r and r + 1.
+  static void pairs(uint32_t* to, int64_t to_row, const bf16* from, int64_t from_row, int count, int padded, int dim) {
+    for (int r = 0; r < padded; r += 2, to += to_row) {
+      const bf16* low = from + r * from_row;
+      const bf16* high = low + from_row;
+      const int rows = count - r;
+      int x = 0;
+      if (rows >= 2)
+        for (; x + LANES <= dim; x += LANES) store(to + x, (vuint)interleave(load_bits(low + x), load_bits(high + x)));
+      for (; x < to_row; ++x) {
+        const uint32_t first = rows >= 1 && x < dim ? low[x].bits : 0, second = rows >= 2 && x < dim ? high[x].bits : 0;
+        to[x] = first | second << 16;
+      }
+    }
+  }
+  static __m512i load_bits(const bf16* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
+  static __m512i interleave(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
+};
+#endif
+
+#if defined(__AVX512BF16__)
+// Two vectors of floats as bfloat16 pairs, one pair a lane.
+inline void store_pairs(uint32_t* to, vfloat low, vfloat high) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const vuint order = (vuint)(iota() | (iota() + LANES) << 16);
+  store(to, (vuint)_mm512_permutexvar_epi16((__m512i)order, both));
+}
+#endif
+
+// The transpose of `rows`: to[x * to_row + r] for every unit x of the (padded) dimension. scratch: padded * units.
+template <class P, class E>
+inline void pack_transposed(typename P::unit* to, int64_t to_row, const E* from, int64_t from_row, int count,
+                            int padded, int dim, int units, typename P::unit* scratch) {
+  Pack<P>::rows(scratch, units, from, from_row, count, padded, dim);
+  transpose_units((uint32_t*)to, to_row, (const uint32_t*)scratch, units, padded, units);
+}
+
+}  // namespace duplex::DUPLEX_ISA

@@ -1,0 +1,93 @@
+// The one matrix product under every kernel: a register tile of ROWS x (up to VECS) vectors.
+#pragma once
+
+#include <stddef.h>
+
+#include "cpu/kernels/vec.h"
+
+namespace duplex::DUPLEX_ISA {
+
+// How products are formed. A unit is four bytes: one float, or two bfloat16 neighbours along the summed dimension.
+struct Float32 {
+  typedef float unit;
+  typedef vfloat vector;
+  static constexpr int STEP = 1;  // elements of the summed dimension in a unit
+  static constexpr bool EXACT = true;
+  static vector splat_unit(unit a) { return splat(a); }
+  static vfloat multiply_add(vfloat sum, vector a, vector b) { return a * b + sum; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16 {
+  typedef uint32_t unit;
+  typedef vuint vector;
+  static constexpr int STEP = 2;
+  static constexpr bool EXACT = false;
+  static vector splat_unit(unit a) { return (vuint)_mm512_set1_epi32(int(a)); }
+  static vfloat multiply_add(vfloat sum, vector a, vector b) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+enum class Start { ZERO, ADD, SCALE };
+
+// c[r][x] = start + sum over t of a[r * a_row + t * a_step] * b[t * b_step + x], for ROWS rows and V vectors of x.
+// Start: zero, c itself, or c times factor[x].
+template <class P, int V, Start START>
+inline void product_tile(int steps, const typename P::unit* a, ptrdiff_t a_row, ptrdiff_t a_step,
+                         const typename P::unit* b, ptrdiff_t b_step, float* c, ptrdiff_t c_row,
+                         const float* factor = nullptr) {
+  vfloat sum[ROWS][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 3
+    for (int x = 0; x < V; ++x) {
+      if (START == Start::ZERO) {
+        sum[r][x] = vfloat{};
+      } else {
+        sum[r][x] = load<vfloat>(c + r * c_row + x * LANES);
+        if (START == Start::SCALE) sum[r][x] *= load<vfloat>(factor + x * LANES);
+      }
+    }
+  for (int t = 0; t < steps; ++t) {
+    typename P::vector right[V];
+#pragma GCC unroll 3
+    for (int x = 0; x < V; ++x) right[x] = load<typename P::vector>(b + x * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const typename P::vector left = P::splat_unit(a[r * a_row]);
+#pragma GCC unroll 3
+      for (int x = 0; x < V; ++x) sum[r][x] = P::multiply_add(sum[r][x], left, right[x]);
+    }
+    a += a_step;
+    b += b_step;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 3
+    for (int x = 0; x < V; ++x) store(c + r * c_row + x * LANES, sum[r][x]);
+}
+
+// The same for any multiple of ROWS rows and any number of vectors.
+template <class P, Start START>
+inline void product(int rows, int vectors, int steps, const typename P::unit* a, ptrdiff_t a_row, ptrdiff_t a_step,
+                    const typename P::unit* b, ptrdiff_t b_step, float* c, ptrdiff_t c_row,
+                    const float* factor = nullptr) {
+  for (int x = 0; x < vectors;) {
+    const int left = vectors - x;
+    const int take = left >= VECS && left != VECS + 1 ? VECS : left >= 2 ? 2 : 1;  // 4 = 2 + 2, never 3 + 1
+    for (int r = 0; r < rows; r += ROWS) {
+      const auto* ar = a + r * a_row;
+      const auto* bx = b + x * LANES;
+      float* cx = c + r * c_row + x * LANES;
+      const float* fx = START == Start::SCALE ? factor + x * LANES : nullptr;
+      if (take == 3) product_tile<P, 3, START>(steps, ar, a_row, a_step, bx, b_step, cx, c_row, fx);
+      if (take == 2) product_tile<P, 2, START>(steps, ar, a_row, a_step, bx, b_step, cx, c_row, fx);
+      if (take == 1) product_tile<P, 1, START>(steps, ar, a_row, a_step, bx, b_step, cx, c_row, fx);
+    }
+    x += take;
+  }
+}
+
+}  // namespace duplex::DUPLEX_ISA

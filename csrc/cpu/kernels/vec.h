@@ -1,0 +1,190 @@
+// Vectors of the instruction set a source file is compiled for, through the compiler's vector extension: the same text
+// becomes SSE, NEON, AVX2 or AVX-512. Intrinsics appear only where the extension has no word (dot products, half
+// floats).
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define DUPLEX_LANES 16
+#define DUPLEX_ROWS 8
+#elif defined(__AVX2__)
+#define DUPLEX_LANES 8
+#define DUPLEX_ROWS 4
+#else
+#define DUPLEX_LANES 4
+#define DUPLEX_ROWS 4
+#endif
+
+namespace duplex::DUPLEX_ISA {
+
+constexpr int LANES = DUPLEX_LANES;  // floats in a vector
+constexpr int ROWS = DUPLEX_ROWS;    // rows of a register tile
+constexpr int VECS = 3;              // vectors in a row of a register tile
+constexpr int TILE = VECS * LANES;   // queries in a tile
+
+typedef float vfloat __attribute__((vector_size(4 * DUPLEX_LANES)));
+typedef int32_t vint __attribute__((vector_size(4 * DUPLEX_LANES)));
+typedef uint32_t vuint __attribute__((vector_size(4 * DUPLEX_LANES)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class V, class T>
+inline V load(const T* from) {
+  static_assert(sizeof(T) == 4);
+  V v;
+  memcpy(&v, from, sizeof(V));
+  return v;
+}
+template <class V, class T>
+inline void store(T* to, V v) {
+  static_assert(sizeof(T) == 4);
+  memcpy(to, &v, sizeof(V));
+}
+inline vfloat splat(float x) { return x - vfloat{}; }
+inline vint splat(int32_t x) { return x - vint{}; }
+inline vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
+inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
+inline vfloat abs(vfloat a) { return (vfloat)((vint)a & 0x7fffffff); }
+
+inline float sum(vfloat v) {
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += v[i];
+  return total;
+}
+
+inline vint iota() {
+  vint v{};
+  for (int i = 0; i < LANES; ++i) v[i] = i;
+  return v;
+}
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float INF = __builtin_inff();
+
+// 2^x = 2^n * (1 + q): n the nearest integer, q in [-0.3, 0.42]. Minimax in relative error: 2e-9 when EXACT, else 3e-6.
+template <bool EXACT>
+inline vfloat exp2_reduced(vfloat x, vint& n) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat shifted = x + magic;
+  n = (vint)shifted - (vint)splat(magic);
+  const vfloat f = x - (shifted - magic);
+  if (!EXACT) return f * (0.6931241934f + f * (0.2402409861f + f * (0.0559064250f + f * 0.0095828532f)));
+  return f *
+         (0.6931472029f +
+          f * (0.2402264791f + f * (0.0555033247f + f * (0.0096184374f + f * (0.0013398874f + f * 0.0001535336f)))));
+}
+
+// 2^x for x <= 126; exactly 0 from x = -127 down (so -inf gives 0), NaN stays NaN.
+template <bool EXACT>
+inline vfloat exp2(vfloat x) {
+  x = x < -127.0f ? splat(-127.0f) : x;
+  vint n;
+  const vfloat q = exp2_reduced<EXACT>(x, n);
+  return (vfloat)((vint)(1.0f + q) + (n << 23));
+}
+
+// tanh(x) = (e^2x - 1) / (e^2x + 1), with e^2x - 1 = 2^n q + (2^n - 1) so that small x keep their digits.
+inline vfloat tanh(vfloat x) {
+  const vfloat clamped = max(min(abs(x), splat(15.0f)), splat(0.0f));
+  vint n;
+  const vfloat q = exp2_reduced<true>(clamped * (2 * LOG2E), n);
+  const vfloat power = (vfloat)((n + 127) << 23);
+  const vfloat m1 = power * q + (power - 1.0f);
+  const vfloat t = m1 / (m1 + 2.0f);
+  const vfloat result = (vfloat)((vint)t | ((vint)x & (int32_t)0x80000000));
+  return x != x ? x : result;
+}
+
+#if defined(__AVX512F__)
+typedef __m256i half_vector;
+inline vfloat widen(const bf16* from) {
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+}
+inline vfloat widen(const f16* from) { return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+inline void narrow(f16* to, vfloat v) { _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif defined(__AVX2__)
+inline vfloat widen(const bf16* from) {
+  return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+}
+inline vfloat widen(const f16* from) { return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+inline void narrow(f16* to, vfloat v) { _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+inline float to_float(f16 h) {
+  const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = uint32_t(h.bits & 0x7fff) << 13;
+  uint32_t bits;
+  if (magnitude >= 0x0f800000) {
+    bits = magnitude + 0x70000000;  // infinity and NaN: exponent 31 becomes 255
+  } else {
+    float scaled;  // exponent bias 15 becomes 127; subnormals are normalised by the multiplication
+    memcpy(&scaled, &magnitude, 4);
+    scaled *= 0x1p112f;
+    memcpy(&bits, &scaled, 4);
+  }
+  bits |= sign;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline f16 to_f16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint16_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
+  if (bits < 0x38800000) {  // subnormal: let the adder round at 2^-24
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    memcpy(&bits, &magnitude, 4);
+    return {uint16_t(sign | (bits - 0x3f000000))};
+  }
+  bits += 0xc8000fff + ((bits >> 13) & 1);
+  return {uint16_t(sign | (bits >> 13))};
+}
+inline vfloat widen(const bf16* from) {
+  vuint v{};
+  for (int i = 0; i < LANES; ++i) v[i] = uint32_t(from[i].bits) << 16;
+  return (vfloat)v;
+}
+inline vfloat widen(const f16* from) {
+  vfloat v{};
+  for (int i = 0; i < LANES; ++i) v[i] = to_float(from[i]);
+  return v;
+}
+inline void narrow(f16* to, vfloat v) {
+  for (int i = 0; i < LANES; ++i) to[i] = to_f16(v[i]);
+}
+#endif
+
+// bfloat16 bits in the low half of each lane, rounded to nearest even; NaN stays NaN.
+inline vuint bf16_bits(vfloat v) {
+  const vuint bits = (vuint)v;
+  const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return v != v ? (bits >> 16) | 0x40 : rounded;
+}
+
+inline vfloat widen(const float* from) { return load<vfloat>(from); }
+inline void narrow(float* to, vfloat v) { store(to, v); }
+inline void narrow(bf16* to, vfloat v) {
+  const vuint bits = bf16_bits(v);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)bits));
+#else
+  for (int i = 0; i < LANES; ++i) to[i].bits = uint16_t(bits[i]);
+#endif
+}
+
+}  // namespace duplex::DUPLEX_ISA

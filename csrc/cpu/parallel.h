@@ -1,0 +1,68 @@
+// Work over torch's thread pool, each thread with scratch of its own.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace duplex {
+
+// Scratch is kept from call to call in each thread, up to KEEP bytes: mapping fresh pages costs more than a small call.
+class Arena {
+ public:
+  void* get(size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = (bytes + 4095) / 4096 * 4096;
+      memory_.reset(std::aligned_alloc(4096, size_));
+      if (!memory_) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return memory_.get();
+  }
+  void trim() {
+    constexpr size_t KEEP = size_t(4) << 20;
+    if (size_ > KEEP) {
+      memory_.reset();
+      size_ = 0;
+    }
+  }
+
+ private:
+  struct Free {
+    void operator()(void* at) const { std::free(at); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t size_ = 0;
+};
+
+inline Arena& thread_arena() {
+  static thread_local Arena arena;
+  return arena;
+}
+
+// Calls work(index, scratch) for each index of [0, count), the next index to whichever thread is free.
+template <class Work>
+void parallel_tasks(int64_t count, size_t scratch_bytes, const Work& work) {
+  if (count <= 0) return;
+  std::atomic<int64_t> next{0};
+  const auto worker = [&](int64_t, int64_t) {
+    Arena& arena = thread_arena();
+    void* scratch = arena.get(scratch_bytes);
+    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(index, scratch);
+    arena.trim();
+  };
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (threads <= 1)
+    worker(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, worker);
+}
+
+}  // namespace duplex
