@@ -47,7 +47,7 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
 BERT = {
     "embedding.word": ("embeddings.word_embeddings",),
     "embedding.position": ("embeddings.position_embeddings",),
-    "embedding.type": ("embeddings.token_type_embeddings",),
+    "embedding.segment": ("embeddings.token_type_embeddings",),
     "embedding.norm": ("embeddings.LayerNorm",),
     "layers.{}.qkv": tuple("encoder.layer.{}.attention.self." + name for name in ("query", "key", "value")),
     "layers.{}.out": ("encoder.layer.{}.attention.output.dense",),
@@ -280,7 +280,7 @@ def bert_config(raw: Mapping[str, Any]) -> BertConfig:
         heads=need(raw, "num_attention_heads"),
         inner=need(raw, "intermediate_size"),
         max_positions=need(raw, "max_position_embeddings"),
-        type_vocab_size=raw.get("type_vocab_size", 2),
+        segments=raw.get("type_vocab_size", 2),
         activation=activation(raw, "hidden_act", "gelu"),
         eps=raw.get("layer_norm_eps", 1e-12),
         dropout=raw.get("hidden_dropout_prob", 0.1),

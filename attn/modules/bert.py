@@ -23,7 +23,7 @@ class BertConfig:
     heads: int = 12
     inner: int = 3072
     max_positions: int = 512
-    type_vocab_size: int = 2
+    segments: int = 2  # first text or second
     activation: str = "gelu"
     eps: float = 1e-12
     dropout: float = 0.1
@@ -47,12 +47,12 @@ class BertEmbedding(nn.Module):
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.hidden)
         self.position = nn.Embedding(config.max_positions, config.hidden)
-        self.type = nn.Embedding(config.type_vocab_size, config.hidden)
+        self.segment = nn.Embedding(config.segments, config.hidden)
         self.norm = nn.LayerNorm(config.hidden, config.eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-        kind = self.type.weight[0] if types is None else self.type(types)
+    def forward(self, ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
+        kind = self.segment.weight[0] if segments is None else self.segment(segments)
         return self.dropout(self.norm(self.word(ids) + kind + self.position(positions)))
 
 
@@ -101,10 +101,10 @@ class Bert(nn.Module):
         ids: Tensor,
         attention_mask: Tensor | None = None,
         seqlens: Tensor | None = None,
-        types: Tensor | None = None,
+        segments: Tensor | None = None,
         attention: str = "duplex",
     ) -> tuple[Tensor, Rows]:
-        """ids int64 (B, S) with attention_mask (B, S) or seqlens (B,); types int64 (B, S), all 0 by default.
+        """ids int64 (B, S) with attention_mask (B, S) or seqlens (B,); segments int64 (B, S), all 0 by default.
 
         Returns hidden (T, C), or (B, S, C) where nothing is packed (no padding given, or a peer's attention), and
         the `Rows` that unpack it. Tokens stand at their column, so masked-out tokens may lie anywhere in a row.
@@ -114,7 +114,7 @@ class Bert(nn.Module):
                 f"ids: expected at most max_positions ({self.config.max_positions}) columns, got {ids.shape[1]}"
             )
         rows = Rows.of(ids, full(), attention, attention_mask=attention_mask, seqlens=seqlens)
-        x = self.embedding(rows.pack(ids), rows.positions, None if types is None else rows.pack(types))
+        x = self.embedding(rows.pack(ids), rows.positions, None if segments is None else rows.pack(segments))
         for layer in self.layers:
             x = layer(x, rows)
         return x, rows
@@ -124,10 +124,10 @@ class Bert(nn.Module):
         ids: Tensor,
         attention_mask: Tensor | None = None,
         seqlens: Tensor | None = None,
-        types: Tensor | None = None,
+        segments: Tensor | None = None,
         attention: str = "duplex",
     ) -> Tensor:
-        x, rows = self.encode(ids, attention_mask, seqlens, types, attention)
+        x, rows = self.encode(ids, attention_mask, seqlens, segments, attention)
         return rows.unpack(x)
 
     def pool(self, hidden: Tensor, rows: Rows, kind: str = "pooler") -> Tensor:
@@ -177,7 +177,7 @@ class BertMaskedLM(nn.Module):
         ids: Tensor,
         attention_mask: Tensor | None = None,
         seqlens: Tensor | None = None,
-        types: Tensor | None = None,
+        segments: Tensor | None = None,
         masked: Tensor | None = None,
         attention: str = "duplex",
     ) -> Tensor:
@@ -186,7 +186,7 @@ class BertMaskedLM(nn.Module):
         masked: bool (B, S), True at n positions (counting them is one more host synchronisation), or int64 (n,), the
         positions b * S + s. Each must hold a token: what padding would give is undefined.
         """
-        x, rows = self.bert.encode(ids, attention_mask, seqlens, types, attention)
+        x, rows = self.bert.encode(ids, attention_mask, seqlens, segments, attention)
         if masked is not None:
             x = select(x, rows, masked)
         x = self.norm(activate(self.dense(x), self.config.activation))
@@ -210,10 +210,10 @@ class BertClassifier(nn.Module):
         ids: Tensor,
         attention_mask: Tensor | None = None,
         seqlens: Tensor | None = None,
-        types: Tensor | None = None,
+        segments: Tensor | None = None,
         attention: str = "duplex",
     ) -> Tensor:
-        x, rows = self.bert.encode(ids, attention_mask, seqlens, types, attention)
+        x, rows = self.bert.encode(ids, attention_mask, seqlens, segments, attention)
         return self.classifier(self.dropout(self.bert.pool(x, rows)))
 
 

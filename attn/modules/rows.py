@@ -72,6 +72,9 @@ class Rows:
         elif seqlens is not None:
             if seqlens.shape != (batch,):
                 raise ValueError(f"seqlens: expected shape ({batch},), got {tuple(seqlens.shape)}")
+            if not seqlens.is_cuda and batch and not 0 <= int(seqlens.min()) <= int(seqlens.max()) <= seqlen:
+                worst = next(length for length in seqlens.tolist() if not 0 <= length <= seqlen)
+                raise ValueError(f"seqlens: expected 0 to {seqlen}, got {worst}")
             keep = columns.to(seqlens.device) < seqlens[:, None]
         if keep is None:
             return cls(attention, mask, batch, seqlen, columns[None])

@@ -1,0 +1,55 @@
+"""Small random Hugging Face models, saved as checkpoints: what the modules are compared with."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+
+def bert_options(**changes):
+    small = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+    return {**small, "intermediate_size": 80, "max_position_embeddings": 40, "initializer_range": 0.2, **changes}
+
+
+def gpt2_options(**changes):
+    small = {"vocab_size": 97, "n_embd": 48, "n_layer": 3, "n_head": 3, "n_positions": 40, "initializer_range": 0.2}
+    return {**small, "bos_token_id": 1, "eos_token_id": 1, **changes}
+
+
+def llama_options(**changes):
+    small = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6}
+    small |= {"num_key_value_heads": 2, "intermediate_size": 80, "max_position_embeddings": 64}
+    return {**small, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, **changes}
+
+
+OPTIONS = {"Bert": bert_options, "GPT2": gpt2_options, "Llama": llama_options}
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save("BertModel", **options) -> the transformers model in eval mode (eager) and its checkpoint directory."""
+
+    def make(architecture, dtype=torch.float32, **changes):
+        family = next(name for name in OPTIONS if architecture.startswith(name))
+        torch.manual_seed(len(architecture))
+        config = getattr(transformers, f"{family}Config")(**OPTIONS[family](**changes))
+        config._attn_implementation = "eager"
+        model = getattr(transformers, architecture)(config).eval().to(dtype)
+        for name, parameter in model.named_parameters():  # biases and norms are 0 and 1 until trained
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name.lower() or "ln" in name else 0.0, std=0.2)
+        model.save_pretrained(tmp_path / architecture, safe_serialization=True)
+        return model, tmp_path / architecture
+
+    return make
+
+
+@pytest.fixture
+def ragged():
+    """ids (B, S) in 3 .. 96, their lengths, one of them full and one of 1, and the mask transformers takes."""
+    torch.manual_seed(1)
+    seqlens = torch.tensor([7, 19, 1, 12, 19], dtype=torch.int32)
+    attention_mask = (torch.arange(19) < seqlens[:, None]).long()
+    ids = torch.randint(3, 97, (5, 19)) * attention_mask
+    return ids, seqlens, attention_mask
