@@ -12,6 +12,8 @@ struct Isa {
   const char* name;
   bool (*supported)();
   const ForwardKernel* forward;
+  const BackwardKernel* backward;
+  const BiasKernel* bias;
 };
 
 // Those this CPU can run, narrowest first.

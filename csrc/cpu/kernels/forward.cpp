@@ -25,32 +25,25 @@ struct Layout {
 
 template <class P>
 struct Scratch {
+  Carver carver;
   typename P::unit *queries, *keys, *values, *weights;
   float *out, *scores, *peak, *total, *rescale;
   ScoreScratch* score;
-  size_t bytes = 0;
 
-  Scratch(const Problem& p, char* base) {
+  Scratch(const Problem& p, void* base) : carver{(char*)base} {
     const Layout<P> at(p);
     const int64_t stage = TILE > KEYS ? TILE : KEYS;
     const int64_t rows = round_up(p.head_dim_v, LANES) * TILE;  // of the output, on their way out
-    queries = take<typename P::unit>(base, TILES * at.query_tile > rows ? TILES * at.query_tile : rows);
-    keys = take<typename P::unit>(base, stage * at.units);
-    values = take<typename P::unit>(base, KEYS / P::STEP * at.units_v + LANES);
-    weights = take<typename P::unit>(base, P::STEP > 1 ? KEYS / P::STEP * TILE : 0);
-    out = take<float>(base, TILES * at.out_tile);
-    scores = take<float>(base, KEYS * TILE);
-    peak = take<float>(base, TILES * TILE);
-    total = take<float>(base, TILES * TILE);
-    rescale = take<float>(base, TILE);
-    score = take<ScoreScratch>(base, 1);
-  }
-
-  template <class T>
-  T* take(char* base, int64_t count) {
-    T* at = (T*)(base + bytes);
-    bytes += round_up(count * sizeof(T), 64) + 64;  // 64 more keep equal offsets of neighbours out of one cache set
-    return at;
+    queries = carver.take<typename P::unit>(TILES * at.query_tile > rows ? TILES * at.query_tile : rows);
+    keys = carver.take<typename P::unit>(stage * at.units);
+    values = carver.take<typename P::unit>(KEYS / P::STEP * at.units_v + LANES);
+    weights = carver.take<typename P::unit>(P::STEP > 1 ? KEYS / P::STEP * TILE : 0);
+    out = carver.take<float>(TILES * at.out_tile);
+    scores = carver.take<float>(KEYS * TILE);
+    peak = carver.take<float>(TILES * TILE);
+    total = carver.take<float>(TILES * TILE);
+    rescale = carver.take<float>(TILE);
+    score = carver.take<ScoreScratch>(1);
   }
 };
 
@@ -134,7 +127,7 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
 template <class P, class E>
 void forward_rows(const Problem& p, const ForwardTask& task, void* memory) {
   const Layout<P> at(p);
-  Scratch<P> s(p, (char*)memory);
+  Scratch<P> s(p, memory);
   const HeadScores head{p, sequence(p, task.b), task.b, task.h};
   const Span& span = head.seq.span;
   const int64_t kv = task.h / p.group();
@@ -187,16 +180,10 @@ void forward_rows(const Problem& p, const ForwardTask& task, void* memory) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
-typedef BFloat16 Bf16Product;
-#else
-typedef Float32 Bf16Product;
-#endif
-
 const ForwardKernel forward = {TILE, TILES * TILE,
                                [](const Problem& p) {
-                                 const size_t narrow = Scratch<Bf16Product>(p, nullptr).bytes,
-                                              wide = Scratch<Float32>(p, nullptr).bytes;
+                                 const size_t narrow = Scratch<Bf16Product>(p, nullptr).carver.bytes,
+                                              wide = Scratch<Float32>(p, nullptr).carver.bytes;
                                  return narrow > wide ? narrow : wide;
                                },
                                [](const Problem& p, const ForwardTask& task, void* scratch) {

@@ -24,42 +24,42 @@ struct ForwardKernel {
 struct Gradients {
   View dout, dq, dk, dv;
   float* delta;      // laid out as lse: rowsum(dout * out) - dlse
-  float* dq_sum;     // float32 accumulator of dq for the unit at hand, (group, len_q, head_dim), or null
+  float* dq_sum;     // set by the kernel
   float* ddistance;  // (batch, heads_q, 2 * radius + 1), or null
 };
 
 struct BackwardTask {
   int32_t b, h_kv;
   int64_t row_begin, row_end;  // queries
-  int64_t key_begin, key_end;  // keys; key_begin a multiple of the key block
-  bool keys, queries;          // which gradients this task writes: dk and dv, dq
+  int64_t key_begin, key_end;  // keys; key_begin is a multiple of key_block
+  bool keys, queries;          // what this task writes: dk and dv, dq
 };
 
 struct BackwardKernel {
   int tile, key_block;
-  size_t (*scratch)(const Problem&);
+  size_t (*scratch)(const Problem&, int64_t rows);  // for tasks of at most that many queries
   void (*delta)(const Problem&, const View& dout, const float* dlse, float* delta, int64_t b, int64_t h);
   void (*run)(const Problem&, const Gradients&, const BackwardTask&, void* scratch);
 };
 
-// The gradient of a bias, one slice at a time: see backward_bias.cpp.
+// The gradient of a dense bias. A task owns a part of it and sums over every call that reads this part.
 struct BiasTask {
-  int64_t b_begin, b_end, h_begin, h_end;  // the calls that share the slice
-};
-
-struct BiasGradient {
-  void* data;
-  int64_t batch, head, row, col;  // strides, 0 where the bias is broadcast
+  int64_t b, h;                // indices into the bias: its own, or 0 where it is broadcast
+  int64_t row_begin, row_end;  // rows as stored
+  int64_t key_begin, key_end;  // columns as stored
 };
 
 struct BiasKernel {
+  int rows, keys;  // of a task at most; the whole range where the bias is broadcast
   size_t (*scratch)(const Problem&);
-  void (*run)(const Problem&, const Gradients&, const BiasGradient&, const BiasTask&, void* scratch);
+  void (*run)(const Problem&, const Gradients&, const BiasView& dbias, const BiasTask&, void* scratch);
 };
 
-#define DUPLEX_DECLARE_ISA(isa)       \
-  namespace isa {                     \
-  extern const ForwardKernel forward; \
+#define DUPLEX_DECLARE_ISA(isa)         \
+  namespace isa {                       \
+  extern const ForwardKernel forward;   \
+  extern const BackwardKernel backward; \
+  extern const BiasKernel bias;         \
   }
 DUPLEX_DECLARE_ISA(portable)
 DUPLEX_DECLARE_ISA(avx2)

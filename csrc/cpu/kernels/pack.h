@@ -8,6 +8,19 @@ namespace duplex::DUPLEX_ISA {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Hands out pieces of a task's scratch; with base null it only counts bytes.
+struct Carver {
+  char* base;
+  size_t bytes = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* at = (T*)(base + bytes);
+    bytes += round_up(count * sizeof(T), 64) + 64;  // 64 more keep equal offsets of neighbours out of one cache set
+    return at;
+  }
+};
+
 template <class E>
 inline vfloat widen_partial(const E* from, int count) {
   E padded[LANES] = {};

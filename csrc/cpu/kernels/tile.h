@@ -30,6 +30,13 @@ struct BFloat16 {
 };
 #endif
 
+// What bfloat16 tensors are multiplied as.
+#if defined(__AVX512BF16__)
+typedef BFloat16 Bf16Product;
+#else
+typedef Float32 Bf16Product;
+#endif
+
 enum class Start { ZERO, ADD, SCALE };
 
 // c[r][x] = start + sum over t of a[r * a_row + t * a_step] * b[t * b_step + x], for ROWS rows and V vectors of x.
