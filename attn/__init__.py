@@ -1,6 +1,17 @@
 """Fused attention for PyTorch in which the direction is data: bidirectional, causal and everything between."""
 
 from .functional import attention, merge_attention, varlen_attention
+from .integrations import swap
 from .mask import Mask, causal, full, prefix_lm, sliding_window
 
-__all__ = ["Mask", "attention", "causal", "full", "merge_attention", "prefix_lm", "sliding_window", "varlen_attention"]
+__all__ = [
+    "Mask",
+    "attention",
+    "causal",
+    "full",
+    "merge_attention",
+    "prefix_lm",
+    "sliding_window",
+    "swap",
+    "varlen_attention",
+]

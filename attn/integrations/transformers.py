@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, __version__
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
@@ -34,6 +34,9 @@ from .. import functional
 from ..mask import Mask
 
 NAME = "duplex_attn"
+
+if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+    raise ImportError(f"transformers: expected a version whose masks take q_offset, as 5.8 does, got {__version__}")
 
 
 class SpanMask:
@@ -180,7 +183,7 @@ class _Symbol:
 
 
 class _Index(_Symbol):
-    """`query * q + key * k + constant`; of q and k, the indices of a query and a key, only that they are >= 0 is known."""
+    """`query * q + key * k + constant`, where of q and k, the indices of a query and a key, only >= 0 is known."""
 
     def __init__(self, query: int, key: int, constant: int = 0):
         self.query, self.key, self.constant = query, key, constant
@@ -272,7 +275,7 @@ def span_mask(
     """The mask entry: called by transformers' `create_*_mask` functions, with the arguments of its `sdpa_mask`.
 
     Query i stands at position i + q_offset (a tensor with a static cache), key j at j + kv_offset; attention_mask is
-    the padding mask, bool (batch, positions). Returns a SpanMask or, for what is no span, bool (batch, 1, queries, keys).
+    the padding mask, bool (batch, positions). Returns a SpanMask or, for what is none, bool (batch, 1, queries, keys).
     Costs one host check when there is a padding mask; while a graph is traced or captured nothing is read, and the
     padding is kept as a bias of one row.
     """
@@ -406,8 +409,8 @@ def attention(
     query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), not repeated; returns (B, Sq, Hq, Dv) and None
     for the weights, which are never formed. attention_mask: what `span_mask` returned, or a mask of the user's, bool
     (True = keep) or floating (added), that broadcasts to (B, Hq, Sq, Sk). Without one, `is_causal` (or the module's)
-    says the direction, as it does in transformers' sdpa. A query that sees no key gives 0, where eager gives the average
-    of all values. sliding_window is not read: the mask has it. Raises ValueError for output_attentions=True.
+    says the direction, as it does in transformers' sdpa; sliding_window is not read, the mask has it. A query that sees
+    no key gives 0, where eager gives the average of all values. Raises ValueError for output_attentions=True.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
