@@ -16,8 +16,6 @@ const char* const CALL_SCHEMA =
     "Tensor? row_distance_bias, Tensor? col_distance_bias, Tensor? sink, float? scale, float softcap, "
     "float dropout_p, Tensor? seed, bool deterministic, bool batch_invariant";
 
-namespace {
-
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::FLOAT32;
@@ -27,6 +25,8 @@ DType dtype_of(const Tensor& t) {
     default: throw std::invalid_argument("the CPU kernels take float32, float16 and bfloat16");
   }
 }
+
+namespace {
 
 template <class T>
 const T* data(const OptionalTensor& t) {

@@ -69,6 +69,9 @@ extern const char* const CALL_SCHEMA;
    deterministic,             \
    batch_invariant}
 
+// Throws std::invalid_argument for a dtype the kernels do not take.
+DType dtype_of(const Tensor& t);
+
 View view(const Tensor& t);
 
 // A tensor of q's dtype (or float32) on the CPU, uninitialised.

@@ -14,6 +14,7 @@ struct Isa {
   const ForwardKernel* forward;
   const BackwardKernel* backward;
   const BiasKernel* bias;
+  const MergeKernel* merge;
 };
 
 // Those this CPU can run, narrowest first.

@@ -118,6 +118,10 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
   for (int m = 0; m < t.rows; ++m) {
     E* to = p.out.at<E>(head.b, head.seq.row_q + t.i0 + m, head.h);
     const float* from = rows + m * dims;
+    if (factor[m] == 0) {  // not by multiplication: 0 * NaN
+      memset(to, 0, p.head_dim_v * sizeof(E));
+      continue;
+    }
     int x = 0;
     for (; x + LANES <= p.head_dim_v; x += LANES) narrow(to + x, load<vfloat>(from + x) * factor[m]);
     if (x < p.head_dim_v) narrow_partial(to + x, load<vfloat>(from + x) * factor[m], int(p.head_dim_v - x));

@@ -55,11 +55,32 @@ struct BiasKernel {
   void (*run)(const Problem&, const Gradients&, const BiasView& dbias, const BiasTask&, void* scratch);
 };
 
+struct MergePart {
+  View out;
+  const float* lse;
+  int64_t lse_batch, lse_head, lse_row;
+};
+
+struct MergeProblem {
+  DType dtype;
+  int count;
+  const MergePart* parts;
+  int64_t rows, dim;
+  View out;
+  float* lse;
+  int64_t lse_batch, lse_head;  // row stride is 1
+};
+
+struct MergeKernel {
+  void (*run)(const MergeProblem&, int64_t b, int64_t h);
+};
+
 #define DUPLEX_DECLARE_ISA(isa)         \
   namespace isa {                       \
   extern const ForwardKernel forward;   \
   extern const BackwardKernel backward; \
   extern const BiasKernel bias;         \
+  extern const MergeKernel merge;       \
   }
 DUPLEX_DECLARE_ISA(portable)
 DUPLEX_DECLARE_ISA(avx2)
