@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mask import full
-from .rows import Rows, activate
+from .rows import Rows, activate, check_activation
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Bert(nn.Module):
         super().__init__()
         if config.hidden % config.heads:
             raise ValueError(f"hidden: expected a multiple of heads ({config.heads}), got {config.hidden}")
+        check_activation(config.activation)
         self.config = config
         self.embedding = BertEmbedding(config)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mask import Mask, causal
-from .rows import Rows, activate
+from .rows import Rows, activate, check_activation, check_seqlens
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class KVCache:
             )
         if self.longest == 0:
             return Rows.of(ids, mask, attention, seqlens=seqlens)
+        if seqlens is not None:
+            check_seqlens(seqlens, *ids.shape)
         rows = Rows.of(ids, mask, attention)
         rows.past = self.longest
         start = self.longest if self.seqlens is None else self.seqlens[:, None]
@@ -172,6 +174,9 @@ class GPT(nn.Module):
             raise ValueError(f"positions: expected learned or rotary, got {config.positions!r}")
         if config.norm not in ("layer", "rms"):
             raise ValueError(f"norm: expected layer or rms, got {config.norm!r}")
+        if config.positions == "rotary" and config.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number with rotary positions, got {config.head_dim}")
+        check_activation(config.activation)
         self.config = config
         self.word = nn.Embedding(config.vocab_size, config.hidden)
         learned = config.positions == "learned"

@@ -70,11 +70,7 @@ class Rows:
                 )
             keep = attention_mask.bool()
         elif seqlens is not None:
-            if seqlens.shape != (batch,):
-                raise ValueError(f"seqlens: expected shape ({batch},), got {tuple(seqlens.shape)}")
-            if not seqlens.is_cuda and batch and not 0 <= int(seqlens.min()) <= int(seqlens.max()) <= seqlen:
-                worst = next(length for length in seqlens.tolist() if not 0 <= length <= seqlen)
-                raise ValueError(f"seqlens: expected 0 to {seqlen}, got {worst}")
+            check_seqlens(seqlens, batch, seqlen)
             keep = columns.to(seqlens.device) < seqlens[:, None]
         if keep is None:
             return cls(attention, mask, batch, seqlen, columns[None])
@@ -144,7 +140,13 @@ class Rows:
             span = span & (j >= p - mask.left)
         prefix = mask.prefix[:, None, None, None] if isinstance(mask.prefix, Tensor) else mask.prefix
         span = span | (j < prefix)
-        return span if seen is None else span & seen
+        if seen is None:
+            return span
+        queries = torch.arange(self.seqlen, device=device)
+        token = self.keep if self.seqlens_q is None else queries < self.seqlens_q[:, None]
+        if token is None:
+            return span & seen
+        return span & seen | ~token[:, None, :, None]  # padding sees something: its NaN would spread as 0 * NaN
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float = 0.0) -> Tensor:
@@ -162,15 +164,25 @@ def is_causal(mask: Mask) -> bool:
     return mask.left is None and mask.right == 0 and isinstance(mask.prefix, int) and mask.prefix == 0
 
 
+def check_seqlens(seqlens: Tensor, batch: int, seqlen: int) -> None:
+    """Shape always, contents where reading them does not wait for a device (a longer one is cut to seqlen)."""
+    if seqlens.shape != (batch,):
+        raise ValueError(f"seqlens: expected shape ({batch},), got {tuple(seqlens.shape)}")
+    if seqlens.device.type == "cpu":
+        for length in seqlens.tolist():
+            if not 0 <= length <= seqlen:
+                raise ValueError(f"seqlens: expected 0 to {seqlen}, got {length}")
+
+
 def activate(x: Tensor, name: str) -> Tensor:
-    """gelu, gelu_tanh, silu or relu of x; in x's own memory where no gradient is recorded (it is the widest tensor)."""
+    """`name` of x; in x's own memory where no gradient is recorded, for x is the widest tensor of a layer."""
     in_place = not torch.is_grad_enabled()
-    if name == "gelu":
-        return torch.ops.aten.gelu_(x) if in_place else F.gelu(x)
-    if name == "gelu_tanh":
-        return torch.ops.aten.gelu_(x, approximate="tanh") if in_place else F.gelu(x, approximate="tanh")
-    if name == "silu":
-        return F.silu(x, inplace=in_place)
-    if name == "relu":
-        return F.relu(x, inplace=in_place)
-    raise ValueError(f"activation: expected gelu, gelu_tanh, silu or relu, got {name!r}")
+    if name in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if name == "gelu_tanh" else "none"
+        return torch.ops.aten.gelu_(x, approximate=approximate) if in_place else F.gelu(x, approximate=approximate)
+    return F.silu(x, inplace=in_place) if name == "silu" else F.relu(x, inplace=in_place)
+
+
+def check_activation(name: str) -> None:
+    if name not in ("gelu", "gelu_tanh", "silu", "relu"):
+        raise ValueError(f"activation: expected gelu, gelu_tanh, silu or relu, got {name!r}")

@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from duplex_attn.checkpoint import load_checkpoint
 from duplex_attn.modules import Bert, BertClassifier, BertConfig, BertMaskedLM
 

@@ -1,0 +1,231 @@
+import duplex_attn as da
+import pytest
+import torch
+import torch.nn.functional as F
+from duplex_attn.checkpoint import load_checkpoint
+from duplex_attn.modules import GPT, GPTConfig, KVCache, RopeScaling
+
+EXACT = {"atol": 2e-5, "rtol": 2e-5}
+ATTENTIONS = ("duplex", "sdpa", "plain")
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 100.0}
+MODELS = {
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "gpt2 untied relu": ("GPT2LMHeadModel", {"tie_word_embeddings": False, "activation_function": "relu"}),
+    "llama": ("LlamaForCausalLM", {}),
+    "llama biases tied": (
+        "LlamaForCausalLM",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    ),
+    "llama3 rope": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
+    "linear rope": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}, "head_dim": 20},
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def pair(request, save):
+    architecture, options = MODELS[request.param]
+    theirs, folder = save(architecture, **options)
+    return theirs, load_checkpoint(folder)
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    config = {"vocab_size": 97, "hidden": 48, "layers": 2, "heads": 4, "heads_kv": 2, "head_dim": 12, "inner": 64}
+    model = GPT(GPTConfig.llama(**config, max_positions=64)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)  # sharp enough for a wrong mask to show
+    return model
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_logits_are_those_of_transformers(pair, ragged, attention):
+    theirs, ours = pair
+    ids, seqlens, attention_mask = ragged
+    real = attention_mask.bool()
+    expected = theirs(ids, attention_mask=attention_mask).logits
+    logits = ours(ids, seqlens, attention=attention)
+    torch.testing.assert_close(logits[real], expected[real], **EXACT)
+    torch.testing.assert_close(ours(ids[:1, :7], attention=attention), expected[:1, :7], **EXACT)
+    last = ours(ids, seqlens, attention=attention, last=True)
+    rows = torch.arange(len(ids))
+    torch.testing.assert_close(last, expected[rows, seqlens.long() - 1], **EXACT)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_greedy_decoding_is_that_of_transformers(pair, ragged, attention):
+    """Prompts of unequal lengths: transformers pads them on the left, we on the right or not at all."""
+    theirs, ours = pair
+    ids, seqlens, _ = ragged
+    left = torch.stack([row.roll(row.shape[0] - length) for row, length in zip(ids, seqlens.tolist(), strict=True)])
+    attention_mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - seqlens[:, None]).long()
+    with torch.no_grad():
+        theirs.generation_config.eos_token_id = None
+        whole = theirs.generate(
+            left, attention_mask=attention_mask, max_new_tokens=12, do_sample=False, pad_token_id=0, use_cache=True
+        )
+    assert ours.generate(ids, 12, seqlens, attention=attention).equal(whole[:, ids.shape[1] :])
+    full_rows = seqlens == ids.shape[1]
+    equal = ours.generate(ids[full_rows], 12, attention=attention)
+    assert equal.equal(whole[full_rows, ids.shape[1] :])
+
+
+def test_generation_stops_writing_at_eos(small, ragged):
+    ids, seqlens, _ = ragged
+    free = small.generate(ids, 10, seqlens)
+    eos = int(free[1, 3])
+    first = int((free[1] == eos).nonzero()[0])
+    stopped = small.generate(ids, 10, seqlens, eos=eos)
+    assert stopped[1, : first + 1].equal(free[1, : first + 1])
+    assert stopped[1, first:].eq(eos).all()
+    for row in range(len(ids)):
+        if eos not in free[row].tolist():
+            assert stopped[row].equal(free[row])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_gradients_of_a_language_model_loss(pair, ragged, attention):
+    theirs, ours = pair
+    ids, seqlens, attention_mask = ragged
+    real = attention_mask.bool()[:, 1:]
+    targets = ids[:, 1:][real]
+    F.cross_entropy(theirs(ids, attention_mask=attention_mask).logits[:, :-1][real], targets).backward()
+    F.cross_entropy(ours(ids, seqlens, attention=attention)[:, :-1][real], targets).backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    gpt2 = ours.config.positions == "learned"
+    if gpt2:
+        names = {"word": ["transformer.wte"], "position": ["transformer.wpe"], "norm": ["transformer.ln_f"]}
+        layer = {"attention_norm": ["ln_1"], "qkv": ["attn.c_attn"], "out": ["attn.c_proj"], "norm": ["ln_2"]}
+        layer |= {"up": ["mlp.c_fc"], "down": ["mlp.c_proj"]}
+    else:
+        names = {"word": ["model.embed_tokens"], "norm": ["model.norm"]}
+        layer = {"attention_norm": ["input_layernorm"], "qkv": [f"self_attn.{x}_proj" for x in "qkv"]}
+        layer |= {"out": ["self_attn.o_proj"], "norm": ["post_attention_layernorm"]}
+        layer |= {"up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}
+    for index in range(3):
+        stem = f"transformer.h.{index}." if gpt2 else f"model.layers.{index}."
+        names |= {f"layers.{index}.{ours_}": [stem + name for name in stored] for ours_, stored in layer.items()}
+    if not ours.config.tied:
+        names["head"] = ["lm_head"]
+    grads = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    assert {name.rsplit(".", 1)[0] for name in grads} == set(names)
+    for name, grad in grads.items():
+        module, leaf = name.rsplit(".", 1)
+        parts = [expected[f"{stored}.{leaf}"] for stored in names[module]]
+        if gpt2 and module.startswith("layers") and parts[0].dim() == 2:
+            parts = [part.t() for part in parts]
+        torch.testing.assert_close(grad, torch.cat(parts), **EXACT, msg=name)
+
+
+MASKS = {
+    "bidirectional": da.full(),
+    "prefix": da.prefix_lm(3),
+    "a prefix for each": da.prefix_lm(torch.tensor([7, 0, 1, 5, 19], dtype=torch.int32)),
+    "window": da.sliding_window(4),
+    "window over first tokens": da.Mask(prefix=2, left=3, right=1),
+    "top left": da.Mask(right=2, align="top_left"),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_the_mask_is_data(small, ragged, mask):
+    """The three attentions agree on any span, and each sequence is what it is alone."""
+    ids, seqlens, attention_mask = ragged
+    real = attention_mask.bool()
+    plain = small(ids, seqlens, mask, attention="plain")
+    for attention in ("duplex", "sdpa"):
+        torch.testing.assert_close(small(ids, seqlens, mask, attention=attention)[real], plain[real], **EXACT)
+    assert (small(ids, seqlens)[real] - plain[real]).abs().max() > 1e-4
+    for row, length in enumerate(seqlens.tolist()):
+        own = mask._replace(prefix=mask.prefix[row : row + 1]) if isinstance(mask.prefix, torch.Tensor) else mask
+        alone = small(ids[row : row + 1, :length], mask=own)
+        torch.testing.assert_close(alone[0], plain[row, :length], **EXACT)
+
+
+def test_a_bidirectional_prefix_lets_early_tokens_see_late_ones(small):
+    ids = torch.randint(3, 97, (1, 10))
+    changed = ids.clone()
+    changed[0, 5] = (ids[0, 5] + 1) % 97
+    for mask, sees in ((da.causal(), False), (da.prefix_lm(5), False), (da.prefix_lm(6), True)):
+        assert small(ids, mask=mask)[0, :5].equal(small(changed, mask=mask)[0, :5]) is not sees
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "mask", [da.causal(), da.sliding_window(6), da.prefix_lm(3)], ids=["causal", "window", "prefix"]
+)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_tokens_through_the_cache_in_any_chunks(small, ragged, attention, mask, uneven):
+    """A prompt, then chunks of 3 and 1 tokens: the logits are those of the whole at once."""
+    torch.manual_seed(3)
+    lengths = torch.tensor([5, 8, 3], dtype=torch.int32) if uneven else torch.full((3,), 8, dtype=torch.int32)
+    whole = torch.randint(3, 97, (3, 12))
+    prompt = torch.where(torch.arange(8) < lengths[:, None], whole[:, :8], 0)
+    cache = KVCache(small.config, 3, 12, torch.float32, "cpu")
+    got = [small(prompt, lengths if uneven else None, mask, cache, attention, last=True)]
+    at = lengths.long()
+    for size in (3, 1):
+        chunk = whole.gather(1, at[:, None] + torch.arange(size))
+        got.append(small(chunk, None, mask, cache, attention)[:, -1])
+        at = at + size
+    assert cache.longest == 12
+    for row in range(3):
+        length = int(lengths[row])
+        expected = small(whole[row : row + 1, : length + 4], mask=mask, attention="plain")[0]
+        for step, end in enumerate((length, length + 3, length + 4)):
+            torch.testing.assert_close(got[step][row], expected[end - 1], **EXACT)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("mask", [da.causal(), da.sliding_window(1)], ids=["causal", "window"])
+def test_a_ragged_chunk_after_a_prompt(small, attention, mask):
+    torch.manual_seed(4)
+    whole = torch.randint(3, 97, (3, 11))
+    prompt, chunk = torch.tensor([5, 7, 2], dtype=torch.int32), torch.tensor([4, 1, 3], dtype=torch.int32)
+    cache = KVCache(small.config, 3, 11, torch.float32, "cpu")
+    small(whole[:, :7], prompt, mask, cache, attention)
+    more = whole.gather(1, (prompt.long()[:, None] + torch.arange(4)).clamp(max=10))
+    got = small(more, chunk, mask, cache, attention, last=True)
+    for row in range(3):
+        end = int(prompt[row] + chunk[row])
+        torch.testing.assert_close(got[row], small(whole[row : row + 1, :end], mask=mask)[0, -1], **EXACT)
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0)])
+def test_the_llama_preset_has_the_shape_it_names(scaling):
+    config = GPTConfig.llama(rope_scaling=scaling)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008  # SmolLM2-135M's own count
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(GPTConfig.gpt2()).parameters()) == 124_439_808
+
+
+def test_bad_input_is_named(small):
+    ids = torch.randint(3, 97, (2, 6))
+    cache = KVCache(small.config, 2, 8, torch.float32, "cpu")
+    small(ids, cache=cache)
+    with pytest.raises(ValueError, match=r"ids: expected at most 2 more tokens in a cache of 8, got 3"):
+        small(ids[:, :3], cache=cache)
+    with pytest.raises(ValueError, match=r"ids: expected the cache's batch \(2\), got 1"):
+        small(ids[:1], cache=cache)
+    with pytest.raises(ValueError, match=r"seqlens: expected shape \(2,\), got \(1,\)"):
+        small(ids[:, :2], torch.tensor([1]), cache=cache)
+    learned = GPT(GPTConfig(vocab_size=97, hidden=12, layers=1, heads=1, heads_kv=1, head_dim=12, max_positions=5))
+    with pytest.raises(ValueError, match=r"ids: expected at most max_positions \(5\) tokens, got 6"):
+        learned(ids)
+    for option, message in (
+        ({"heads": 4, "heads_kv": 3}, r"heads: expected a multiple of heads_kv \(3\), got 4"),
+        ({"positions": "none"}, "positions: expected learned or rotary, got 'none'"),
+        ({"norm": "batch"}, "norm: expected layer or rms, got 'batch'"),
+        ({"positions": "rotary", "heads": 1, "heads_kv": 1, "head_dim": 7}, "head_dim: expected an even number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GPT(GPTConfig(vocab_size=97, hidden=12, layers=1, **option))
+    with pytest.raises(ValueError, match="activation: expected gelu, gelu_tanh, silu or relu, got 'mish'"):
+        GPT(GPTConfig(vocab_size=97, hidden=12, heads=1, heads_kv=1, layers=1, activation="mish"))
