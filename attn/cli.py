@@ -1,0 +1,169 @@
+"""The command `duplex-attn`. Torch and the models are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
+
+WIDE = 120  # columns, where the output is no terminal
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+class OutputFile(click.Path):
+    """A file that can be written, or - for stdout; known before the work, not after it."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, allow_dash=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name = super().convert(value, param, ctx)
+        if name != "-" and not Path(name).absolute().parent.is_dir():
+            self.fail(f"Directory '{Path(name).parent}' does not exist.", param, ctx)
+        return name
+
+
+class BadInput(click.ClickException):
+    """Something about what the user gave: exit status 2, as click has it for a wrong option."""
+
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="duplex-attn", prog_name="duplex-attn")
+def main() -> None:
+    """Fused attention for PyTorch in which the direction is data."""
+
+
+@main.command()
+@click.argument("text", required=False, type=click.Path(exists=True, path_type=Path))
+@click.option("--bert", type=FOLDER, help="A BERT checkpoint; else bert-base's shape, seeded weights.")
+@click.option("--gpt", type=FOLDER, help="A GPT-2 or Llama checkpoint; else gpt2-small's shape.")
+@click.option("--model", type=FOLDER, help="Instead, any transformers model: before and after duplex_attn.swap.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:N; by default a card if there is any."
+)
+@click.option(
+    "--size", type=click.Choice(["base", "tiny"]), default="base", show_default=True, help="Without checkpoints."
+)
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Lines, or prompts.")
+@click.option("--max-length", type=click.IntRange(4), default=256, show_default=True, help="Tokens of a line at most.")
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="After each prompt.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Each runs every system once.")
+@click.option("--json", "output", type=OutputFile(), help="Where to write the same as JSON; - is stdout.")
+def profile(
+    text: Path | None,
+    bert: Path | None,
+    gpt: Path | None,
+    model: Path | None,
+    dtype: str,
+    device: str | None,
+    size: str,
+    batch: int,
+    max_length: int,
+    new_tokens: int,
+    rounds: int,
+    output: str | None,
+) -> None:
+    """Compares attentions on real text: plain PyTorch, F.scaled_dot_product_attention and duplex-attn.
+
+    TEXT is a text file, or a directory of them; by default a text that comes with the machine. BERT encodes a batch of
+    its lines and GPT continues them, on the same weights with each attention.
+    """
+    if model is not None and (bert is not None or gpt is not None):
+        raise click.UsageError("--model stands instead of --bert and --gpt")
+    import torch
+
+    from . import text as texts
+    from .doctor import machine
+    from .profile.memory import meaning
+    from .profile.report import Report, render
+    from .profile.run import measure, steps_of
+    from .profile.swapped import swapped_workload
+    from .profile.workloads import Settings, bert_workload, gpt_workload
+
+    with progress() as shown:
+        task = shown.add_task("reading text and weights", total=None)
+        try:
+            where = pick_device(device)
+            read = texts.default_text() if text is None else texts.read_text(text)
+            settings = Settings(read, where, getattr(torch, dtype), size, batch, max_length, new_tokens)
+            if model is None:
+                workloads, swaps = [bert_workload(settings, bert), gpt_workload(settings, gpt)], []
+            else:
+                workload, swaps = swapped_workload(settings, model)
+                workloads = [workload]
+        except (OSError, ValueError) as error:
+            raise BadInput(str(error)) from error
+        shown.update(task, total=sum(steps_of(workload, rounds) for workload in workloads))
+        comparisons = measure(
+            workloads, rounds, where, step=lambda what: shown.update(task, advance=1, description=what)
+        )
+    peers = "plain: the softmax formula in PyTorch; sdpa: F.scaled_dot_product_attention; both on the padded batch"
+    notes = [
+        *(swaps if model else [peers]),
+        "largest difference: of the hidden states or logits of a few lines, from the same weights in float64",
+        "spread: half the distance between the quartiles of the rounds",
+        meaning(where),
+        "speed: how many times as fast as that peer, median over the rounds",
+    ]
+    report = Report(read.name, dtype, str(where), rounds, notes, machine(), comparisons)
+    write(render(report), report.as_json(), output)
+
+
+@main.command()
+@click.option("--json", "output", type=OutputFile(), help="Where to write the same as JSON; - is stdout.")
+def doctor(output: str | None) -> None:
+    """Tells what this machine has, each backend, and why a missing one is missing."""
+    from .doctor import diagnose, render
+
+    diagnosis = diagnose()
+    write(render(diagnosis), diagnosis, output)
+
+
+def pick_device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: expected one of the {torch.cuda.device_count()} CUDA cards here, got {name!r}")
+    return device
+
+
+def progress() -> Progress:
+    """A bar on stderr that leaves nothing behind; silent where stderr is no terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console(sys.stderr), transient=True, disable=not sys.stderr.isatty())
+
+
+def write(printed: RenderableType, data: dict[str, Any], output: str | None) -> None:
+    """Prints on stdout and writes the data to `output`; where that is stdout, prints on stderr."""
+    console(sys.stderr if output == "-" else sys.stdout).print(printed)
+    if output == "-":
+        print(json.dumps(data, indent=2))
+    elif output is not None:
+        Path(output).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def console(stream: Any) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else WIDE)

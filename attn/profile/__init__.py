@@ -1,0 +1,1 @@
+"""The profiler behind `duplex-attn profile`: the same weights through plain attention, SDPA and this package."""
