@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
 }
 
 # Our module -> the stored modules whose weights, one below the other, make up its own. {} is the layer.
-BERT = {
+Modules = dict[str, tuple[str, ...]]
+BERT: Modules = {
     "embedding.word": ("embeddings.word_embeddings",),
     "embedding.position": ("embeddings.position_embeddings",),
     "embedding.segment": ("embeddings.token_type_embeddings",),
@@ -57,13 +58,13 @@ BERT = {
     "layers.{}.norm": ("encoder.layer.{}.output.LayerNorm",),
     "pooler": ("pooler.dense",),
 }
-BERT_HEADS = {
+BERT_HEADS: Modules = {
     "dense": ("cls.predictions.transform.dense",),
     "norm": ("cls.predictions.transform.LayerNorm",),
     "decoder": ("cls.predictions.decoder",),
     "classifier": ("classifier",),
 }
-GPT2 = {
+GPT2: Modules = {
     "word": ("wte",),
     "position": ("wpe",),
     "layers.{}.attention_norm": ("h.{}.ln_1",),
@@ -75,7 +76,7 @@ GPT2 = {
     "norm": ("ln_f",),
     "head": ("lm_head",),
 }
-LLAMA = {
+LLAMA: Modules = {
     "word": ("embed_tokens",),
     "layers.{}.attention_norm": ("layers.{}.input_layernorm",),
     "layers.{}.qkv": tuple(f"layers.{{}}.self_attn.{name}_proj" for name in "qkv"),
@@ -90,163 +91,6 @@ LLAMA = {
 UNUSED = re.compile(
     r"embeddings\.position_ids|cls\.seq_relationship\..*|h\.\d+\.attn\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
 )
-
-
-def load_checkpoint(
-    directory: str | Path,
-    architecture: type[nn.Module] | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> Any:
-    """The model in `directory`, in eval mode.
-
-    directory: holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
-    architecture: Bert, BertMaskedLM, BertClassifier or GPT; by default what config.json's `architectures` names.
-    dtype: of the weights; by default as stored.
-    Raises FileNotFoundError where a file is missing, ValueError for a pickle, an unknown architecture or option, and
-    missing, unexpected or wrongly shaped tensors.
-    """
-    folder = Path(directory)
-    files = weight_files(folder)
-    raw = read_config(folder)
-    named = (raw.get("architectures") or ["?"])[0]
-    made = architecture or ARCHITECTURES.get(named)
-    if made is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"architectures: expected one of {known} in {folder / 'config.json'}, got {named}")
-    family = raw.get("model_type")
-    if family not in ("bert", "gpt2", "llama"):
-        raise ValueError(f"model_type: expected bert, gpt2 or llama in {folder / 'config.json'}, got {family}")
-    if (made is GPT) == (family == "bert"):
-        raise ValueError(f"architecture: expected one of family {family}, got {made.__name__}")
-
-    stored = {plain_name(name, family): tensor for file in files for name, tensor in read_tensors(file).items()}
-    config: BertConfig | GPTConfig
-    if family == "bert":
-        config = bert_config(raw)
-        if made is Bert:
-            config = replace(config, pooler="pooler.dense.weight" in stored)
-            stored = {name: t for name, t in stored.items() if not name.startswith(("cls.", "classifier."))}
-        elif made is BertMaskedLM:
-            config = replace(config, pooler="pooler.dense.weight" in stored)
-            for old in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
-                if old in stored:
-                    stored["cls.predictions.decoder.bias"] = stored.pop(old)
-        modules = BERT if made is Bert else {f"bert.{ours}": theirs for ours, theirs in BERT.items()} | BERT_HEADS
-        head, word = "cls.predictions.decoder.weight", "embeddings.word_embeddings.weight"
-    else:
-        config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
-        modules = GPT2 if family == "gpt2" else LLAMA
-        head, word = "lm_head.weight", "wte.weight" if family == "gpt2" else "embed_tokens.weight"
-    if config.tied and word in stored and made in (BertMaskedLM, GPT):
-        if head in stored and not torch.equal(stored[head], stored[word]):
-            raise ValueError(f"tie_word_embeddings: config.json says true, but {head} differs from {word} in {folder}")
-        stored[head] = stored[word]
-
-    with torch.device("meta"):
-        model = made(config)
-    weights = assemble(model.state_dict(), stored, modules, transposed=family == "gpt2", folder=folder)
-    weights = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in weights.items()}
-    model.load_state_dict(weights, assign=True)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # assignment parted them
-    return model.eval()
-
-
-def assemble(
-    wanted: Mapping[str, Tensor],
-    stored: dict[str, Tensor],
-    modules: dict[str, tuple[str, ...]],
-    transposed: bool,
-    folder: Path,
-) -> dict[str, Tensor]:
-    """Our state dict of the stored tensors, each used exactly once; `transposed` linear weights are (in, out)."""
-    weights, missing, unused = {}, [], {name for name in stored if not UNUSED.fullmatch(name)}
-    for name, parameter in wanted.items():
-        module, leaf = name.rsplit(".", 1)
-        layer = re.search(r"layers\.(\d+)\.", module)
-        key = module if layer is None else module.replace(layer[0], "layers.{}.", 1)
-        sources = [f"{source.format(layer and layer[1])}.{leaf}" for source in modules[key]]
-        absent = [source for source in sources if source not in stored]
-        if absent:
-            missing += absent
-            continue
-        unused -= set(sources)
-        parts = [stored[source] for source in sources]
-        if transposed and key.startswith("layers.") and parts[0].dim() == 2:
-            parts = [part.t().contiguous() for part in parts]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if whole.shape != parameter.shape:
-            expected, got = tuple(parameter.shape), tuple(whole.shape)
-            raise ValueError(f"{' + '.join(sources)}: expected {expected} ({name}) in {folder}, got {got}")
-        if not whole.is_floating_point():
-            raise ValueError(f"{' + '.join(sources)}: expected a floating dtype in {folder}, got {whole.dtype}")
-        weights[name] = whole
-    if missing:
-        raise ValueError(f"missing tensors in {folder}: {listed(missing)}")
-    if unused:
-        raise ValueError(f"unexpected tensors in {folder}: {listed(sorted(unused))}")
-    return weights
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory, shards in the order of their names."""
-    if folder.suffix in PICKLES:
-        raise ValueError(pickle_refusal(folder))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"directory: expected a checkpoint directory, got {folder}")
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for shard in shards:
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise ValueError(f"weight_map: expected names of safetensors files in {index}, got {shard!r}")
-            if not (folder / shard).exists():
-                raise FileNotFoundError(f"{index} names {shard}, which is not there")
-        return [folder / shard for shard in shards]
-    for file in sorted(folder.iterdir()):
-        if file.suffix in PICKLES:
-            raise ValueError(pickle_refusal(file))
-    raise FileNotFoundError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither")
-
-
-def pickle_refusal(file: Path) -> str:
-    return (
-        f"{file} is a pickle, and reading one can run any code: expected safetensors. Convert it where you trust it, "
-        "for example with transformers: Model.from_pretrained(...).save_pretrained(...)"
-    )
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a safetensors file, got one that cannot be read ({error})") from None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{folder}: expected a config.json, found none")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: expected JSON ({error})") from None
-
-
-def plain_name(name: str, family: str) -> str:
-    """A stored name without its model's prefix, and with today's names for a norm's weight and bias."""
-    name = name.removeprefix({"bert": "bert.", "gpt2": "transformer.", "llama": "model."}[family])
-    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{'weight' if m[1] == 'gamma' else 'bias'}", name)
 
 
 def need(raw: Mapping[str, Any], name: str) -> Any:
@@ -353,3 +197,177 @@ def llama_config(raw: Mapping[str, Any]) -> GPTConfig:
         rope_scaling=scaling,
         attention_dropout=raw.get("attention_dropout", 0.0),
     )
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model_type is stored: what reads its config, and the names of its tensors."""
+
+    config: Callable[[Mapping[str, Any]], BertConfig] | Callable[[Mapping[str, Any]], GPTConfig]
+    modules: Modules
+    prefix: str  # before the names of all but the heads, where the checkpoint has a head
+    word: str
+    head: str  # tied to `word` or stored
+    transposed: bool = False  # linear weights of layers are (in, out)
+
+
+FAMILIES = {
+    "bert": Family(bert_config, BERT, "bert.", "embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    "gpt2": Family(gpt2_config, GPT2, "transformer.", "wte.weight", "lm_head.weight", transposed=True),
+    "llama": Family(llama_config, LLAMA, "model.", "embed_tokens.weight", "lm_head.weight"),
+}
+
+
+def load_checkpoint(
+    directory: str | Path,
+    architecture: type[nn.Module] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """The model in `directory`, in eval mode.
+
+    directory: holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
+    architecture: Bert, BertMaskedLM, BertClassifier or GPT; by default what config.json's `architectures` names.
+    dtype: of the weights; by default as stored.
+    Raises FileNotFoundError where a file is missing, ValueError for a pickle, an unknown architecture or option, and
+    missing, unexpected or wrongly shaped tensors.
+    """
+    folder = Path(directory)
+    files = weight_files(folder)
+    raw = read_config(folder)
+    named = (raw.get("architectures") or ["?"])[0]
+    made = architecture or ARCHITECTURES.get(named)
+    if made is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"architectures: expected one of {known} in {folder / 'config.json'}, got {named}")
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model_type: expected one of {known} in {folder / 'config.json'}, got {model_type}")
+    if (made is GPT) == (model_type == "bert"):
+        raise ValueError(f"architecture: expected one of family {model_type}, got {made.__name__}")
+    family = FAMILIES[model_type]
+
+    stored = {plain_name(name, family): tensor for file in files for name, tensor in read_tensors(file).items()}
+    config, modules = family.config(raw), family.modules
+    if isinstance(config, BertConfig):
+        if made is not BertClassifier:
+            config = replace(config, pooler="pooler.dense.weight" in stored)
+        if made is Bert:
+            stored = {name: t for name, t in stored.items() if not name.startswith(("cls.", "classifier."))}
+        else:
+            modules = {f"bert.{ours}": theirs for ours, theirs in BERT.items()} | BERT_HEADS
+    if config.tied and family.word in stored and made in (BertMaskedLM, GPT):
+        word = stored[family.word]
+        if not torch.equal(stored.setdefault(family.head, word), word):
+            names = f"{family.head} differs from {family.word}"
+            raise ValueError(f"tie_word_embeddings: config.json says true, but {names} in {folder}")
+
+    with torch.device("meta"):
+        model = made(config)
+    weights = assemble(model.state_dict(), stored, modules, family.transposed, folder)
+    weights = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    if isinstance(model, (BertMaskedLM, GPT)):
+        model.tie_weights()  # assignment parted them
+    return model.eval()
+
+
+def assemble(
+    wanted: Mapping[str, Tensor],
+    stored: dict[str, Tensor],
+    modules: Modules,
+    transposed: bool,
+    folder: Path,
+) -> dict[str, Tensor]:
+    """Our state dict of the stored tensors; raises ValueError unless each fits and none is missing or left over."""
+    weights, missing, unused = {}, [], {name for name in stored if not UNUSED.fullmatch(name)}
+    for name, parameter in wanted.items():
+        module, leaf = name.rsplit(".", 1)
+        layer = re.search(r"layers\.(\d+)\.", module)
+        key = module if layer is None else module.replace(layer[0], "layers.{}.", 1)
+        sources = [f"{source.format(layer and layer[1])}.{leaf}" for source in modules[key]]
+        absent = [source for source in sources if source not in stored]
+        if absent:
+            missing += absent
+            continue
+        unused -= set(sources)
+        parts = [stored[source] for source in sources]
+        if transposed and key.startswith("layers.") and parts[0].dim() == 2:
+            parts = [part.t().contiguous() for part in parts]
+        shapes = [tuple(part.shape) for part in parts]
+        rows = sum(shape[0] for shape in shapes if shape)
+        if any(shape[1:] != tuple(parameter.shape[1:]) for shape in shapes) or rows != parameter.shape[0]:
+            expected = "shapes that stack to " * (len(parts) > 1) + str(tuple(parameter.shape))
+            got = ", ".join(map(str, shapes))
+            raise ValueError(f"{' + '.join(sources)}: expected {expected} for {name} in {folder}, got {got}")
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if not whole.is_floating_point():
+            raise ValueError(f"{' + '.join(sources)}: expected a floating dtype in {folder}, got {whole.dtype}")
+        weights[name] = whole
+    if missing:
+        raise ValueError(f"missing tensors in {folder}: {listed(missing)}")
+    if unused:
+        raise ValueError(f"unexpected tensors in {folder}: {listed(sorted(unused))}")
+    return weights
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory, shards in the order of their names."""
+    if folder.suffix in PICKLES:
+        raise ValueError(pickle_refusal(folder))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"directory: expected a checkpoint directory, got {folder}")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for shard in shards:
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ValueError(f"weight_map: expected names of safetensors files in {index}, got {shard!r}")
+            if not (folder / shard).exists():
+                raise FileNotFoundError(f"{index} names {shard}, which is not there")
+        return [folder / shard for shard in shards]
+    for file in sorted(folder.iterdir()):
+        if file.suffix in PICKLES:
+            raise ValueError(pickle_refusal(file))
+    raise FileNotFoundError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither")
+
+
+def pickle_refusal(file: Path) -> str:
+    return (
+        f"{file} is a pickle, and reading one can run any code: expected safetensors. Convert it where you trust it, "
+        "for example with transformers: Model.from_pretrained(...).save_pretrained(...)"
+    )
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file, got one that cannot be read ({error})") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder}: expected a config.json, found none")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: expected JSON ({error})") from None
+
+
+def plain_name(name: str, family: Family) -> str:
+    """A stored name without its model's prefix; a norm's gamma and beta and the decoder's bias by today's names."""
+    name = name.removeprefix(family.prefix)
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+    return "cls.predictions.decoder.bias" if name == "cls.predictions.bias" else name

@@ -7,6 +7,7 @@ at the end. Shapes in comments: B batch, S seqlen, T total tokens without paddin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,11 @@ class BertConfig:
     classifier_dropout: float | None = None  # None: dropout
 
     @classmethod
-    def base(cls, **changes) -> BertConfig:
+    def base(cls, **changes: Any) -> BertConfig:
         return cls(**changes)
 
     @classmethod
-    def large(cls, **changes) -> BertConfig:
+    def large(cls, **changes: Any) -> BertConfig:
         return cls(**{"hidden": 1024, "layers": 24, "heads": 16, "inner": 4096, **changes})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +56,20 @@ class GPTConfig:
     attention_dropout: float = 0.0
 
     @classmethod
-    def gpt2(cls, **changes) -> GPTConfig:
+    def gpt2(cls, **changes: Any) -> GPTConfig:
         return cls(**changes)
 
     @classmethod
-    def llama(cls, **changes) -> GPTConfig:
+    def llama(cls, **changes: Any) -> GPTConfig:
         """Llama's structure at the size of SmolLM2-135M (arXiv 2502.02737)."""
-        small = {"vocab_size": 49152, "hidden": 576, "layers": 30, "heads": 9, "heads_kv": 3, "head_dim": 64}
+        small: dict[str, Any] = {
+            "vocab_size": 49152,
+            "hidden": 576,
+            "layers": 30,
+            "heads": 9,
+            "heads_kv": 3,
+            "head_dim": 64,
+        }
         small |= {"inner": 1536, "max_positions": 8192, "rope_theta": 100000.0}
         kind = {"positions": "rotary", "norm": "rms", "activation": "silu", "gated": True}
         return cls(**{**small, **kind, "attention_bias": False, "mlp_bias": False, **changes})

@@ -102,8 +102,8 @@ class Rows:
         """
         if self.attention == "duplex":
             if self.cu_seqlens is None:
-                lengths = {"seqlens_q": self.seqlens_q, "seqlens_k": self.seqlens_k}
-                return attention(q, k, v, self.mask, dropout_p=dropout_p, **lengths)
+                lens_q, lens_k = self.seqlens_q, self.seqlens_k
+                return attention(q, k, v, self.mask, seqlens_q=lens_q, seqlens_k=lens_k, dropout_p=dropout_p)
             cu, longest = self.cu_seqlens, self.seqlen
             return varlen_attention(q, k, v, cu, cu, longest, longest, self.mask, dropout_p=dropout_p)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D)

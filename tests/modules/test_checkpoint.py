@@ -1,0 +1,259 @@
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from duplex_attn.checkpoint import load_checkpoint
+from duplex_attn.modules import GPT, Bert, BertClassifier, BertMaskedLM
+from safetensors.torch import load_file, save_file
+
+EXACT = {"atol": 2e-5, "rtol": 2e-5}
+
+
+def edit(folder, change):
+    """Rewrites the stored tensors: change(tensors) edits the dictionary in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    """Changes config.json; a value of None removes the key."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def pickle_weights(folder, name="pytorch_model.bin"):
+    (folder / "model.safetensors").unlink()
+    with (folder / name).open("wb") as file:
+        pickle.dump({}, file)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt"])
+def test_a_pickle_is_refused_unread(save, name):
+    _, folder = save("BertModel")
+    pickle_weights(folder, name)
+    with pytest.raises(ValueError, match=rf"{name} is a pickle.*expected safetensors"):
+        load_checkpoint(folder)
+    with pytest.raises(ValueError, match="is a pickle"):
+        load_checkpoint(folder / name)
+
+
+def test_a_pickle_named_safetensors_is_not_run(save, tmp_path):
+    _, folder = save("BertModel")
+    mark = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return (mark.touch, ())
+
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file"):
+        load_checkpoint(folder)
+    assert not mark.exists()
+
+
+def test_safetensors_win_where_both_are_there(save):
+    _, folder = save("BertModel")
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    assert isinstance(load_checkpoint(folder), Bert)
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_shards_load_as_one_file_does(save, architecture):
+    theirs, folder = save(architecture)
+    whole = load_checkpoint(folder).state_dict()
+    sharded = folder / "sharded"
+    theirs.save_pretrained(sharded, max_shard_size="40KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    assert not (sharded / "model.safetensors").exists()
+    for name, tensor in load_checkpoint(sharded).state_dict().items():
+        assert tensor.equal(whole[name]), name
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "model.bin", "absent.safetensors"])
+def test_an_index_names_files_of_its_own_directory(save, shard):
+    _, folder = save("BertModel")
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    (folder / "model.bin").write_bytes(b"")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"pooler.dense.weight": shard}}))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"expected names of safetensors files|not there"):
+        load_checkpoint(folder)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(save):
+    _, folder = save("BertModel")
+    original = load_file(folder / "model.safetensors")
+    name = "encoder.layer.1.attention.self.key.weight"
+    edit(folder, lambda t: t.pop(name))
+    with pytest.raises(ValueError, match=rf"missing tensors in .*: {name}$"):
+        load_checkpoint(folder)
+    save_file({**original, "adapter.weight": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected tensors in .*: adapter\.weight$"):
+        load_checkpoint(folder)
+    save_file({**original, "pooler.dense.weight": torch.zeros(48, 47)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"pooler\.dense\.weight: expected \(48, 48\) .* got \(48, 47\)"):
+        load_checkpoint(folder)
+    save_file({**original, name: torch.zeros(48, 47)}, folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"self\.key\.weight.*: expected shapes that stack to \(144, 48\) .*\(48, 47\)"
+    ):
+        load_checkpoint(folder)
+    save_file({**original, "pooler.dense.bias": torch.zeros(48, dtype=torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"pooler\.dense\.bias: expected a floating dtype .* got torch\.int8"):
+        load_checkpoint(folder)
+    save_file({}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing tensors .* and \d+ more"):
+        load_checkpoint(folder)
+
+
+def test_missing_files_are_named(save, tmp_path):
+    _, folder = save("BertModel")
+    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint directory, got .*nowhere"):
+        load_checkpoint(tmp_path / "nowhere")
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected a config\.json"):
+        load_checkpoint(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
+        load_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or model\.safetensors\.index\.json"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        (
+            "BertModel",
+            {"architectures": ["RobertaModel"]},
+            "architectures: expected one of BertModel, .* got RobertaModel",
+        ),
+        ("BertModel", {"model_type": "roberta"}, "model_type: expected one of bert, gpt2, llama in .* got roberta"),
+        ("BertModel", {"hidden_size": None}, "hidden_size: expected it in config.json"),
+        ("BertModel", {"hidden_act": "mish"}, "hidden_act: expected one of gelu, .* got 'mish'"),
+        ("BertModel", {"is_decoder": True}, "is_decoder: expected False in config.json, got True"),
+        ("BertModel", {"position_embedding_type": "relative_key"}, "position_embedding_type: expected 'absolute'"),
+        (
+            "GPT2LMHeadModel",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx: expected False",
+        ),
+        ("GPT2LMHeadModel", {"scale_attn_weights": False}, "scale_attn_weights: expected True"),
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected .* got 'yarn'"),
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear"}}, "factor: expected it in config.json"),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor: expected 1.0",
+        ),
+    ],
+)
+def test_options_that_the_modules_do_not_compute_are_refused(save, architecture, changes, message):
+    _, folder = save(architecture)
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(folder)
+
+
+def test_the_encoder_alone_from_any_bert(save, ragged):
+    ids, _, attention_mask = ragged
+    theirs, folder = save("BertForMaskedLM")
+    bert = load_checkpoint(folder, Bert)
+    real = attention_mask.bool()
+    expected = theirs.bert(ids, attention_mask=attention_mask).last_hidden_state
+    torch.testing.assert_close(bert(ids, attention_mask)[real], expected[real], **EXACT)
+    assert bert.pooler is None
+    assert load_checkpoint(save("BertForSequenceClassification")[1], Bert).pooler is not None
+    with pytest.raises(ValueError, match=r"missing tensors .*classifier"):
+        load_checkpoint(folder, BertClassifier)
+    with pytest.raises(ValueError, match="architecture: expected one of family bert, got GPT"):
+        load_checkpoint(folder, GPT)
+
+
+def test_names_of_older_checkpoints(save, ragged):
+    """gamma and beta, a stored tied decoder, next-sentence prediction, position_ids: as the first BERTs have them."""
+    ids, _, attention_mask = ragged
+    _, folder = save("BertForMaskedLM")
+    whole = load_checkpoint(folder)(ids, attention_mask)
+
+    def age(tensors):
+        for name in list(tensors):
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[old] = tensors.pop(name)
+        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
+        tensors["cls.seq_relationship.weight"] = torch.zeros(2, 48)
+        tensors["bert.embeddings.position_ids"] = torch.arange(40)[None]
+
+    edit(folder, age)
+    edit_config(folder, architectures=["BertForPreTraining"])
+    aged = load_checkpoint(folder)
+    assert isinstance(aged, BertMaskedLM)
+    assert aged(ids, attention_mask).equal(whole)
+
+
+def test_gpt2_without_prefix_and_with_its_old_buffers(save):
+    theirs, folder = save("GPT2Model")
+    edit(
+        folder, lambda t: t.update({"h.0.attn.bias": torch.ones(1, 1, 40, 40), "h.0.attn.masked_bias": torch.zeros(())})
+    )
+    ours = load_checkpoint(folder)
+    ids = torch.randint(0, 97, (2, 11))
+    torch.testing.assert_close(ours.encode(ids)[0], theirs(ids).last_hidden_state, **EXACT)
+
+
+def test_a_tied_head_that_differs_is_not_dropped(save):
+    _, folder = save("GPT2LMHeadModel")
+    edit(folder, lambda t: t.update({"lm_head.weight": torch.zeros(97, 48)}))
+    with pytest.raises(ValueError, match=r"tie_word_embeddings: .* lm_head\.weight differs from wte\.weight"):
+        load_checkpoint(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    assert load_checkpoint(folder)(torch.zeros(1, 3, dtype=torch.int64)).eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 300.0}, {"rope_theta": 300.0, "rope_type": "default"}),
+        (
+            {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_theta": 300.0, "rope_type": "linear", "factor": 2.0},
+        ),
+    ],
+)
+def test_both_forms_of_rotary_options(save, old, new):
+    theirs, folder = save("LlamaForCausalLM", rope_parameters=new)
+    ids = torch.randint(0, 97, (2, 30))
+    expected = theirs(ids).logits
+    torch.testing.assert_close(load_checkpoint(folder)(ids), expected, **EXACT)
+    edit_config(folder, rope_parameters=None, **old)
+    torch.testing.assert_close(load_checkpoint(folder)(ids), expected, **EXACT)
+    edit_config(folder, rope_scaling=None, rope_theta=10000.0)
+    assert not torch.allclose(load_checkpoint(folder)(ids), expected, atol=1e-3)
+
+
+def test_dtype_is_the_stored_one_or_the_asked_one(save):
+    _, folder = save("LlamaForCausalLM", torch.bfloat16)
+    assert {p.dtype for p in load_checkpoint(folder).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_checkpoint(folder, dtype=torch.float32).parameters()} == {torch.float32}
+
+
+def test_a_loaded_model_is_in_eval_mode_tied_and_trainable(save):
+    _, folder = save("GPT2LMHeadModel")
+    ours = load_checkpoint(folder)
+    assert not ours.training
+    assert ours.head.weight is ours.word.weight
+    assert all(p.requires_grad and p.is_leaf for p in ours.parameters())
+
+
+def test_nothing_at_run_time_imports_transformers(save):
+    _, folder = save("BertModel")
+    code = (
+        f"import sys, duplex_attn.checkpoint as c; c.load_checkpoint({str(folder)!r});"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd="/")
