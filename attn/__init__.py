@@ -1,17 +1,10 @@
 """Fused attention for PyTorch in which the direction is data: bidirectional, causal and everything between."""
 
-from .functional import attention, merge_attention, varlen_attention
-from .integrations import swap
+from .backends import backends
+from .functional import attention, explain, merge_attention, varlen_attention
 from .mask import Mask, causal, full, prefix_lm, sliding_window
 
 __all__ = [
-    "Mask",
-    "attention",
-    "causal",
-    "full",
-    "merge_attention",
-    "prefix_lm",
-    "sliding_window",
-    "swap",
+    "Mask", "attention", "backends", "causal", "explain", "full", "merge_attention", "prefix_lm", "sliding_window",
     "varlen_attention",
-]
+]  # fmt: skip

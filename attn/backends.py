@@ -1,15 +1,239 @@
-"""Who can run a call, who does, and why."""
+"""Who can run a call, who does, and why not the others.
+
+A backend may be missing from a machine or refuse a call, each with a reason. The first in the order of the tensors'
+device that does neither runs the call, unless the caller names one, which then runs it or raises with its reason.
+"""
 
 from __future__ import annotations
 
-from types import ModuleType
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import reference
+from .call import Call
+from .checks import wrong_value
+
+_INTERPRET_HINT = " (TRITON_INTERPRET=1 interprets it on the CPU)"
+_FLOAT64 = "float64 runs in the reference only"
+_ROW_BIAS = "row_distance_bias and col_distance_bias run in the reference only"
 
 
-def choose(arguments, backend: str) -> ModuleType:
-    return reference
+class Backend:
+    """What runs calls: three functions with the arguments of the operators less the backend's name."""
+
+    name: str
+    attention_forward: Callable[..., tuple[Tensor, Tensor]]
+    attention_backward: Callable[..., tuple[Tensor, ...]]
+    merge_attention: Callable[..., tuple[Tensor, Tensor]]
+
+    def missing(self) -> str | None:
+        """Why this machine does not have it."""
+        return None
+
+    def refuses(self, call: Call) -> str | None:
+        """Why it does not take a call; asked only where it is not missing, and so below."""
+        return None
+
+    def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
+        return None
+
+    def detail(self) -> str:
+        """What it is on this machine."""
+        return ""
+
+    def tile(self, call: Call) -> str:
+        """What it would run a call with; empty where there is nothing to choose."""
+        return ""
 
 
-def choose_merge(outs, lses, backend: str) -> ModuleType:
-    return reference
+class ReferenceBackend(Backend):
+    name = "reference"
+    attention_forward = staticmethod(reference.attention_forward)
+    attention_backward = staticmethod(reference.attention_backward)
+    merge_attention = staticmethod(reference.merge_attention)
+
+    def detail(self) -> str:
+        return "torch operations on any device; memory grows with seqlen_q * seqlen_k"
+
+
+class CpuBackend(Backend):
+    """The C++ kernels, built beside the package when it is installed."""
+
+    name = "cpu"
+    library = Path(__file__).parent / "libduplex_cpu.so"
+
+    @cache  # noqa: B019  one instance lives as long as the process
+    def missing(self) -> str | None:
+        if not self.library.exists():
+            return f"{self.library.name} is not there: the package was built without a C++ compiler"
+        try:
+            torch.ops.load_library(self.library)
+            native = torch.ops.duplex_attn_cpu
+            self.attention_forward = native.attention_forward.default
+            native_backward = native.attention_backward.default
+        except (OSError, RuntimeError, AttributeError) as error:
+            return f"{self.library.name} does not load: {error}"
+
+        def attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+            return native_backward(*arguments[:-1], sum(want << n for n, want in enumerate(arguments[-1])))
+
+        self.attention_backward = attention_backward
+        return None
+
+    def refuses(self, call: Call) -> str | None:
+        if call.q.device.type != "cpu":
+            return f"it runs on CPU tensors, these are on {call.q.device}"
+        if call.q.dtype == torch.float64:
+            return _FLOAT64
+        if call.row_distance_bias is not None or call.col_distance_bias is not None:
+            return _ROW_BIAS
+        return None
+
+    def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
+        return "it has no merge_attention"
+
+
+class TritonBackend(Backend):
+    """The kernels of `duplex_attn.kernels`: on CUDA cards, or interpreted on CPU tensors under TRITON_INTERPRET=1."""
+
+    name = "triton"
+
+    def missing(self) -> str | None:
+        if not _is_installed("triton"):
+            return "triton is not installed"
+        if not _interpreted() and not torch.cuda.is_available():
+            return "there is no CUDA card" + _INTERPRET_HINT
+        return None
+
+    def refuses(self, call: Call) -> str | None:
+        if call.row_distance_bias is not None or call.col_distance_bias is not None:
+            return _ROW_BIAS
+        return self.refuses_merge((call.q,))
+
+    def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
+        if outs[0].dtype == torch.float64:
+            return _FLOAT64
+        device = outs[0].device
+        if device.type == "cuda" or (device.type == "cpu" and _interpreted()):
+            return None
+        return f"it runs on CUDA tensors, these are on {device}" + _INTERPRET_HINT * (device.type == "cpu")
+
+    def detail(self) -> str:
+        return "interpreted" if _interpreted() else torch.cuda.get_device_name()
+
+    def _kernels(self) -> Any:
+        return importlib.import_module(f"{__package__}.kernels.attention")
+
+    # Imported when first needed: triton takes longer to import than this whole package.
+    def attention_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return self._kernels().attention_forward(*arguments)
+
+    def attention_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return self._kernels().attention_backward(*arguments)
+
+    def merge_attention(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self._kernels().merge_attention(outs, lses)
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_CPU, _TRITON, _REFERENCE = CpuBackend(), TritonBackend(), ReferenceBackend()
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (_CPU, _TRITON, _REFERENCE)}
+_ORDER: dict[str, tuple[Backend, ...]] = {"cpu": (_CPU, _REFERENCE), "cuda": (_TRITON, _REFERENCE)}
+
+
+@cache
+def _candidates(device_type: str) -> tuple[Backend, ...]:
+    return tuple(backend for backend in _ORDER.get(device_type, (_REFERENCE,)) if backend.missing() is None)
+
+
+def choose(call: Call, name: str) -> Backend:
+    """The backend that runs `call`. ValueError when the named one cannot."""
+    if name:
+        return _named(name, lambda backend: backend.refuses(call))
+    for backend in _candidates(call.q.device.type):
+        if backend.refuses(call) is None:
+            return backend
+    raise AssertionError("the reference refuses nothing")
+
+
+def choose_merge(outs: Sequence[Tensor], name: str) -> Backend:
+    if name:
+        return _named(name, lambda backend: backend.refuses_merge(outs))
+    return next(backend for backend in _candidates(outs[0].device.type) if backend.refuses_merge(outs) is None)
+
+
+def _named(name: str, refuses: Callable[[Backend], str | None]) -> Backend:
+    check_name(name)
+    backend = BACKENDS[name]
+    reason = backend.missing() or refuses(backend)
+    if reason is not None:
+        wrong_value("backend", f"one that can run this call, {name} cannot: {reason}", name)
+    return backend
+
+
+def check_name(name: str) -> None:
+    if name and name not in BACKENDS:
+        wrong_value("backend", f"one of {', '.join(BACKENDS)}", name)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    name: str
+    available: bool
+    detail: str  # what it is on this machine, or why it is missing
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'' if self.available else 'missing, '}{self.detail}"
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name, with what it is on this machine or why the machine lacks it."""
+    return {name: _status(backend) for name, backend in BACKENDS.items()}
+
+
+def _status(backend: Backend) -> BackendStatus:
+    missing = backend.missing()
+    return BackendStatus(backend.name, missing is None, backend.detail() if missing is None else missing)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call takes. Prints one line a backend."""
+
+    backend: str
+    tile: str  # instruction set or kernel configuration; empty where the backend has no choice of one
+    refusals: dict[str, str]  # every other backend that could not have run it -> why
+
+    def __str__(self) -> str:
+        chosen = f"{self.backend}: runs the call" + (f", {self.tile}" if self.tile else "")
+        return "\n".join([chosen, *(f"{name}: {reason}" for name, reason in self.refusals.items())])
+
+
+def explain_call(call: Call, name: str) -> Explanation:
+    chosen = choose(call, name)
+    refusals = {}
+    for backend in BACKENDS.values():
+        if backend is not chosen:
+            refusals[backend.name] = backend.missing() or backend.refuses(call) or _why_not_first(backend, chosen, name)
+    return Explanation(chosen.name, chosen.tile(call), refusals)
+
+
+def _why_not_first(backend: Backend, chosen: Backend, name: str) -> str:
+    return f"could run it, {chosen.name} was asked for" if name else f"could run it, {chosen.name} comes first"

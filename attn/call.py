@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Call(NamedTuple):
-    """Dense: q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv). Packed: the same without B, cu_seqlens int32 (B+1,)."""
+    """Dense: q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv). Packed: rows of all sequences in one dimension."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    cu_seqlens_q: Tensor | None
+    cu_seqlens_q: Tensor | None  # int32 (B+1,), of a packed call
     cu_seqlens_k: Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int

@@ -1,12 +1,21 @@
-"""The calls of the package: give every argument its meaning and hand it to the operator."""
+"""The calls of the package: each argument is given its meaning here and handed to the operator, which checks it."""
 
 from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from .backends import Explanation, explain_call
+from .call import Call
+from .checks import wrong_type, wrong_value
 from .mask import Mask, full
+from .ops import attention_forward as _operator
+from .ops import merge_attention as _merge_operator
 
 _FULL = full()
 
@@ -35,12 +44,35 @@ def attention(
     deterministic: bool | None = None,
     batch_invariant: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    return _attention(
-        q, k, v, None, None, q.shape[1], k.shape[1], q.shape[0], mask, seqlens_q, seqlens_k, starts_q, starts_k, bias,
-        distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
-        return_lse, deterministic, batch_invariant, backend,
+) -> Any:
+    """Attention over a dense batch, out_i = sum_j softmax_j(scale <q_i, k_j> + biases) v_j over the keys the mask shows.
+
+    q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv): float32, float16 or bfloat16 (float64 in the reference),
+    any strides, Hq a multiple of Hkv, D and Dv up to 256.
+    seqlens_q, seqlens_k, starts_q, starts_k: int32 (B,), sequence b lies in rows starts[b] .. starts[b] + seqlens[b] of
+        its padded tensor; outside, out is 0, lse -inf and gradients 0, whatever the padding holds.
+    bias: broadcasts to (B, Hq, Sq, Sk), added to the scores; bool keeps where True. Indexed by stored row and key.
+    distance_bias: (Hq, 2R+1), added at clamp(j - p(i), -R, R) + R (T5, Raffel et al. 2020).
+    alibi_slopes: (Hq,), subtracts slope * |j - p(i)| (ALiBi, Press et al. 2022); no gradient.
+    row_distance_bias, col_distance_bias: (B, Hq, Sq, 2R+1) and (B, Hq, Sk, 2R+1), indexed by i or j and by distance as
+        distance_bias is (DeBERTa, He et al. 2021).
+    sink: (Hq,), a logit that takes part in the softmax and has no value (GPT-OSS, 2025).
+    scale: of the scores, D ** -0.5 by default. softcap: s -> softcap * tanh(s / softcap) when > 0 (Gemma 2, 2024).
+    dropout_p: in [0, 1), of the probabilities. seed: int or int64 tensor (1,); None draws one from torch's generator.
+    deterministic: the same gradient bits in every run; None follows torch.use_deterministic_algorithms.
+    batch_invariant: a sequence's bits do not depend on the rest of the batch.
+    backend: "cpu", "triton" or "reference", obeyed or refused with its reason; None chooses (see `explain`).
+
+    Returns out (B, Sq, Hq, Dv), and with return_lse also lse (B, Hq, Sq), the natural log of the softmax's denominator,
+    float32; both are differentiable. A row that sees nothing has out 0 and lse -inf.
+    Raises ValueError for shapes and values, TypeError for dtypes and kinds, naming the argument.
+    """
+    arguments = _arguments(
+            q, k, v, None, None, _rows("q", q), _rows("k", k), mask, seqlens_q, seqlens_k, starts_q, starts_k, bias, distance_bias,
+            alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed, deterministic,
+            batch_invariant, backend,
     )  # fmt: skip
+    return _run(arguments, return_lse)
 
 
 def varlen_attention(
@@ -67,48 +99,140 @@ def varlen_attention(
     deterministic: bool | None = None,
     batch_invariant: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    return _attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, cu_seqlens_q.shape[0] - 1, mask, None, None,
-        None, None, bias, distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap,
-        dropout_p, seed, return_lse, deterministic, batch_invariant, backend,
+) -> Any:
+    """Attention over sequences packed one after another.
+
+    q (total_q, Hq, D), k (total_k, Hkv, D), v (total_k, Hkv, Dv).
+    cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), sequence b holds rows cu_seqlens[b] .. cu_seqlens[b + 1]. They start at
+        0 and never decrease; rows past the last entry give 0 and -inf.
+    max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths.
+    bias broadcasts to (B, Hq, max_seqlen_q, max_seqlen_k), indexed by i and j; row_distance_bias and col_distance_bias
+        are (B, Hq, max_seqlen_q, 2R+1) and (B, Hq, max_seqlen_k, 2R+1). All else, and the errors, as in `attention`.
+
+    Returns out (total_q, Hq, Dv), and with return_lse also lse (Hq, total_q).
+    """
+    arguments = _arguments(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, None, None, None, None, bias,
+            distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
+            deterministic, batch_invariant, backend,
     )  # fmt: skip
+    return _run(arguments, return_lse)
 
 
 def merge_attention(
-    outs: list[Tensor], lses: list[Tensor], *, backend: str | None = None
+    outs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    return ops.merge_attention(list(outs), list(lses), backend or "")
+    """The attention over the union of disjoint sets of keys, from the attention over each; exact and differentiable.
+
+    outs: each (B, S, H, D) or (total, H, D); lses: each (B, H, S) or (H, total), float32. Returns out and lse of the
+    same shapes. A sink belongs in one part only. Raises ValueError or TypeError, naming the argument.
+    """
+    return _merge_operator(outs, lses, backend or "")
 
 
-def _attention(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, batch, mask, seqlens_q, seqlens_k, starts_q,
-    starts_k, bias, distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p,
-    seed, return_lse, deterministic, batch_invariant, backend,
-):  # fmt: skip
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """Which backend a call takes and why each other one does not; the arguments are those of the call.
+
+    A call of `varlen_attention` is told from one of `attention` by its cu_seqlens. Nothing is computed; what the call
+    would raise, this raises.
+    """
+    packed = "cu_seqlens_q" in kwargs or len(args) > 4
+    bound = inspect.signature(varlen_attention if packed else attention).bind(*args, **kwargs)
+    bound.apply_defaults()
+    named = {name: x for name, x in bound.arguments.items() if name != "return_lse"}
+    if not packed:
+        named.update(max_seqlen_q=_rows("q", named["q"]), max_seqlen_k=_rows("k", named["k"]))
+    *call, backend = _arguments(*[named.get(name) for name in inspect.signature(_arguments).parameters])
+    return explain_call(Call._make(call), backend)
+
+
+def _arguments(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, seqlens_q, seqlens_k, starts_q, starts_k,
+    bias, distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
+    deterministic, batch_invariant, backend,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The operator's arguments."""
+    if not isinstance(mask, Mask):
+        wrong_type("mask", "a Mask (full, causal, prefix_lm, sliding_window)", type(mask).__name__)
     prefix, left, right, align = mask
+    if align not in ("bottom_right", "top_left"):
+        wrong_value("mask", 'align "bottom_right" or "top_left"', align)
     if not isinstance(prefix, Tensor):
-        prefix = torch.full((batch,), prefix, dtype=torch.int32, device=q.device) if prefix else None
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
-    table = torch.float64 if q.dtype == torch.float64 else torch.float32
+        prefix = _prefix_tensor(prefix, q, cu_seqlens_q) if prefix else None
+    table_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if bias is not None:
+        bias = _four_dims(bias)
     if distance_bias is not None:
-        distance_bias = distance_bias.to(table).contiguous()
+        distance_bias = _table("distance_bias", distance_bias, table_dtype)
     if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.to(table).contiguous()
+        alibi_slopes = _table("alibi_slopes", alibi_slopes, table_dtype)
     if sink is not None:
-        sink = sink.to(table).contiguous()
+        sink = _table("sink", sink, table_dtype)
     if dropout_p == 0:
         seed = None
-    elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     elif not isinstance(seed, Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=q.device)
+        seed = _seed_tensor(seed, q)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    out, lse = ops.attention_forward(
+    return (
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlens_q, seqlens_k, starts_q, starts_k,
         prefix, left, right, align == "top_left", bias, distance_bias, alibi_slopes, row_distance_bias,
         col_distance_bias, sink, scale, softcap, dropout_p, seed, deterministic, batch_invariant, backend or "",
     )  # fmt: skip
+
+
+def _run(arguments: tuple[Any, ...], return_lse: bool) -> Any:
+    try:
+        out, lse = _operator(*arguments)
+    except RuntimeError as error:
+        _raise_if_wrong_kind(error)
+        raise
     return (out, lse) if return_lse else out
+
+
+def _raise_if_wrong_kind(error: RuntimeError) -> None:
+    """The dispatcher's complaint about an argument that its schema does not take, in this package's form."""
+    found = re.search(
+        r"Expected a value of type '(.*?)' for argument '(\w+)' but instead found type '(.*?)'", str(error)
+    )
+    if found is not None:
+        expected, name, got = found.groups()
+        raise TypeError(f"{name}: expected {expected}, got {got}") from None
+
+
+def _rows(name: str, x: Tensor) -> int:
+    if not isinstance(x, Tensor):
+        wrong_type(name, "a tensor", type(x).__name__)
+    return x.shape[1] if x.dim() > 1 else 0
+
+
+def _prefix_tensor(prefix: Any, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor | None:
+    if not isinstance(prefix, (int, torch.SymInt)):
+        wrong_type("prefix", "an int or an int32 tensor (batch,)", type(prefix).__name__)
+    batch = q.shape[0] if cu_seqlens_q is None else max(cu_seqlens_q.shape[0] - 1, 0)
+    return torch.full((batch,), prefix, dtype=torch.int32, device=q.device)
+
+
+def _four_dims(bias: Tensor) -> Tensor:
+    if not isinstance(bias, Tensor):
+        wrong_type("bias", "a tensor", type(bias).__name__)
+    return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
+
+
+def _table(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of the softmax; the cast is outside the operator, so autograd casts the gradient back."""
+    if not isinstance(x, Tensor):
+        wrong_type(name, "a tensor", type(x).__name__)
+    if not x.is_floating_point():
+        wrong_type(name, "a floating dtype", x.dtype)
+    return x.to(dtype).contiguous()
+
+
+def _seed_tensor(seed: Any, q: Tensor) -> Tensor:
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    if not isinstance(seed, (int, torch.SymInt)):
+        wrong_type("seed", "an int or an int64 tensor (1,)", type(seed).__name__)
+    if not -(2**63) <= seed < 2**63:
+        wrong_value("seed", "a 64-bit integer", seed)
+    return torch.full((1,), seed, dtype=torch.int64, device=q.device)

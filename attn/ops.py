@@ -1,17 +1,21 @@
 """The torch operators: schemas, implementations, fakes, autograd, autocast and vmap.
 
-Autograd is an implementation on the Autograd key with `torch.autograd.Function`, which costs a tenth of what
+Autograd is an implementation on the Autograd key with `torch.autograd.Function`, which costs a fraction of what
 `torch.library.register_autograd` does with so many arguments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 
-from . import backends
+from . import checks
+from .backends import check_name, choose, choose_merge
 from .call import Call
 
 _CALL = """
@@ -22,115 +26,283 @@ _CALL = """
     Tensor? bias, Tensor? distance_bias, Tensor? alibi_slopes, Tensor? row_distance_bias, Tensor? col_distance_bias,
     Tensor? sink, float? scale, float softcap, float dropout_p, Tensor? seed, bool deterministic, bool batch_invariant
 """
-_GRADS = ("q", "k", "v", "bias", "distance_bias", "row_distance_bias", "col_distance_bias", "sink")
+GRADIENTS = ("q", "k", "v", "bias", "distance_bias", "row_distance_bias", "col_distance_bias", "sink")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _library = torch.library.Library("duplex_attn", "DEF")
-_library.define(f"attention_forward({_CALL}, str backend) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
+_library.define(f"attention_forward({_CALL}, str backend) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_CALL}, bool[8] output_mask, str backend)"
-    f" -> ({', '.join(f'Tensor d{name}' for name in _GRADS)})",
-    tags=torch.Tag.pt2_compliant_tag,
+    f" -> ({', '.join(f'Tensor d{name}' for name in GRADIENTS)})",
+    tags=_TAGS,
 )
-_library.define(
-    "merge_attention(Tensor[] outs, Tensor[] lses, str backend) -> (Tensor out, Tensor lse)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+_library.define("merge_attention(Tensor[] outs, Tensor[] lses, str backend) -> (Tensor out, Tensor lse)", tags=_TAGS)
 attention_forward = torch.ops.duplex_attn.attention_forward.default
 attention_backward = torch.ops.duplex_attn.attention_backward.default
 merge_attention = torch.ops.duplex_attn.merge_attention.default
 
+# Places of the arguments of attention_forward: what may need a gradient, and how to take apart what autograd saves.
+_DIFFERENTIABLE = [Call._fields.index(name) for name in GRADIENTS]
+_TENSORS = [n for n, x in enumerate(attention_forward._schema.arguments) if "Tensor" in str(x.type)]
+_OTHERS = [n for n in range(len(Call._fields) + 1) if n not in _TENSORS]
+_take_differentiable, _take_tensors, _take_others = map(
+    lambda places: itemgetter(*places), (_DIFFERENTIABLE, _TENSORS, _OTHERS)
+)
+_put_together = itemgetter(*[(_TENSORS + _OTHERS).index(n) for n in range(len(_TENSORS) + len(_OTHERS))])
+
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return backends.choose(arguments[:-1], arguments[-1]).attention_forward(*arguments[:-1])
+    call = _checked_call(arguments[:-1])
+    return choose(call, arguments[-1]).attention_forward(*call)
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return backends.choose(arguments[4:-2], arguments[-1]).attention_backward(*arguments[:-1])
+def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *call_arguments, output_mask, backend = rest
+    call = _checked_call(call_arguments)
+    checks.check_gradients(dout, dlse, out, lse, call)
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    return tuple(choose(call, backend).attention_backward(dout, dlse, out, lse, *call, output_mask))
+
+
+def _checked_call(arguments: Sequence[Any]) -> Call:
+    checks.check_attention(*arguments)
+    call = Call._make(arguments)
+    if checks.contents_are_readable(call.q.device):
+        checks.check_contents(call)
+    if call.q.stride(-1) != 1 or call.k.stride(-1) != 1 or call.v.stride(-1) != 1:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in call[:3])
+        call = call._replace(q=q, k=k, v=v)
+    return call
 
 
 def _merge(outs: list[Tensor], lses: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
-    return backends.choose_merge(outs, lses, backend).merge_attention(outs, lses)
+    checks.check_merge(outs, lses)
+    return choose_merge(outs, backend).merge_attention(outs, lses)
 
 
-_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("merge_attention", _merge, "CompositeExplicitAutograd")
+for _name, _implementation in (
+    ("attention_forward", _forward),
+    ("attention_backward", _backward),
+    ("merge_attention", _merge),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
-_WANTED = [Call._fields.index(name) for name in _GRADS]
-_TENSORS = [n for n, argument in enumerate(attention_forward._schema.arguments) if "Tensor" in str(argument.type)]
+@torch.library.register_fake("duplex_attn::attention_forward", lib=_library)
+def _(*arguments):
+    call = _checked_fake(arguments[:-1], arguments[-1])
+    *rows, heads, _ = call.q.shape
+    lse_shape = (heads, *rows) if call.cu_seqlens_q is not None else (rows[0], heads, rows[1])
+    return call.q.new_empty(*rows, heads, call.v.shape[-1]), call.q.new_empty(lse_shape, dtype=call.accumulator)
+
+
+@torch.library.register_fake("duplex_attn::attention_backward", lib=_library)
+def _(dout, dlse, out, lse, *rest):
+    *call_arguments, output_mask, backend = rest
+    call = _checked_fake(call_arguments, backend)
+    checks.check_gradients(dout, dlse, out, lse, call)
+    inputs = _take_differentiable(call)
+    return tuple(
+        x.new_empty(x.shape) if want and x is not None else call.q.new_empty(0)
+        for x, want in zip(inputs, output_mask, strict=True)
+    )
+
+
+@torch.library.register_fake("duplex_attn::merge_attention", lib=_library)
+def _(outs, lses, backend):
+    checks.check_merge(outs, lses)
+    check_name(backend)
+    return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+
+
+def _checked_fake(arguments: Sequence[Any], backend: str) -> Call:
+    checks.check_attention(*arguments)
+    check_name(backend)
+    return Call._make(arguments)
+
+
+# The Autograd key is handed the keys still to come. Where only the device's own are left, there is no mode, fake or
+# functorch layer underneath and the implementation is called directly, which saves a second way through the dispatcher.
+_PLAIN_CPU = DispatchKeySet(DispatchKey.CPU) | DispatchKeySet(DispatchKey.AutogradCPU)
+_PLAIN_CUDA = DispatchKeySet(DispatchKey.CUDA) | DispatchKeySet(DispatchKey.AutogradCUDA)
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_any_requires_grad = torch._C._any_requires_grad
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def _run_forward(keyset: DispatchKeySet, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    with _below_autograd():
+        if keyset == _PLAIN_CPU or keyset == _PLAIN_CUDA:
+            return _forward(*arguments)
+        return attention_forward(*arguments)
+
+
+def _run_backward(keyset: DispatchKeySet, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    with _below_autograd():
+        if keyset == _PLAIN_CPU or keyset == _PLAIN_CUDA:
+            return _backward(*arguments)
+        return attention_backward(*arguments)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = attention_forward(*arguments)
-        ctx.save_for_backward(out, lse, *[arguments[n] for n in _TENSORS])
-        ctx.others = [None if n in _TENSORS else x for n, x in enumerate(arguments)]
+    def forward(ctx, keyset, *arguments):
+        out, lse = _run_forward(keyset, arguments)
+        ctx.save_for_backward(out, lse, *_take_tensors(arguments))
+        ctx.others = _take_others(arguments)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
         wanted = ctx.needs_input_grad
-        result: list[Tensor | None] = [None] * len(wanted)
+        grads: list[Tensor | None] = [None] * len(wanted)
         if dout is None and dlse is None:
-            return tuple(result)
+            return tuple(grads)
         out, lse, *tensors = ctx.saved_tensors
-        *call, backend = ctx.others
-        for n, tensor in zip(_TENSORS, tensors, strict=True):
-            call[n] = tensor
+        *call, backend = _put_together((*tensors, *ctx.others))
         dout = torch.zeros_like(out) if dout is None else dout
-        grads = attention_backward(dout, dlse, out, lse, *call, [wanted[n] for n in _WANTED], backend)
-        for n, grad in zip(_WANTED, grads, strict=True):
-            result[n] = grad if wanted[n] else None
-        return tuple(result)
+        output_mask = [wanted[n + 1] for n in _DIFFERENTIABLE]
+        results = attention_backward(dout, dlse, out, lse, *call, output_mask, backend)
+        for n, want, result in zip(_DIFFERENTIABLE, output_mask, results, strict=True):
+            grads[n + 1] = result if want else None
+        return tuple(grads)
 
 
-class _Merge(torch.autograd.Function):
+class _AttentionBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, parts, *outs_lses):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = merge_attention(list(outs_lses[:parts]), list(outs_lses[parts:]), backend)
-        ctx.save_for_backward(out, lse, *outs_lses)
+    def forward(ctx, keyset, *arguments):
+        return _run_backward(keyset, arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("duplex_attn: attention has no second derivatives; differentiate it once")
+
+
+class _MergeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, parts, *outs_then_lses):
+        with _below_autograd():
+            out, lse = merge_attention(outs_then_lses[:parts], outs_then_lses[parts:], backend)
+        ctx.save_for_backward(out, lse, *outs_then_lses)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        out, lse, *outs_lses = ctx.saved_tensors
-        outs, lses = outs_lses[: len(outs_lses) // 2], outs_lses[len(outs_lses) // 2 :]
-        nothing = lse == -torch.inf
+        """With weights w = exp(lse_part - lse): dout_part = w dout, dlse_part = w (<dout, out_part - out> + dlse)."""
+        out, lse, *outs_then_lses = ctx.saved_tensors
+        parts = len(outs_then_lses) // 2
+        finite_lse = lse.masked_fill(lse == -torch.inf, 0)
         douts, dlses = [], []
-        for part, lse_part in zip(outs, lses, strict=True):
-            weight = torch.exp(lse_part - lse.masked_fill(nothing, 0))  # (B, H, S) or (H, total)
-            seen = weight.mT[..., None] > 0
-            total = torch.zeros_like(lse) if dlse is None else dlse
+        for out_part, lse_part in zip(outs_then_lses[:parts], outs_then_lses[parts:], strict=True):
+            weight = torch.exp(lse_part - finite_lse)
+            change = 0 if dlse is None else dlse
             if dout is not None:
-                dpart = torch.where(seen, dout.to(lse.dtype) * weight.mT[..., None], 0)
-                douts.append(dpart.to(part.dtype))
-                change = torch.where(seen, part.to(lse.dtype) - out, 0)
-                total = total + (dout * change).sum(-1).mT
-            else:
-                douts.append(None)
-            dlses.append(torch.where(weight > 0, weight * total, 0))
-        return None, None, *douts, *dlses
+                column = weight.mT[..., None]  # (B, S, H, 1) or (total, H, 1)
+                douts.append((column * dout).to(out_part.dtype))
+                away = torch.where(column > 0, out_part.to(lse.dtype) - out, 0)
+                change = change + (dout * away).sum(-1).mT
+            dlses.append(torch.where(weight > 0, weight * change, 0))
+        return None, None, *(douts or [None] * parts), *dlses
 
 
-def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        return _Attention.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return attention_forward(*arguments)
+def _forward_autograd(keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if _is_grad_enabled() and _any_requires_grad(*_take_differentiable(arguments)):
+        return _Attention.apply(keyset, *arguments)
+    return _run_forward(keyset, arguments)
+
+
+def _backward_autograd(keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+    if _is_grad_enabled() and _any_requires_grad(*arguments):
+        return _AttentionBackward.apply(keyset, *arguments)
+    return _run_backward(keyset, arguments)
 
 
 def _merge_autograd(outs: list[Tensor], lses: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*outs, *lses):
-        return _Merge.apply(backend, len(outs), *outs, *lses)
-    with torch._C._AutoDispatchBelowAutograd():
+    if _is_grad_enabled() and _any_requires_grad(*outs, *lses):
+        return _MergeAttention.apply(backend, len(outs), *outs, *lses)
+    with _below_autograd():
         return merge_attention(outs, lses, backend)
 
 
-_library.impl("attention_forward", _forward_autograd, "Autograd")
+_library.impl("attention_forward", _forward_autograd, "Autograd", with_keyset=True)
+_library.impl("attention_backward", _backward_autograd, "Autograd", with_keyset=True)
 _library.impl("merge_attention", _merge_autograd, "Autograd")
+
+
+def _forward_autocast(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Casts q, k, v as autocast does for torch's own attention, and nothing else."""
+    device_type = arguments[0].device.type
+    dtype = torch.get_autocast_dtype(device_type)
+    qkv = [x if x.dtype == torch.float64 else x.to(dtype) for x in arguments[:3]]
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return attention_forward(*qkv, *arguments[3:])
+
+
+_AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
+_library.impl("attention_forward", _forward_autocast, "AutocastCPU")
+_library.impl("attention_forward", _forward_autocast, "AutocastCUDA")
+
+
+def _fold(x: Tensor, dim: int | None, size: int, like: int | None = None) -> Tensor:
+    """A vmapped (V, B, ...) tensor, or (B, ...) that is not vmapped, as (V * B, ...); `like` is the B to expand a 1 to."""
+    x = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+    if like is not None and x.shape[1] != like:
+        x = x.expand(size, like, *x.shape[2:])
+    return x.flatten(0, 1)
+
+
+def _fold_call(info: Any, dims: Call, call: Call, separate_bias: bool) -> Call:
+    """The call with vmap's dimension in front of the batch; `separate_bias` gives each sample a bias of its own."""
+    if call.packed:
+        checks.wrong_value("vmap", "a dense call", "a packed one")
+    for name in ("distance_bias", "alibi_slopes", "sink"):
+        if getattr(dims, name) is not None:
+            checks.wrong_value(name, "the same for every sample of vmap", "one for each")
+    if call.dropout_p > 0 and info.randomness != "different":
+        checks.wrong_value("dropout_p", "0 under vmap unless randomness='different'", call.dropout_p)
+    size = info.batch_size
+    batch = call.q.shape[0 if dims.q != 0 else 1]
+    folded = {
+        name: _fold(x, getattr(dims, name), size)
+        for name, x in call._asdict().items()
+        if name in _PER_SEQUENCE and x is not None
+    }
+    if call.bias is not None and (separate_bias or dims.bias is not None or call.bias.shape[0] != 1):
+        folded["bias"] = _fold(call.bias, dims.bias, size, like=batch)
+    if dims.seed is not None:
+        folded["seed"] = call.seed.select(dims.seed, 0)  # one is enough: the counters differ with the batch
+    return call._replace(**folded)
+
+
+_PER_SEQUENCE = ("q", "k", "v", "seqlens_q", "seqlens_k", "starts_q", "starts_k", "prefix",
+                 "row_distance_bias", "col_distance_bias")  # fmt: skip
+
+
+@torch.library.register_vmap("duplex_attn::attention_forward", lib=_library)
+def _(info, in_dims, *arguments):
+    call = _fold_call(info, Call._make(in_dims[:-1]), Call._make(arguments[:-1]), separate_bias=False)
+    outputs = attention_forward(*call, arguments[-1])
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
+
+
+@torch.library.register_vmap("duplex_attn::attention_backward", lib=_library)
+def _(info, in_dims, *arguments):
+    *call_arguments, output_mask, backend = arguments[4:]
+    for name in ("distance_bias", "sink"):
+        if output_mask[GRADIENTS.index(name)]:
+            checks.wrong_value(name, "no gradient under vmap, which folds into the batch", "one that requires it")
+    size, bias = info.batch_size, call_arguments[Call._fields.index("bias")]
+    dims = Call._make(in_dims[4:-2])
+    call = _fold_call(info, dims, Call._make(call_arguments), separate_bias=output_mask[GRADIENTS.index("bias")])
+    given = [None if x is None else _fold(x, dim, size) for x, dim in zip(arguments[:4], in_dims[:4], strict=True)]
+    grads = list(attention_backward(*given, *call, output_mask, backend))
+    for n, want in enumerate(output_mask):
+        grads[n] = grads[n].unflatten(0, (size, -1)) if want else grads[n]
+    if output_mask[GRADIENTS.index("bias")]:
+        rows = bias.shape[0 if dims.bias != 0 else 1]
+        dbias = grads[GRADIENTS.index("bias")]
+        grads[GRADIENTS.index("bias")] = dbias.sum(1, keepdim=True) if rows == 1 else dbias
+    return tuple(grads), tuple(0 if want else None for want in output_mask)

@@ -95,6 +95,11 @@ def _bucket(distance: Tensor, table: Tensor) -> Tensor:
     return distance.clamp(-reach, reach) + reach
 
 
+def _row_of_sequence(table: Tensor, index: Tensor) -> Tensor:
+    """(B, H, S, 2R+1) by row within the sequence -> the same by stored row."""
+    return table.take_along_dim(index.clamp(0, max(table.shape[2] - 1, 0))[:, None, :, None], 2)
+
+
 def _attend(c: Call) -> _Attention:
     """Sections 2 and 3 for a dense call."""
     span = _span(c)
@@ -112,9 +117,11 @@ def _attend(c: Call) -> _Attention:
     if c.distance_bias is not None:
         s = s + c.distance_bias[:, _bucket(span.distance, c.distance_bias)].transpose(0, 1)
     if c.row_distance_bias is not None:
-        s = s + c.row_distance_bias.to(s).gather(3, _bucket(distance, c.row_distance_bias).expand(s.shape))
+        table = _row_of_sequence(c.row_distance_bias, span.i).to(s)
+        s = s + table.gather(3, _bucket(distance, table).expand(s.shape))
     if c.col_distance_bias is not None:
-        s = s + c.col_distance_bias.to(s).gather(3, _bucket(distance, c.col_distance_bias).expand(s.shape).mT).mT
+        table = _row_of_sequence(c.col_distance_bias, span.j).to(s)
+        s = s + table.gather(3, _bucket(distance, table).expand(s.shape).mT).mT
     if c.alibi_slopes is not None:
         s = s - c.alibi_slopes[:, None, None] * distance.abs()
     if c.bias is not None and c.bias.dtype == torch.bool:
@@ -178,13 +185,11 @@ def attention_backward(dout, dlse, out, lse, *rest) -> tuple[Tensor, ...]:
     if c.bias is not None and wanted[3]:
         dbias = ds.sum_to_size(c.bias.shape).to(c.bias.dtype)
     if c.distance_bias is not None and wanted[4]:
-        ddistance = _sum_by_distance(ds, _bucket(a.span.distance, c.distance_bias), c.distance_bias).sum((0, 2))
+        ddistance = _sum_by_distance(ds, a.span.distance, c.distance_bias).sum((0, 2))
     if c.row_distance_bias is not None and wanted[5]:
-        table = c.row_distance_bias
-        drow_distance = _sum_by_distance(ds, _bucket(a.span.distance, table), table)
+        drow_distance = _sum_by_row_and_distance(ds, a.span.distance, a.span.i, c.row_distance_bias)
     if c.col_distance_bias is not None and wanted[6]:
-        table = c.col_distance_bias
-        dcol_distance = _sum_by_distance(ds.mT, _bucket(a.span.distance.mT, table), table)
+        dcol_distance = _sum_by_row_and_distance(ds.mT, a.span.distance.mT, a.span.j, c.col_distance_bias)
     if c.sink is not None and wanted[7]:
         share = torch.exp(c.sink[:, None] - a.lse).masked_fill(a.lse == -math.inf, 0)
         dsink = (share * dlse_minus_delta).sum((0, 2))
@@ -192,12 +197,12 @@ def attention_backward(dout, dlse, out, lse, *rest) -> tuple[Tensor, ...]:
     return *qkv, dbias, ddistance, drow_distance, dcol_distance, dsink
 
 
-def _sum_by_distance(ds: Tensor, bucket: Tensor, table: Tensor) -> Tensor:
+def _sum_by_distance(ds: Tensor, distance: Tensor, table: Tensor) -> Tensor:
     """Sums each row of ds (B, H, M, N) into the buckets of `table`, (B, H, M, 2R+1).
 
     Only the two outermost buckets take more than one score of a row; summed apart, no sum depends on an order.
     """
-    bucket = bucket[:, None].expand(ds.shape)
+    bucket = _bucket(distance, table)[:, None].expand(ds.shape)
     outermost = {0, table.shape[-1] - 1}
     inner = ds
     for end in outermost:
@@ -205,7 +210,14 @@ def _sum_by_distance(ds: Tensor, bucket: Tensor, table: Tensor) -> Tensor:
     grad = ds.new_zeros(*ds.shape[:3], table.shape[-1]).scatter_add_(3, bucket, inner)
     for end in outermost:
         grad[..., end] = ds.masked_fill(bucket != end, 0).sum(-1)
-    return grad.to(table.dtype)
+    return grad
+
+
+def _sum_by_row_and_distance(ds: Tensor, distance: Tensor, index: Tensor, table: Tensor) -> Tensor:
+    """The same into a table with a row for each of M; rows outside a sequence add only zeros, to any row."""
+    by_stored_row = _sum_by_distance(ds, distance, table)
+    index = index.clamp(0, max(table.shape[2] - 1, 0))[:, None, :, None].expand(by_stored_row.shape)
+    return torch.zeros_like(by_stored_row).scatter_add_(2, index, by_stored_row).to(table.dtype)
 
 
 def dropout_kept(heads: int, i: Tensor, j: Tensor, dropout_p: float, seed: Tensor) -> Tensor:

@@ -1,0 +1,313 @@
+"""What every argument must be. The operators and their fakes call this, so compiled code is checked as eager code is.
+
+TypeError for dtypes and kinds, ValueError for shapes and values, both as "argument: expected what, got what". Shapes
+may be symbolic in a fake, which sees no contents.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from operator import add, sub
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .call import Call
+
+MAX_HEAD_DIM = 256
+MAX_DISTANCE = 2**30  # positions and distances add up in 32 bits
+CHECK_ON_DEVICE = os.environ.get("DUPLEX_ATTN_CHECK", "0") not in ("", "0")  # contents on a GPU need a device read
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_BIAS_DTYPES = (torch.bool, *_DTYPES)
+
+
+def wrong_value(name: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{name}: expected {expected}, got {_written(got)}")
+
+
+def wrong_type(name: str, expected: str, got: object) -> NoReturn:
+    raise TypeError(f"{name}: expected {expected}, got {_written(got)}")
+
+
+def _written(x: object) -> str:
+    return str(tuple(x)) if isinstance(x, torch.Size) else str(x)
+
+
+def check_attention(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlens_q, seqlens_k, starts_q, starts_k,
+    prefix, left, right, top_left, bias, distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink,
+    scale, softcap, dropout_p, seed, deterministic, batch_invariant,
+) -> None:  # fmt: skip
+    """Everything but contents; the arguments are those of `Call`."""
+    dtype, device = q.dtype, q.device
+    if dtype not in _DTYPES:
+        wrong_type("q", "float32, float16 or bfloat16 (float64 in the reference)", dtype)
+    if k.dtype != dtype:
+        wrong_type("k", f"q's dtype {dtype}", k.dtype)
+    if v.dtype != dtype:
+        wrong_type("v", f"q's dtype {dtype}", v.dtype)
+    if k.device != device:
+        wrong_value("k", f"q's device {device}", k.device)
+    if v.device != device:
+        wrong_value("v", f"q's device {device}", v.device)
+    if not (q.layout == k.layout == v.layout == torch.strided):
+        wrong_type("q, k, v", "strided tensors", f"{q.layout}, {k.layout}, {v.layout}")
+
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        shape = "(batch, seqlen, heads, head_dim)"
+        if q.dim() != 4:
+            wrong_value("q", shape, q.shape)
+        if k.dim() != 4:
+            wrong_value("k", shape, k.shape)
+        if v.dim() != 4:
+            wrong_value("v", shape, v.shape)
+        batch, seqlen_q, heads, head_dim = q.shape
+        batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
+        batch_v, seqlen_v, heads_v, head_dim_v = v.shape
+        if batch_k != batch:
+            wrong_value("k", f"q's batch ({batch})", batch_k)
+        if batch_v != batch:
+            wrong_value("v", f"q's batch ({batch})", batch_v)
+        if max_seqlen_q != seqlen_q:
+            wrong_value("max_seqlen_q", f"q's seqlen ({seqlen_q}) in a dense call", max_seqlen_q)
+        if max_seqlen_k != seqlen_k:
+            wrong_value("max_seqlen_k", f"k's seqlen ({seqlen_k}) in a dense call", max_seqlen_k)
+        if seqlens_q is not None:
+            _check_per_sequence("seqlens_q", seqlens_q, batch, device)
+        if seqlens_k is not None:
+            _check_per_sequence("seqlens_k", seqlens_k, batch, device)
+        if starts_q is not None:
+            _check_starts("starts_q", starts_q, seqlens_q, batch, device)
+        if starts_k is not None:
+            _check_starts("starts_k", starts_k, seqlens_k, batch, device)
+    else:
+        shape = "(total, heads, head_dim)"
+        if q.dim() != 3:
+            wrong_value("q", shape, q.shape)
+        if k.dim() != 3:
+            wrong_value("k", shape, k.shape)
+        if v.dim() != 3:
+            wrong_value("v", shape, v.shape)
+        _, heads, head_dim = q.shape
+        seqlen_k, heads_kv, head_dim_k = k.shape
+        seqlen_v, heads_v, head_dim_v = v.shape
+        batch = _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, device)
+        _check_bound("max_seqlen_q", max_seqlen_q)
+        _check_bound("max_seqlen_k", max_seqlen_k)
+        lengths = (seqlens_q, seqlens_k, starts_q, starts_k)
+        for name, x in zip(("seqlens_q", "seqlens_k", "starts_q", "starts_k"), lengths, strict=True):
+            if x is not None:
+                wrong_value(name, "None in a packed call", x.shape)
+
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        wrong_value("q", f"head_dim 1 to {MAX_HEAD_DIM}", head_dim)
+    if not 1 <= head_dim_v <= MAX_HEAD_DIM:
+        wrong_value("v", f"head_dim 1 to {MAX_HEAD_DIM}", head_dim_v)
+    if heads < 1:
+        wrong_value("q", "at least one head", heads)
+    if heads_kv < 1 or heads % heads_kv:
+        wrong_value("k", f"heads_q ({heads}) to be a multiple of heads_kv", heads_kv)
+    if head_dim_k != head_dim:
+        wrong_value("k", f"q's head_dim ({head_dim})", head_dim_k)
+    if heads_v != heads_kv:
+        wrong_value("v", f"k's heads ({heads_kv})", heads_v)
+    if seqlen_v != seqlen_k:
+        wrong_value("v", f"k's rows ({seqlen_k})", seqlen_v)
+
+    if prefix is not None:
+        _check_per_sequence("prefix", prefix, batch, device)
+    if left is not None and not -MAX_DISTANCE <= left <= MAX_DISTANCE:
+        wrong_value("left", f"a distance up to {MAX_DISTANCE}, or None for no bound", left)
+    if right is not None and not -MAX_DISTANCE <= right <= MAX_DISTANCE:
+        wrong_value("right", f"a distance up to {MAX_DISTANCE}, or None for no bound", right)
+    if bias is not None:
+        if bias.dtype not in _BIAS_DTYPES or (bias.dtype == torch.float64 and dtype != torch.float64):
+            wrong_type("bias", "bool, float32, float16 or bfloat16 (float64 with float64 q)", bias.dtype)
+        _check_device("bias", bias, device)
+        full = (batch, heads, max_seqlen_q, max_seqlen_k)
+        if bias.dim() != 4 or not all(have == 1 or have == want for have, want in zip(bias.shape, full, strict=True)):
+            wrong_value("bias", f"a shape that broadcasts to {full}", bias.shape)
+    if distance_bias is not None:
+        _check_table("distance_bias", distance_bias, (heads,), dtype, device)
+    if row_distance_bias is not None:
+        _check_table("row_distance_bias", row_distance_bias, (batch, heads, max_seqlen_q), None, device)
+    if col_distance_bias is not None:
+        _check_table("col_distance_bias", col_distance_bias, (batch, heads, max_seqlen_k), None, device)
+    if alibi_slopes is not None:
+        _check_per_head("alibi_slopes", alibi_slopes, heads, dtype, device)
+    if sink is not None:
+        _check_per_head("sink", sink, heads, dtype, device)
+    if scale is not None and not -math.inf < scale < math.inf:
+        wrong_value("scale", "a finite number", scale)
+    if not 0 <= softcap < math.inf:
+        wrong_value("softcap", "a finite number >= 0", softcap)
+    if not 0 <= dropout_p < 1:
+        wrong_value("dropout_p", "0 <= dropout_p < 1", dropout_p)
+    if seed is None:
+        if dropout_p != 0:
+            wrong_value("seed", "an int64 tensor (1,) with dropout", None)
+    else:
+        if seed.dtype != torch.int64:
+            wrong_type("seed", "int64", seed.dtype)
+        _check_device("seed", seed, device)
+        if seed.shape != (1,):
+            wrong_value("seed", "shape (1,)", seed.shape)
+
+
+def check_contents(call: Call) -> None:
+    """What lengths hold, after `check_attention`; reads them, so only where `contents_are_readable`."""
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        _check_cu_contents("q", call.cu_seqlens_q.tolist(), call.q.shape[0], call.max_seqlen_q)
+        _check_cu_contents("k", call.cu_seqlens_k.tolist(), call.k.shape[0], call.max_seqlen_k)
+    if call.seqlens_q is not None:
+        _check_length_contents("q", call.seqlens_q, call.starts_q, call.max_seqlen_q)
+    if call.seqlens_k is not None:
+        _check_length_contents("k", call.seqlens_k, call.starts_k, call.max_seqlen_k)
+
+
+def check_gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, call: Call) -> None:
+    """What backward takes besides the call."""
+    *rows, heads, _ = call.q.shape
+    out_shape = (*rows, heads, call.v.shape[-1])
+    lse_shape = (heads, *rows) if call.packed else (rows[0], heads, rows[1])
+    for name, x, shape, dtype in (
+        ("dout", dout, out_shape, call.q.dtype),
+        ("dlse", dlse, lse_shape, call.accumulator),
+        ("out", out, out_shape, call.q.dtype),
+        ("lse", lse, lse_shape, call.accumulator),
+    ):
+        if x is not None:
+            if x.dtype != dtype:
+                wrong_type(name, str(dtype), x.dtype)
+            _check_device(name, x, call.q.device)
+            if x.shape != shape:
+                wrong_value(name, f"shape {shape}", x.shape)
+
+
+def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    if not outs:
+        wrong_value("outs", "at least one part", "none")
+    if len(lses) != len(outs):
+        wrong_value("lses", f"as many as outs ({len(outs)})", len(lses))
+    first = outs[0]
+    if first.dtype not in _DTYPES:
+        wrong_type("outs[0]", "float32, float16, bfloat16 or float64", first.dtype)
+    if first.dim() not in (3, 4):
+        wrong_value("outs[0]", "(batch, seqlen, heads, head_dim) or (total, heads, head_dim)", first.shape)
+    *rows, heads, _ = first.shape
+    lse_shape = (*rows[:-1], heads, rows[-1])
+    lse_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.dtype != first.dtype:
+            wrong_type(f"outs[{n}]", f"the dtype of outs[0] ({first.dtype})", out.dtype)
+        _check_device(f"outs[{n}]", out, first.device)
+        if out.shape != first.shape:
+            wrong_value(f"outs[{n}]", f"the shape of outs[0] {tuple(first.shape)}", out.shape)
+        if lse.dtype != lse_dtype:
+            wrong_type(f"lses[{n}]", str(lse_dtype), lse.dtype)
+        _check_device(f"lses[{n}]", lse, first.device)
+        if lse.shape != lse_shape:
+            wrong_value(f"lses[{n}]", f"shape {lse_shape}", lse.shape)
+
+
+def contents_are_readable(device: torch.device) -> bool:
+    return device.type == "cpu" or CHECK_ON_DEVICE
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        wrong_value(name, f"q's device {device}", x.device)
+
+
+def _check_per_sequence(name: str, x: Tensor, batch: int, device: torch.device) -> None:
+    if x.dtype != torch.int32:
+        wrong_type(name, "int32", x.dtype)
+    _check_device(name, x, device)
+    if x.dim() != 1 or x.shape[0] != batch:
+        wrong_value(name, f"shape (batch,) = ({batch},)", x.shape)
+
+
+def _check_starts(name: str, starts: Tensor, lengths: Tensor | None, batch: int, device: torch.device) -> None:
+    _check_per_sequence(name, starts, batch, device)
+    if lengths is None:
+        wrong_value(name, f"{name.replace('starts', 'seqlens')} with it", None)
+
+
+def _check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device) -> int:
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if x is None:
+            wrong_value(name, "an int32 tensor (batch + 1,)", None)
+        if x.dtype != torch.int32:
+            wrong_type(name, "int32", x.dtype)
+        _check_device(name, x, device)
+        if x.dim() != 1 or x.shape[0] < 1:
+            wrong_value(name, "shape (batch + 1,)", x.shape)
+    assert cu_seqlens_q is not None and cu_seqlens_k is not None
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        wrong_value("cu_seqlens_k", f"as many as cu_seqlens_q ({cu_seqlens_q.shape[0]})", cu_seqlens_k.shape[0])
+    return cu_seqlens_q.shape[0] - 1
+
+
+def _check_bound(name: str, bound: int) -> None:
+    if type(bound) is int and bound < 0:  # a symbolic bound may come from the data: checked when the operator runs
+        wrong_value(name, "at least 0", bound)
+
+
+def _check_table(name: str, x: Tensor, leading: tuple, dtype: torch.dtype | None, device: torch.device) -> None:
+    if dtype is not None:
+        _check_accumulator(name, x, dtype)
+    elif x.dtype not in _DTYPES:
+        wrong_type(name, "a floating dtype", x.dtype)
+    _check_device(name, x, device)
+    shape = x.shape
+    if len(shape) != len(leading) + 1 or shape[:-1] != leading or shape[-1] % 2 != 1:
+        wrong_value(name, f"shape ({', '.join(map(str, leading))}, 2R + 1)", shape)
+
+
+def _check_per_head(name: str, x: Tensor, heads: int, dtype: torch.dtype, device: torch.device) -> None:
+    _check_accumulator(name, x, dtype)
+    _check_device(name, x, device)
+    if x.shape != (heads,):
+        wrong_value(name, f"shape (heads,) = ({heads},)", x.shape)
+
+
+def _check_accumulator(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    if x.dtype != expected:
+        wrong_type(name, str(expected), x.dtype)
+
+
+def _check_cu_contents(side: str, cu: list[int], rows: int, bound: int) -> None:
+    if cu[0] != 0:
+        wrong_value(f"cu_seqlens_{side}", "0 first", cu[0])
+    if cu[-1] > rows:
+        wrong_value(f"cu_seqlens_{side}", f"a last entry up to {side}'s rows ({rows})", cu[-1])
+    if len(cu) == 1:
+        return
+    lengths = list(map(sub, cu[1:], cu))
+    if min(lengths) < 0:
+        n = next(n for n, length in enumerate(lengths) if length < 0)
+        wrong_value(f"cu_seqlens_{side}", "entries that never decrease", f"{cu[n]} then {cu[n + 1]} at {n + 1}")
+    if max(lengths) > bound:
+        wrong_value(f"max_seqlen_{side}", f"at least the longest sequence ({max(lengths)})", bound)
+
+
+def _check_length_contents(side: str, seqlens: Tensor, starts: Tensor | None, rows: int) -> None:
+    if seqlens.shape[0] == 0:
+        return
+    lengths = seqlens.tolist()
+    if min(lengths) < 0:
+        wrong_value(f"seqlens_{side}", "lengths of at least 0", min(lengths))
+    if max(lengths) > rows:
+        wrong_value(f"seqlens_{side}", f"lengths up to {side}'s seqlen ({rows})", max(lengths))
+    if starts is None:
+        return
+    first = starts.tolist()
+    if min(first) < 0:
+        wrong_value(f"starts_{side}", "at least 0", min(first))
+    if max(map(add, first, lengths)) > rows:
+        wrong_value(f"starts_{side}", f"start + seqlen up to {side}'s seqlen ({rows})", max(map(add, first, lengths)))
