@@ -26,17 +26,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(STAMPS)/demo
 	@$(BIN)/duplex-attn profile
 
-test: $(STAMPS)/test
+test: $(STAMPS)/dev
 	@$(BIN)/pytest tests -n 2 -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')"
 
-lint: $(STAMPS)/lint
+lint: $(STAMPS)/dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy -p duplex_attn
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-bench: $(STAMPS)/test
-	@$(BIN)/pytest benchmarks
+bench: $(STAMPS)/dev
+	@$(BIN)/pytest benchmarks -v --benchmark-quiet
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks attn/*.so $(STAMPS)
@@ -44,16 +44,16 @@ clean:
 	$(if $(ACTIVE),,rm -rf .venv)
 
 # The constraint holds torch at the version that is there, whatever a dependency would like.
-INSTALL = echo "Building and installing duplex-attn$(if $(1),[$(1)]) into $(VENV)" \
+INSTALL = echo "Building and installing duplex-attn$(1) into $(VENV)" \
     && $(BIN)/pip install --quiet --constraint $(STAMPS)/torch --no-build-isolation --config-settings editable_mode=strict \
-    --editable ".$(if $(1),[$(1)])"
+    --editable ".$(1)"
 
 $(STAMPS)/demo: $(STAMPS)/torch $(SOURCES)
 	@$(call INSTALL)
 	@touch $@
 
-$(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: $(STAMPS)/torch $(SOURCES)
-	@$(call INSTALL,$*)
+$(STAMPS)/dev: $(STAMPS)/torch $(SOURCES)
+	@$(call INSTALL,[test,lint])
 	@touch $@ $(STAMPS)/demo
 
 # The local version +cpu is asked for by name: the general index has none, so its gigabytes of CUDA libraries are

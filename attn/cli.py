@@ -1,4 +1,4 @@
-"""The command `duplex-attn`. Torch and the models are imported by the command that needs them."""
+"""The command `duplex-attn`. Models and tables are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OutputFile(click.Path):
         super().__init__(dir_okay=False, writable=True, allow_dash=True)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        name = super().convert(value, param, ctx)
+        name = str(super().convert(value, param, ctx))
         if name != "-" and not Path(name).absolute().parent.is_dir():
             self.fail(f"Directory '{Path(name).parent}' does not exist.", param, ctx)
         return name
@@ -98,9 +98,12 @@ def profile(
             read = texts.default_text() if text is None else texts.read_text(text)
             settings = Settings(read, where, getattr(torch, dtype), size, batch, max_length, new_tokens)
             if model is None:
-                workloads, swaps = [bert_workload(settings, bert), gpt_workload(settings, gpt)], []
+                workloads = [bert_workload(settings, bert), gpt_workload(settings, gpt)]
+                peers = [
+                    "plain: the softmax formula in PyTorch; sdpa: F.scaled_dot_product_attention; both on padded rows"
+                ]
             else:
-                workload, swaps = swapped_workload(settings, model)
+                workload, peers = swapped_workload(settings, model)
                 workloads = [workload]
         except (OSError, ValueError) as error:
             raise BadInput(str(error)) from error
@@ -108,9 +111,8 @@ def profile(
         comparisons = measure(
             workloads, rounds, where, step=lambda what: shown.update(task, advance=1, description=what)
         )
-    peers = "plain: the softmax formula in PyTorch; sdpa: F.scaled_dot_product_attention; both on the padded batch"
     notes = [
-        *(swaps if model else [peers]),
+        *peers,
         "largest difference: of the hidden states or logits of a few lines, from the same weights in float64",
         "spread: half the distance between the quartiles of the rounds",
         meaning(where),
@@ -151,7 +153,8 @@ def progress() -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console(sys.stderr), transient=True, disable=not sys.stderr.isatty())
+    shown = console(sys.stderr)
+    return Progress(*columns, console=shown, transient=True, refresh_per_second=2, disable=not shown.is_terminal)
 
 
 def write(printed: RenderableType, data: dict[str, Any], output: str | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..text import Tokens
@@ -87,8 +88,11 @@ def load(settings: Settings, directory: Path) -> Any:
     architecture = getattr(transformers, named, None)
     if architecture is None:
         raise ValueError(f"architectures: expected a model of transformers in {config}, got {named}")
-    model = architecture.from_pretrained(directory, dtype=settings.dtype, use_safetensors=True, local_files_only=True)
-    return model.eval().to(settings.device)
+    options = {"dtype": settings.dtype, "use_safetensors": True, "local_files_only": True}
+    try:
+        return architecture.from_pretrained(directory, **options).eval().to(settings.device)
+    except SafetensorError as error:
+        raise ValueError(f"{directory}: expected safetensors that can be read ({error})") from None
 
 
 def shared_copy(model: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,13 @@ def bert_workload(settings: Settings, checkpoint: Path | None) -> Workload:
     few = few[:, : int(lengths.max())]
     kept = torch.arange(few.shape[1], device=settings.device) < lengths[:, None]
 
+    @torch.inference_mode()
     def hidden(of: Bert, attention: str) -> Tensor:
-        with torch.inference_mode():
-            return of(few, seqlens=lengths, attention=attention)[kept]
+        return of(few, seqlens=lengths, attention=attention)[kept]
 
-    def encode(attention: str) -> Callable[[], object]:
-        return torch.inference_mode()(lambda: model(ids, seqlens=seqlens, attention=attention))
+    @torch.inference_mode()
+    def encode(attention: str) -> Tensor:
+        return model(ids, seqlens=seqlens, attention=attention)
 
     padding = 1 - tokens.total / ids.numel()
     batch = f"{ids.shape[0]} lines of {spread(tokens)} tokens, {padding:.0%} of the padded batch is padding"
@@ -91,8 +93,8 @@ def bert_workload(settings: Settings, checkpoint: Path | None) -> Workload:
         detail=f"{origin('bert-base', settings, checkpoint)}, {batch}",
         tokens=tokens.total,
         systems=SYSTEMS,
-        runs={system: encode(system) for system in SYSTEMS},
-        checked={system: lambda system=system: hidden(model, system) for system in SYSTEMS},
+        runs={system: partial(encode, system) for system in SYSTEMS},
+        checked={system: partial(hidden, model, system) for system in SYSTEMS},
         exact=lambda: hidden(deepcopy(model).double(), "plain"),
     )
 
@@ -130,17 +132,14 @@ def gpt_workload(settings: Settings, checkpoint: Path | None) -> Workload:
     def exact() -> Tensor:
         return deepcopy(model).double()(few, lengths, attention="plain")[lines, last]
 
-    def generate(attention: str) -> Callable[[], object]:
-        return lambda: model.generate(ids, new, seqlens, attention=attention)
-
     prompts = f"{ids.shape[0]} prompts of {spread(tokens)} tokens, {new} new tokens each"
     return Workload(
         name="GPT generation",
         detail=f"{origin('gpt2-small', settings, checkpoint)}, {prompts}",
         tokens=ids.shape[0] * new,
         systems=SYSTEMS,
-        runs={system: generate(system) for system in SYSTEMS},
-        checked={system: lambda system=system: logits(system) for system in SYSTEMS},
+        runs={system: partial(model.generate, ids, new, seqlens, attention=system) for system in SYSTEMS},
+        checked={system: partial(logits, system) for system in SYSTEMS},
         exact=exact,
     )
 
@@ -160,7 +159,10 @@ def tokenised(
     tokenizer = train_tokenizer(lines, vocab_size) if checkpoint is None else load_tokenizer(checkpoint)
     count = min(settings.batch, len(lines))
     taken = [lines[index * len(lines) // count] for index in range(count)]
-    return next(batches(taken, tokenizer, count, longest, special=special, vocab_size=vocab_size))
+    tokens = next(batches(taken, tokenizer, count, longest, special=special, vocab_size=vocab_size), None)
+    if tokens is None:
+        raise ValueError(f"text: expected tokens, got none from the lines of {settings.text.name}")
+    return tokens
 
 
 def origin(base: str, settings: Settings, checkpoint: Path | None) -> str:

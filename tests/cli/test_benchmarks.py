@@ -1,0 +1,70 @@
+"""The machinery of `make bench` at sizes that cost nothing: a wrong output stops it, a missed bar does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import duplex_attn as da
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(selection: str, results: Path) -> subprocess.CompletedProcess[str]:
+    pytest_here = Path(sys.executable).with_name("pytest")
+    trial = ["--tiny", "--benchmark-quiet", "-p", "no:cacheprovider", "--results", str(results), "-k", selection]
+    return subprocess.run([pytest_here, "benchmarks", *trial], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_bars_are_measured_and_recorded(tmp_path: Path) -> None:
+    ran = run("(test_forward and fp32) or test_ragged or test_call or test_peak_memory", tmp_path / "found.json")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["schema"] == 1
+    assert found["machine"]["torch"] == torch.__version__
+    assert len(found["commit"].rstrip("+")) == 40
+    groups = {bar["group"] for bar in found["bars"]}
+    assert {"forward", "forward and backward", "ragged varlen", "overhead"} <= groups
+    for bar in found["bars"]:
+        target, measured = bar["target"], bar["measured"]["median"]
+        reached = measured >= target["value"] if target["at_least"] else measured <= target["value"]
+        assert target["met"] is reached
+        if bar["flops"]:
+            assert bar["roof"]["fp32_gemm_gflops"] > 0 and set(bar["seconds"]) > {"duplex-attn"}
+    assert f"of {len(found['bars'])} bars met" in ran.stdout
+    assert "MISSED" in ran.stdout or all(bar["target"]["met"] for bar in found["bars"])
+
+
+@pytest.fixture(scope="module")
+def exact() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("exact", ROOT / "benchmarks" / "exact.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["exact"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("mask", [da.full(), da.causal(), da.prefix_lm(5), da.sliding_window(3, 1)], ids=str)
+def test_verify_passes_the_right_output_and_no_other(exact: ModuleType, mask: da.Mask) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 12, 4, 16), torch.randn(2, 15, 2, 16), torch.randn(2, 15, 2, 16)
+    out = da.attention(q, k, v, mask, backend="reference")
+    assert exact.verify(out, q, k, v, mask).difference < 1e-5
+    wrong = out.clone()
+    wrong[0, 3, 0, 7] += 1e-4
+    with pytest.raises(AssertionError, match="from float64"):
+        exact.verify(wrong, q, k, v, mask)
+
+
+def test_a_row_that_sees_nothing_is_zero(exact: ModuleType) -> None:
+    q, k, v = (torch.randn(1, n, 1, 8) for n in (6, 3, 3))
+    out = da.attention(q, k, v, da.causal(), backend="reference")
+    exact.verify(out, q, k, v, da.causal())
+    assert out[0, :3].abs().max() == 0
