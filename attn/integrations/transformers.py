@@ -341,7 +341,10 @@ def _from_offsets(
     span = reach.span(0, "bottom_right")
     if span is None or span.right != 0 or (isinstance(end, int) and end > kv_length):
         return None
-    seqlens_k = torch.as_tensor(end, device=device).to(torch.int32).repeat(batch)
+    if isinstance(end, Tensor):
+        seqlens_k = end.to(torch.int32).repeat(batch)
+    else:
+        seqlens_k = torch.full((batch,), end, dtype=torch.int32, device=device)
     return SpanMask(span, shape, device, seqlens_k=seqlens_k, keys=keys)
 
 

@@ -40,7 +40,7 @@ MODELS = {
     "gemma2": (  # alternating window and full layers, so a dict of masks; softcap
         "Gemma2ForCausalLM",
         "Gemma2Config",
-        _LLAMA | {"sliding_window": 5, "head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+        _LLAMA | {"sliding_window": 5, "head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 20},
     ),
     "gpt_oss": (  # attention sinks
         "GptOssForCausalLM",

@@ -271,6 +271,13 @@ class TestAttentionEntry:
         out, _ = attention(module, query, key, value, None, is_causal=is_causal)
         torch.testing.assert_close(out, expected)
 
+    def test_dropout_is_for_training(self):
+        query, key, value = self.inputs()
+        module = torch.nn.Module()
+        still, _ = attention(module.eval(), query, key, value, None, dropout=0.5)
+        assert torch.equal(still, attention(module, query, key, value, None)[0])
+        assert not torch.equal(still, attention(module.train(), query, key, value, None, dropout=0.5)[0])
+
     def test_bias_and_mask_together(self):
         query, key, value = self.inputs()
         bias = torch.randn(1, 4, 4, 4)
