@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Call(NamedTuple):
-    """Dense: q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv). Packed: rows of all sequences in one dimension."""
+    """Dense: q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv). Packed: all rows in one dimension."""
 
     q: Tensor
     k: Tensor

@@ -45,7 +45,7 @@ def attention(
     batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Attention over a dense batch, out_i = sum_j softmax_j(scale <q_i, k_j> + biases) v_j over the keys the mask shows.
+    """Attention over a dense batch, the softmax of scaled scores and biases over the keys that the mask shows.
 
     q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv): float32, float16 or bfloat16 (float64 in the reference),
     any strides, Hq a multiple of Hkv, D and Dv up to 256.
@@ -68,9 +68,9 @@ def attention(
     Raises ValueError for shapes and values, TypeError for dtypes and kinds, naming the argument.
     """
     arguments = _arguments(
-            q, k, v, None, None, _rows("q", q), _rows("k", k), mask, seqlens_q, seqlens_k, starts_q, starts_k, bias, distance_bias,
-            alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed, deterministic,
-            batch_invariant, backend,
+        q, k, v, None, None, _rows("q", q), _rows("k", k), mask, seqlens_q, seqlens_k, starts_q, starts_k, bias,
+        distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
+        deterministic, batch_invariant, backend,
     )  # fmt: skip
     return _run(arguments, return_lse)
 
@@ -112,9 +112,9 @@ def varlen_attention(
     Returns out (total_q, Hq, Dv), and with return_lse also lse (Hq, total_q).
     """
     arguments = _arguments(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, None, None, None, None, bias,
-            distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
-            deterministic, batch_invariant, backend,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, None, None, None, None, bias,
+        distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
+        deterministic, batch_invariant, backend,
     )  # fmt: skip
     return _run(arguments, return_lse)
 
@@ -192,9 +192,7 @@ def _run(arguments: tuple[Any, ...], return_lse: bool) -> Any:
 
 def _raise_if_wrong_kind(error: RuntimeError) -> None:
     """The dispatcher's complaint about an argument that its schema does not take, in this package's form."""
-    found = re.search(
-        r"Expected a value of type '(.*?)' for argument '(\w+)' but instead found type '(.*?)'", str(error)
-    )
+    found = re.search(r"type '(.*?)' for argument '(\w+)' but instead found type '(.*?)'", str(error))
     if found is not None:
         expected, name, got = found.groups()
         raise TypeError(f"{name}: expected {expected}, got {got}") from None

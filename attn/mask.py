@@ -36,7 +36,7 @@ def causal() -> Mask:
 
 
 def prefix_lm(prefix: int | Tensor) -> Mask:
-    """The first `prefix` keys are seen by all, the rest is causal (GLM, UniLM); a tensor (batch,) chooses for each sequence."""
+    """All see the first `prefix` keys, the rest is causal (GLM, UniLM); a tensor (batch,) chooses for each sequence."""
     return Mask(prefix=prefix, right=0)
 
 

@@ -124,8 +124,10 @@ def _checked_fake(arguments: Sequence[Any], backend: str) -> Call:
 
 # The Autograd key is handed the keys still to come. Where only the device's own are left, there is no mode, fake or
 # functorch layer underneath and the implementation is called directly, which saves a second way through the dispatcher.
-_PLAIN_CPU = DispatchKeySet(DispatchKey.CPU) | DispatchKeySet(DispatchKey.AutogradCPU)
-_PLAIN_CUDA = DispatchKeySet(DispatchKey.CUDA) | DispatchKeySet(DispatchKey.AutogradCUDA)
+_PLAIN = (
+    DispatchKeySet(DispatchKey.CPU) | DispatchKeySet(DispatchKey.AutogradCPU),
+    DispatchKeySet(DispatchKey.CUDA) | DispatchKeySet(DispatchKey.AutogradCUDA),
+)
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
@@ -133,14 +135,14 @@ _is_grad_enabled = torch.is_grad_enabled
 
 def _run_forward(keyset: DispatchKeySet, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
     with _below_autograd():
-        if keyset == _PLAIN_CPU or keyset == _PLAIN_CUDA:
+        if keyset in _PLAIN:
             return _forward(*arguments)
         return attention_forward(*arguments)
 
 
 def _run_backward(keyset: DispatchKeySet, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
     with _below_autograd():
-        if keyset == _PLAIN_CPU or keyset == _PLAIN_CUDA:
+        if keyset in _PLAIN:
             return _backward(*arguments)
         return attention_backward(*arguments)
 
@@ -247,7 +249,7 @@ _library.impl("attention_forward", _forward_autocast, "AutocastCUDA")
 
 
 def _fold(x: Tensor, dim: int | None, size: int, like: int | None = None) -> Tensor:
-    """A vmapped (V, B, ...) tensor, or (B, ...) that is not vmapped, as (V * B, ...); `like` is the B to expand a 1 to."""
+    """(V, B, ...) with V at `dim`, or (B, ...) without V, as (V * B, ...); `like` is the B to expand a 1 to."""
     x = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
     if like is not None and x.shape[1] != like:
         x = x.expand(size, like, *x.shape[2:])
