@@ -1,0 +1,39 @@
+"""Lanes for every test that asks for one, and a memory in which nothing is zero by luck."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run on CPU tensors
+
+from .lanes import CPU_LANES, GPU_LANES, Lane, missing
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "lane" in metafunc.fixturenames:
+        lanes = [*CPU_LANES, *(pytest.param(lane, marks=pytest.mark.gpu) for lane in GPU_LANES)]
+        metafunc.parametrize("lane", lanes, ids=str, indirect=True)
+
+
+@pytest.fixture
+def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lane:
+    lane: Lane = request.param
+    if reason := missing(lane):
+        pytest.skip(f"{lane}: {reason}")
+    if lane.isa:
+        monkeypatch.setenv("DUPLEX_ATTN_ISA", lane.isa)
+    return lane
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    """Every torch.empty, the outputs and workspaces of the operators too, comes filled with NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # only then is fill_uninitialized_memory, on by default, obeyed
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,84 @@
+"""The backends under test, each as its own lane: a name, the device it runs on and, for the CPU, the instruction set forced."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from functools import cache
+
+import duplex_attn as da
+import torch
+from torch import Tensor
+
+from .oracle import GRADIENTS, Answer, Call
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    backend: str
+    isa: str = ""
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.backend, self.isa, self.device if self.device != "cpu" else "")))
+
+    @property
+    def slow(self) -> bool:
+        """The interpreter takes milliseconds for a tile, so large shapes are not for it."""
+        return self.backend == "triton" and self.device == "cpu"
+
+
+CPU_LANES = [Lane("reference"), *(Lane("cpu", isa) for isa in ISAS), Lane("triton")]
+GPU_LANES = [Lane("reference", device="cuda"), Lane("triton", device="cuda")] if torch.cuda.is_available() else []
+
+
+@cache
+def missing(lane: Lane) -> str | None:
+    """Why this machine has not this lane; the fixture `lane` skips with it."""
+    if lane.slow and os.environ.get("TRITON_INTERPRET") != "1":
+        return "TRITON_INTERPRET is not set: a CUDA card is there, use -m gpu"
+    status = da.backends()[lane.backend]
+    if not status.available or not lane.isa:
+        return None if status.available else status.detail
+    supported = torch.ops.duplex_attn_cpu.isas()
+    return None if lane.isa in supported else f"this CPU has only {', '.join(supported)}"
+
+
+def run(
+    call: Call, lane: Lane, dout: Tensor | None = None, dlse: Tensor | None = None, deterministic: bool | None = None, batch_invariant: bool = False
+) -> Answer:
+    """The package's answer to a call: out and lse, with `dout` every gradient too. Strides stay as they are on the CPU."""
+    moved = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
+    for name, x in moved.items():
+        if isinstance(x, Tensor):
+            x = on(x, lane.device).detach()
+            moved[name] = x.requires_grad_(dout is not None and name in GRADIENTS and x.is_floating_point())
+    call = Call(**moved)
+    mask = da.Mask(call.prefix, call.left, call.right, "top_left" if call.top_left else "bottom_right")
+    options = {
+        name: getattr(call, name)
+        for name in ("bias", "distance_bias", "alibi_slopes", "row_distance_bias", "col_distance_bias", "sink", "scale", "softcap", "dropout_p")
+    } | {"return_lse": True, "deterministic": deterministic, "batch_invariant": batch_invariant, "backend": lane.backend}
+    options["seed"] = call.seed if call.dropout_p > 0 else None
+    if call.cu_seqlens_q is not None:
+        longest = [int(torch.diff(cu).max()) if len(cu) > 1 else 0 for cu in (call.cu_seqlens_q, call.cu_seqlens_k)]
+        out, lse = da.varlen_attention(call.q, call.k, call.v, call.cu_seqlens_q, call.cu_seqlens_k, *longest, mask, **options)
+    else:
+        lengths = {name: getattr(call, name) for name in ("seqlens_q", "seqlens_k", "starts_q", "starts_k")}
+        out, lse = da.attention(call.q, call.k, call.v, mask, **lengths, **options)
+    result = {"out": out.detach(), "lse": lse.detach()}
+    if dout is None:
+        return result
+    leaves = {n: x for n in GRADIENTS if isinstance(x := getattr(call, n), Tensor) and x.requires_grad}
+    outputs, grads = ((out,), (on(dout, lane.device),)) if dlse is None else ((out, lse), (on(dout, lane.device), on(dlse, lane.device)))
+    return result | {f"d{n}": x for n, x in zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads), strict=True)}
+
+
+def on(x: Tensor, device: str) -> Tensor:
+    """x on the device with its strides and all that lies around it; itself where it is there already."""
+    if x.device.type == device:
+        return x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
