@@ -17,6 +17,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .backends import backends
+
 SCHEMA = 1
 
 # What the kernels could use, as Linux names it: x86-64 in "flags", aarch64 in "Features".
@@ -116,10 +118,9 @@ def first_match(command: list[str], pattern: str) -> str | None:
 
 
 def diagnose() -> dict[str, Any]:
-    """The machine and, for each backend, why it is missing (None: it is there)."""
-    from . import backends
-
-    return {"schema": SCHEMA, "machine": machine(), "backends": backends()}
+    """The machine, and each backend with what it is here or why it is missing."""
+    statuses = {name: {"available": status.available, "detail": status.detail} for name, status in backends().items()}
+    return {"schema": SCHEMA, "machine": machine(), "backends": statuses}
 
 
 def render(diagnosis: dict[str, Any]) -> RenderableType:
@@ -127,10 +128,10 @@ def render(diagnosis: dict[str, Any]) -> RenderableType:
     for key, value in diagnosis["machine"].items():
         facts.add_row(key.removesuffix("_bytes").replace("_", " "), Text(in_words(key, value)))
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    found.add_column("backend")
-    found.add_column("on this machine")
-    for name, reason in diagnosis["backends"].items():
-        found.add_row(name, Text("ready" if reason is None else f"missing: {reason}"))
+    for name in ("backend", "", "what it is, or why it is missing"):
+        found.add_column(name)
+    for name, status in diagnosis["backends"].items():
+        found.add_row(name, "ready" if status["available"] else "missing", Text(status["detail"]))
     return Group(facts, found)
 
 
