@@ -2,9 +2,10 @@
 
 from .backends import backends
 from .functional import attention, explain, merge_attention, varlen_attention
+from .integrations import swap
 from .mask import Mask, causal, full, prefix_lm, sliding_window
 
 __all__ = [
     "Mask", "attention", "backends", "causal", "explain", "full", "merge_attention", "prefix_lm", "sliding_window",
-    "varlen_attention",
+    "swap", "varlen_attention",
 ]  # fmt: skip

@@ -17,10 +17,11 @@ it, combines it) gets the boolean tensor that the sdpa implementation would have
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -483,22 +484,22 @@ class SwapReport:
 def swap(model: nn.Module) -> SwapReport:
     """Run the attention of a built model here: a transformers model, or any module that holds some.
 
-    Weights are untouched; `model.set_attn_implementation(...)` with what the report has in `previous` undoes it. Raises
-    TypeError if there is no transformers model in `model`.
+    Weights are untouched; transformers' `model.set_attn_implementation(...)`, with what the report has in `previous`,
+    undoes it. Raises TypeError if there is no transformers model in `model`.
     """
     register()
-    roots = list(_pretrained(model))
-    if not roots:
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not models:
         raise TypeError(f"model: expected a transformers model or a module that holds one, got {type(model).__name__}")
-    previous = {type(root).__name__: root.config._attn_implementation for root in roots}
-    for root in roots:
-        root.set_attn_implementation(NAME)
+    previous = {type(part).__name__: part.config._attn_implementation for part in models}
+    for part in models:  # each by itself: 5.17 passes over a part whose config is a copy of the whole's, as T5's are
+        part.set_attn_implementation(NAME)
 
     swapped: Counter[str] = Counter()
     left: dict[str, str] = {}
     for module in model.modules():
         kind = type(module).__name__
-        if _asks_interface(module):
+        if _asks_interface(type(module)):
             used = module.config._attn_implementation
             if used == NAME:
                 swapped[kind] += 1
@@ -509,23 +510,15 @@ def swap(model: nn.Module) -> SwapReport:
     return SwapReport(dict(swapped), left, previous)
 
 
-def _pretrained(module: nn.Module) -> Iterator[PreTrainedModel]:
-    """The outermost transformers models in a module."""
-    if isinstance(module, PreTrainedModel):
-        yield module
-    else:
-        for child in module.children():
-            yield from _pretrained(child)
-
-
-def _asks_interface(module: nn.Module) -> bool:
-    """Whether a layer looks its attention up in transformers' interface when it runs."""
-    if isinstance(module, PreTrainedModel):
+@functools.cache
+def _asks_interface(kind: type[nn.Module]) -> bool:
+    """Whether a class of layers looks its attention up in transformers' interface when it runs."""
+    if issubclass(kind, PreTrainedModel):
         return False
-    methods = (inspect.unwrap(f) for base in type(module).__mro__ for f in vars(base).values() if inspect.isfunction(f))
+    methods = (inspect.unwrap(f) for base in kind.__mro__ for f in vars(base).values() if inspect.isfunction(f))
     return any("ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in methods)
 
 
 def _is_other_attention(module: nn.Module) -> bool:
     named = re.search(r"Attention|Attn", type(module).__name__) is not None and not isinstance(module, PreTrainedModel)
-    return named and not any(_asks_interface(child) for child in module.modules())
+    return named and not any(_asks_interface(type(child)) for child in module.modules())

@@ -308,7 +308,7 @@ class TestSwap:
         kind = layer.get(name, f"{name.capitalize()}Attention")
         report = da.swap(model)
         assert report.swapped == {kind: 2} and report.left == {}
-        assert report.previous == {type(model).__name__: "eager"}
+        assert report.previous == {type(part).__name__: "eager" for part in (model, model.base_model)}
         assert str(report) == f"{kind}: 2 modules now run duplex_attn"
         assert model.config._attn_implementation == NAME
 
