@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import checks
 from .backends import check_name, choose, choose_merge
@@ -131,26 +133,45 @@ _PLAIN = (
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
+_functorch_is_active = torch._C._are_functorch_transforms_active
 
 
-def _run_forward(keyset: DispatchKeySet, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def _run(operator: Any, implementation: Any, keyset: DispatchKeySet, arguments: Sequence[Any]) -> Any:
     with _below_autograd():
-        if keyset in _PLAIN:
-            return _forward(*arguments)
-        return attention_forward(*arguments)
+        return implementation(*arguments) if keyset in _PLAIN else operator(*arguments)
 
 
-def _run_backward(keyset: DispatchKeySet, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-    with _below_autograd():
-        if keyset in _PLAIN:
-            return _backward(*arguments)
-        return attention_backward(*arguments)
+def _is_differentiated(tensors: Sequence[Any]) -> bool:
+    return (_is_grad_enabled() and _any_requires_grad(*tensors)) or forward_ad._current_level >= 0
 
 
-class _Attention(torch.autograd.Function):
+def _record(function: type[_Operation], keyset: DispatchKeySet, *arguments: Any) -> Any:
+    """`function.apply`, less what it does for functions that are not kernels of the Autograd key already."""
+    if keyset in _PLAIN:
+        return super(torch.autograd.Function, function).apply(keyset, *arguments)  # type: ignore[misc]
+    if not _functorch_is_active():
+        return function.apply(keyset, *arguments)
+    with enable_single_level_autograd_function():  # this key belongs to a layer of torch.func.grad
+        return super(torch.autograd.Function, function).apply(keyset, *arguments)  # type: ignore[misc]
+
+
+class _Operation(torch.autograd.Function):
+    @staticmethod
+    def run(operator: Any, implementation: Any, keyset: DispatchKeySet, arguments: Sequence[Any]) -> Any:
+        if _functorch_is_active():
+            with torch.enable_grad():  # the layers underneath record for themselves
+                return _run(operator, implementation, keyset, arguments)
+        return _run(operator, implementation, keyset, arguments)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError("duplex_attn: there are no forward-mode derivatives; use reverse mode")
+
+
+class _Attention(_Operation):
     @staticmethod
     def forward(ctx, keyset, *arguments):
-        out, lse = _run_forward(keyset, arguments)
+        out, lse = _Operation.run(attention_forward, _forward, keyset, arguments)
         ctx.save_for_backward(out, lse, *_take_tensors(arguments))
         ctx.others = _take_others(arguments)
         ctx.set_materialize_grads(False)
@@ -172,21 +193,21 @@ class _Attention(torch.autograd.Function):
         return tuple(grads)
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(_Operation):
     @staticmethod
     def forward(ctx, keyset, *arguments):
-        return _run_backward(keyset, arguments)
+        return _Operation.run(attention_backward, _backward, keyset, arguments)
 
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError("duplex_attn: attention has no second derivatives; differentiate it once")
 
 
-class _MergeAttention(torch.autograd.Function):
+class _MergeAttention(_Operation):
     @staticmethod
-    def forward(ctx, backend, parts, *outs_then_lses):
-        with _below_autograd():
-            out, lse = merge_attention(outs_then_lses[:parts], outs_then_lses[parts:], backend)
+    def forward(ctx, keyset, backend, parts, *outs_then_lses):
+        arguments = (outs_then_lses[:parts], outs_then_lses[parts:], backend)
+        out, lse = _Operation.run(merge_attention, _merge, keyset, arguments)
         ctx.save_for_backward(out, lse, *outs_then_lses)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -207,31 +228,32 @@ class _MergeAttention(torch.autograd.Function):
                 away = torch.where(column > 0, out_part.to(lse.dtype) - out, 0)
                 change = change + (dout * away).sum(-1).mT
             dlses.append(torch.where(weight > 0, weight * change, 0))
-        return None, None, *(douts or [None] * parts), *dlses
+        return None, None, None, *(douts or [None] * parts), *dlses
 
 
 def _forward_autograd(keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, Tensor]:
-    if _is_grad_enabled() and _any_requires_grad(*_take_differentiable(arguments)):
-        return _Attention.apply(keyset, *arguments)
-    return _run_forward(keyset, arguments)
+    if _is_differentiated(_take_differentiable(arguments)):
+        return _record(_Attention, keyset, *arguments)
+    return _run(attention_forward, _forward, keyset, arguments)
 
 
 def _backward_autograd(keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
-    if _is_grad_enabled() and _any_requires_grad(*arguments):
-        return _AttentionBackward.apply(keyset, *arguments)
-    return _run_backward(keyset, arguments)
+    if _is_differentiated(arguments):
+        return _record(_AttentionBackward, keyset, *arguments)
+    return _run(attention_backward, _backward, keyset, arguments)
 
 
-def _merge_autograd(outs: list[Tensor], lses: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
-    if _is_grad_enabled() and _any_requires_grad(*outs, *lses):
-        return _MergeAttention.apply(backend, len(outs), *outs, *lses)
-    with _below_autograd():
-        return merge_attention(outs, lses, backend)
+def _merge_autograd(
+    keyset: DispatchKeySet, outs: list[Tensor], lses: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor]:
+    if _is_differentiated((*outs, *lses)):
+        return _record(_MergeAttention, keyset, backend, len(outs), *outs, *lses)
+    return _run(merge_attention, _merge, keyset, (outs, lses, backend))
 
 
 _library.impl("attention_forward", _forward_autograd, "Autograd", with_keyset=True)
 _library.impl("attention_backward", _backward_autograd, "Autograd", with_keyset=True)
-_library.impl("merge_attention", _merge_autograd, "Autograd")
+_library.impl("merge_attention", _merge_autograd, "Autograd", with_keyset=True)
 
 
 def _forward_autocast(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -308,3 +330,14 @@ def _(info, in_dims, *arguments):
         dbias = grads[GRADIENTS.index("bias")]
         grads[GRADIENTS.index("bias")] = dbias.sum(1, keepdim=True) if rows == 1 else dbias
     return tuple(grads), tuple(0 if want else None for want in output_mask)
+
+
+@torch.library.register_vmap("duplex_attn::merge_attention", lib=_library)
+def _(info, in_dims, outs, lses, backend):
+    out_dims, lse_dims, _ = in_dims
+    if outs[0].dim() - (out_dims[0] is not None) != 4:
+        checks.wrong_value("vmap", "dense parts", "packed ones")
+    size = info.batch_size
+    outs = [_fold(x, dim, size) for x, dim in zip(outs, out_dims, strict=True)]
+    lses = [_fold(x, dim, size) for x, dim in zip(lses, lse_dims, strict=True)]
+    return tuple(x.unflatten(0, (size, -1)) for x in merge_attention(outs, lses, backend)), (0, 0)
