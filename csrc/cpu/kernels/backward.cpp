@@ -48,11 +48,11 @@ struct Scratch {
 
 // The units of the three products from the float tile; dS takes softcap's slope and the scale on the way.
 template <class P>
-void make_units(const HeadScores& head, Scratch<P>& s, int keys) {
+void make_units(const HeadScores& head, const TileRange& t, Scratch<P>& s, int keys) {
   const bool bent = head.problem.softcap > 0;
   const float scale = head.problem.scale;
   for (int n = 0; n < keys; n += 2)
-    for (int m = 0; m < TILE; m += LANES) {
+    for (int m = 0; m < t.lanes(); m += LANES) {
       const int even_at = n * TILE + m, odd_at = even_at + TILE;
       vfloat even = load<vfloat>(s.tile.dscores + even_at) * scale, odd = load<vfloat>(s.tile.dscores + odd_at) * scale;
       if (bent) {
@@ -77,7 +77,7 @@ template <class P>
 void add_distance_gradient(const HeadScores& head, const TileRange& t, Scratch<P>& s, float* table) {
   memset(s.diagonals, 0, (TILE + KEYS) * sizeof(float));
   for (int n = 0; n < t.keys; ++n)
-    for (int m = 0; m < TILE; m += LANES) {
+    for (int m = 0; m < t.lanes(); m += LANES) {
       float* at = s.diagonals + m - n + KEYS - 1;
       store(at, load<vfloat>(at) + load<vfloat>(s.tile.dscores + n * TILE + m));
     }
@@ -130,26 +130,27 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
         s.tile.compute(head, s.queries, t, keys, cover, s.keys + at * w.units, s.values + at * w.units_v);
         if (g.ddistance)
           add_distance_gradient(head, t, s, g.ddistance + (head.b * p.heads_q + head.h) * (2 * p.radius + 1));
-        make_units(head, s, keys);
+        make_units(head, t, s, keys);
         typedef typename P::unit unit;
         const unit* weights = P::STEP == 1 ? (unit*)s.tile.weights : s.weights;
         const unit* dscores = P::STEP == 1 ? (unit*)s.tile.dscores : s.dscores;
         const unit* dscore_pairs = P::STEP == 1 ? (unit*)s.tile.dscores : s.dscore_pairs;
-        constexpr int STEPS = TILE / P::STEP;
+        constexpr int ROW = TILE / P::STEP;  // units of a key
+        const int steps = t.lanes() / P::STEP;
         if (task.keys) {
-          product<P, Start::ADD>(keys, w.floats_v / LANES, STEPS, weights, STEPS, 1, s.queries.dout_pairs, w.floats_v,
+          product<P, Start::ADD>(keys, w.floats_v / LANES, steps, weights, ROW, 1, s.queries.dout_pairs, w.floats_v,
                                  s.dv + at * w.floats_v, w.floats_v);
-          product<P, Start::ADD>(keys, w.floats / LANES, STEPS, dscores, STEPS, 1, s.queries.q_pairs, w.floats,
+          product<P, Start::ADD>(keys, w.floats / LANES, steps, dscores, ROW, 1, s.queries.q_pairs, w.floats,
                                  s.dk + at * w.floats, w.floats);
         }
         if (task.queries) {
           const unit* pairs = s.key_pairs + at / P::STEP * w.floats;
           if (first)
-            product<P, Start::ZERO>(TILE, w.floats / LANES, keys / P::STEP, dscore_pairs, 1, TILE, pairs, w.floats,
+            product<P, Start::ZERO>(t.lanes(), w.floats / LANES, keys / P::STEP, dscore_pairs, 1, TILE, pairs, w.floats,
                                     s.dq, w.floats);
           else
-            product<P, Start::ADD>(TILE, w.floats / LANES, keys / P::STEP, dscore_pairs, 1, TILE, pairs, w.floats, s.dq,
-                                   w.floats);
+            product<P, Start::ADD>(t.lanes(), w.floats / LANES, keys / P::STEP, dscore_pairs, 1, TILE, pairs, w.floats,
+                                   s.dq, w.floats);
         }
         first = false;
       }

@@ -52,8 +52,9 @@ template <class P>
 void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s, float* peak, float* total,
              bool first) {
   const float unit = head.unit() * LOG2E;
+  const int vectors = t.vectors();
   vfloat base[VECS], sum[VECS];
-  for (int x = 0; x < VECS; ++x) {
+  for (int x = 0; x < vectors; ++x) {
     const vfloat before = first ? splat(-INF) : load<vfloat>(peak + x * LANES);
     vfloat now = before;
     for (int n = 0; n < keys; ++n) now = max(load<vfloat>(s.scores + n * TILE + x * LANES), now);
@@ -65,7 +66,7 @@ void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s
   }
   const bool dropout = head.problem.dropout;
   for (int n = 0; n < keys; n += 2)
-    for (int x = 0; x < VECS; ++x) {
+    for (int x = 0; x < vectors; ++x) {
       float* at = s.scores + n * TILE + x * LANES;
       const vfloat even = exp2<P::EXACT>(load<vfloat>(at) * unit - base[x]);
       const vfloat odd = exp2<P::EXACT>(load<vfloat>(at + TILE) * unit - base[x]);
@@ -79,12 +80,12 @@ void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s
       store(at, even);
       store(at + TILE, odd);
     }
-  for (int x = 0; x < VECS; ++x) store(total + x * LANES, sum[x]);
+  for (int x = 0; x < vectors; ++x) store(total + x * LANES, sum[x]);
   if (!dropout) return;
   head.drop(t, s.scores);
   if constexpr (P::STEP == 2)
     for (int n = 0; n < keys; n += 2)
-      for (int m = 0; m < TILE; m += LANES)
+      for (int m = 0; m < t.lanes(); m += LANES)
         store_pairs(s.weights + n / 2 * TILE + m, load<vfloat>(s.scores + n * TILE + m),
                     load<vfloat>(s.scores + (n + 1) * TILE + m));
 }
@@ -94,7 +95,7 @@ template <class P, class E>
 void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float* peak, float* total, bool empty,
                  float* rows) {
   const Problem& p = head.problem;
-  const int64_t dims = round_up(p.head_dim_v, LANES);
+  const int64_t dims = round_up(p.head_dim_v, LANES), units_v = Layout<P>(p).units_v;
   if (empty) memset(out_t, 0, Layout<P>(p).out_tile * sizeof(float));
   alignas(64) float factor[TILE];
   float* lse = p.lse + head.b * p.lse_batch + head.h * p.lse_head + head.seq.row_q + t.i0;
@@ -114,7 +115,7 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
     factor[m] = sum == 0 ? 0 : shrink / sum * p.keep_scale;
     lse[m] = sum == 0 ? -INF : top + __builtin_logf(sum);
   }
-  transpose_units((uint32_t*)rows, dims, (const uint32_t*)out_t, TILE, int(p.head_dim_v), TILE);
+  transpose_units((uint32_t*)rows, dims, (const uint32_t*)out_t, TILE, int(units_v), t.lanes());
   for (int m = 0; m < t.rows; ++m) {
     E* to = p.out.at<E>(head.b, head.seq.row_q + t.i0 + m, head.h);
     const float* from = rows + m * dims;
@@ -143,7 +144,7 @@ void forward_rows(const Problem& p, const ForwardTask& task, void* memory) {
     ranges[t] = {i0, 0, int(clamp(task.row + task.rows - i0, 0, TILE)), 0};
     empty[t] = true;
     pack_transposed<P>(s.queries + t * at.query_tile, TILE, p.q.at<E>(task.b, head.seq.row_q + i0, task.h), p.q.row,
-                       ranges[t].rows, TILE, int(p.head_dim), int(at.units), s.keys);
+                       ranges[t].rows, ranges[t].lanes(), int(p.head_dim), int(at.units), s.keys);
   }
 
   const int64_t row_end = task.row + task.rows;
@@ -161,19 +162,19 @@ void forward_rows(const Problem& p, const ForwardTask& task, void* memory) {
       Cover cover = span.cover(range.i0, range.i0 + range.rows, j0, j0 + count);
       if (cover == Cover::NONE) continue;
       if (keys > count) cover = Cover::SOME;
-      product<P, Start::ZERO>(keys, VECS, int(at.units), s.keys, at.units, 1, s.queries + t * at.query_tile, TILE,
-                              s.scores, TILE);
+      product<P, Start::ZERO>(keys, range.vectors(), int(at.units), s.keys, at.units, 1, s.queries + t * at.query_tile,
+                              TILE, s.scores, TILE);
       if (!head.is_scaled_product()) head.finish(range, s.scores, *s.score);
       if (cover == Cover::SOME) head.hide(range, s.scores, keys);
       softmax<P>(head, range, keys, s, s.peak + t * TILE, s.total + t * TILE, empty[t]);
       const typename P::unit* weights = P::STEP > 1 ? s.weights : (typename P::unit*)s.scores;
       float* out = s.out + t * at.out_tile;
       if (empty[t])
-        product<P, Start::ZERO>(int(at.units_v), VECS, keys / P::STEP, s.values, 1, at.units_v, weights, TILE, out,
-                                TILE);
+        product<P, Start::ZERO>(int(at.units_v), range.vectors(), keys / P::STEP, s.values, 1, at.units_v, weights,
+                                TILE, out, TILE);
       else
-        product<P, Start::SCALE>(int(at.units_v), VECS, keys / P::STEP, s.values, 1, at.units_v, weights, TILE, out,
-                                 TILE, s.rescale);
+        product<P, Start::SCALE>(int(at.units_v), range.vectors(), keys / P::STEP, s.values, 1, at.units_v, weights,
+                                 TILE, out, TILE, s.rescale);
       empty[t] = false;
     }
   }

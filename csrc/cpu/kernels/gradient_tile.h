@@ -43,13 +43,14 @@ struct QueryTile {
     const Widths<P> w(p);
     const int64_t row = head.seq.row_q + first;
     const E *q = p.q.at<E>(head.b, row, head.h), *dout = g.dout.at<E>(head.b, row, head.h);
+    const int lanes = int(round_up(count, LANES));
     i0 = first;
     rows = count;
-    pack_transposed<P>(q_t, TILE, q, p.q.row, rows, TILE, int(p.head_dim), w.units, staging);
-    pack_transposed<P>(dout_t, TILE, dout, g.dout.row, rows, TILE, int(p.head_dim_v), w.units_v, staging);
+    pack_transposed<P>(q_t, TILE, q, p.q.row, rows, lanes, int(p.head_dim), w.units, staging);
+    pack_transposed<P>(dout_t, TILE, dout, g.dout.row, rows, lanes, int(p.head_dim_v), w.units_v, staging);
     if (for_keys) {
-      Pack<P>::pairs(q_pairs, w.floats, q, p.q.row, rows, TILE, int(p.head_dim));
-      Pack<P>::pairs(dout_pairs, w.floats_v, dout, g.dout.row, rows, TILE, int(p.head_dim_v));
+      Pack<P>::pairs(q_pairs, w.floats, q, p.q.row, rows, lanes, int(p.head_dim));
+      Pack<P>::pairs(dout_pairs, w.floats_v, dout, g.dout.row, rows, lanes, int(p.head_dim_v));
     }
     const int64_t at = head.b * p.lse_batch + head.h * p.lse_head + row;
     for (int m = 0; m < TILE; ++m) {
@@ -76,13 +77,14 @@ struct GradientTile {
                const typename P::unit* keys_rows, const typename P::unit* values_rows) {
     const Problem& p = head.problem;
     const Widths<P> w(p);
-    product<P, Start::ZERO>(keys, VECS, w.units, keys_rows, w.units, 1, queries.q_t, TILE, weights, TILE);
-    product<P, Start::ZERO>(keys, VECS, w.units_v, values_rows, w.units_v, 1, queries.dout_t, TILE, dscores, TILE);
+    product<P, Start::ZERO>(keys, t.vectors(), w.units, keys_rows, w.units, 1, queries.q_t, TILE, weights, TILE);
+    product<P, Start::ZERO>(keys, t.vectors(), w.units_v, values_rows, w.units_v, 1, queries.dout_t, TILE, dscores,
+                            TILE);
     if (!head.is_scaled_product()) head.finish(t, weights, *score, slopes);
     if (cover == Cover::SOME) head.hide(t, weights, keys);
     if (p.dropout) head.drop(t, dscores);
     const float unit = head.unit() * LOG2E, keep = p.keep_scale;
-    for (int m = 0; m < TILE; m += LANES) {
+    for (int m = 0; m < t.lanes(); m += LANES) {
       const vfloat peak = load<vfloat>(queries.peak + m), delta = load<vfloat>(queries.delta + m);
       for (int n = 0; n < keys; ++n) {
         float *weight = weights + n * TILE + m, *dscore = dscores + n * TILE + m;

@@ -51,14 +51,45 @@ inline void widen_rows(float* to, int64_t to_row, const E* from, int64_t from_ro
   memset(to, 0, (padded_rows - rows) * to_row * sizeof(float));
 }
 
-// out[x * to_row + r] = in[r * from_row + x]: blocks that fit in registers and L1.
+// One step of a transpose: exchanges the off-diagonal blocks of STRIDE x STRIDE in every 2 STRIDE x 2 STRIDE.
+template <int STRIDE>
+inline void exchange(vint* rows) {
+  vint low, high;
+  for (int c = 0; c < LANES; ++c) {
+    low[c] = c & STRIDE ? LANES + c - STRIDE : c;
+    high[c] = c & STRIDE ? LANES + c : c + STRIDE;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) {
+    if (r & STRIDE) continue;
+    const vint a = rows[r], b = rows[r | STRIDE];
+    rows[r] = shuffle(a, b, low);
+    rows[r | STRIDE] = shuffle(a, b, high);
+  }
+}
+
+inline void transpose_block(uint32_t* to, int64_t to_row, const uint32_t* from, int64_t from_row) {
+  vint rows[LANES];
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) rows[r] = load<vint>(from + r * from_row);
+  if constexpr (LANES > 8) exchange<8>(rows);
+  if constexpr (LANES > 4) exchange<4>(rows);
+  exchange<2>(rows);
+  exchange<1>(rows);
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) store(to + r * to_row, rows[r]);
+}
+
+// to[x * to_row + r] = from[r * from_row + x], four-byte units.
 inline void transpose_units(uint32_t* to, int64_t to_row, const uint32_t* from, int64_t from_row, int rows, int units) {
-  constexpr int BLOCK = 16;
-  for (int x0 = 0; x0 < units; x0 += BLOCK)
-    for (int r0 = 0; r0 < rows; r0 += BLOCK) {
-      const int x1 = x0 + BLOCK < units ? x0 + BLOCK : units, r1 = r0 + BLOCK < rows ? r0 + BLOCK : rows;
-      for (int x = x0; x < x1; ++x)
-        for (int r = r0; r < r1; ++r) to[x * to_row + r] = from[r * from_row + x];
+  for (int x0 = 0; x0 < units; x0 += LANES)
+    for (int r0 = 0; r0 < rows; r0 += LANES) {
+      if (x0 + LANES <= units && r0 + LANES <= rows) {
+        transpose_block(to + x0 * to_row + r0, to_row, from + r0 * from_row + x0, from_row);
+        continue;
+      }
+      for (int x = x0; x < x0 + LANES && x < units; ++x)
+        for (int r = r0; r < r0 + LANES && r < rows; ++r) to[x * to_row + r] = from[r * from_row + x];
     }
 }
 

@@ -13,6 +13,9 @@ constexpr int KEYS = 64;  // keys in a block; blocks start at multiples of it, c
 struct TileRange {
   int64_t i0, j0;
   int rows, keys;
+
+  int vectors() const { return (rows + LANES - 1) / LANES; }
+  int lanes() const { return vectors() * LANES; }  // of TILE, those that hold queries
 };
 
 struct ScoreScratch {
@@ -91,7 +94,7 @@ struct HeadScores {
     if (problem.bias) fill_bias(t, scratch);
     const float cap = problem.softcap;
     for (int n = 0; n < t.keys; ++n)
-      for (int m = 0; m < TILE; m += LANES) {
+      for (int m = 0; m < t.lanes(); m += LANES) {
         vfloat s = load<vfloat>(scores + n * TILE + m) * problem.scale;
         if (cap > 0) {
           const vfloat bent = tanh(s * (1.0f / cap));
@@ -110,12 +113,12 @@ struct HeadScores {
     const auto relative = [&](int64_t j) { return int32_t(clamp(j - t.j0, -4 * KEYS, 4 * KEYS)); };
     const int32_t prefix = relative(span.prefix), end = relative(span.len_k);
     int32_t first[TILE], last[TILE];
-    for (int m = 0; m < TILE; ++m) {
+    for (int m = 0; m < t.lanes(); ++m) {
       first[m] = relative(span.first(t.i0 + m));
       last[m] = relative(span.last(t.i0 + m));
     }
     for (int n = 0; n < keys; ++n)
-      for (int m = 0; m < TILE; m += LANES) {
+      for (int m = 0; m < t.lanes(); m += LANES) {
         float* at = scores + n * TILE + m;
         const vint in_window = (load<vint>(first + m) <= n) & (n <= load<vint>(last + m));
         const vint seen = n >= end ? vint{} : n < prefix ? ~vint{} : in_window;
@@ -126,7 +129,7 @@ struct HeadScores {
   // Zeroes what dropout drops. The kept ones are scaled once, in the row's final factor.
   void drop(const TileRange& t, float* weights) const {
     for (int n = 0; n < t.keys; n += 4)
-      for (int m = 0; m < TILE; ++m) {
+      for (int m = 0; m < t.rows; ++m) {
         const PhiloxWords w =
             philox(problem.seed, uint32_t((t.j0 + n) / 4), uint32_t(t.i0 + m), uint32_t(h), uint32_t(b));
         for (int x = 0; x < 4; ++x)

@@ -58,6 +58,17 @@ inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
 inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
 inline vfloat abs(vfloat a) { return (vfloat)((vint)a & 0x7fffffff); }
 
+// Lane c of the result is lane from[c] of the two vectors one after the other.
+inline vint shuffle(vint a, vint b, vint from) {
+#if defined(__clang__)
+  vint result;
+  for (int c = 0; c < LANES; ++c) result[c] = from[c] < LANES ? a[from[c]] : b[from[c] - LANES];
+  return result;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 inline float sum(vfloat v) {
   float total = 0;
   for (int i = 0; i < LANES; ++i) total += v[i];
