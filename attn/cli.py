@@ -55,9 +55,9 @@ def main() -> None:
 @click.option(
     "--size", type=click.Choice(["base", "tiny"]), default="base", show_default=True, help="Without checkpoints."
 )
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Lines, or prompts.")
-@click.option("--max-length", type=click.IntRange(4), default=256, show_default=True, help="Tokens of a line at most.")
-@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="After each prompt.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Lines, or prompts.")
+@click.option("--max-length", type=click.IntRange(4), default=128, show_default=True, help="Tokens of a line at most.")
+@click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="After each prompt.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Each runs every system once.")
 @click.option("--json", "output", type=OutputFile(), help="Where to write the same as JSON; - is stdout.")
 def profile(

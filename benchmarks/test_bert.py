@@ -27,7 +27,7 @@ def test_bert(bench: Bench, dtype: str) -> None:
     theirs = transformers.BertModel(hugging_face(config, transformers), add_pooling_layer=False).eval()
     theirs = theirs.to(bench.device, DTYPES[dtype])
     model = bert_of(theirs.state_dict(), config)
-    settings = Settings(default_text(), bench.device, DTYPES[dtype], batch=16)
+    settings = Settings(default_text(), bench.device, DTYPES[dtype], "base", 16, config.max_positions, 0)
     tokens = tokenised(settings, None, config.vocab_size, config.max_positions)
     ids, seqlens = tokens.ids.to(bench.device), tokens.seqlens.to(bench.device)
     attention_mask = tokens.attention_mask.to(bench.device)

@@ -46,10 +46,10 @@ class Settings:
     text: Text
     device: torch.device
     dtype: torch.dtype
-    size: str = "base"
-    batch: int = 16  # lines
-    max_length: int = 256  # tokens of a line at most
-    new_tokens: int = 32
+    size: str  # a key of SIZES, for models without a checkpoint
+    batch: int  # lines
+    max_length: int  # tokens of a line at most
+    new_tokens: int
 
 
 @dataclass(frozen=True)
