@@ -90,7 +90,7 @@ class CpuBackend(Backend):
         return None
 
     def refuses(self, call: Call) -> str | None:
-        if call.q.device.type != "cpu":
+        if not call.q.is_cpu:
             return f"it runs on CPU tensors, these are on {call.q.device}"
         if call.q.dtype == torch.float64:
             return _FLOAT64
@@ -167,10 +167,8 @@ def choose(call: Call, name: str) -> Backend:
     """The backend that runs `call`. ValueError when the named one cannot."""
     if name:
         return _named(name, lambda backend: backend.refuses(call))
-    for backend in _candidates(call.q.device.type):
-        if backend.refuses(call) is None:
-            return backend
-    raise AssertionError("the reference refuses nothing")
+    candidates = _candidates("cpu" if call.q.is_cpu else call.q.device.type)
+    return next(backend for backend in candidates if backend.refuses(call) is None)
 
 
 def choose_merge(outs: Sequence[Tensor], name: str) -> Backend:

@@ -54,69 +54,18 @@ def check_attention(
         wrong_value("k", f"q's device {device}", k.device)
     if v.device != device:
         wrong_value("v", f"q's device {device}", v.device)
-    if not (q.layout == k.layout == v.layout == torch.strided):
+    if not q.layout == k.layout == v.layout == torch.strided:
         wrong_type("q, k, v", "strided tensors", f"{q.layout}, {k.layout}, {v.layout}")
 
     if cu_seqlens_q is None and cu_seqlens_k is None:
-        shape = "(batch, seqlen, heads, head_dim)"
-        if q.dim() != 4:
-            wrong_value("q", shape, q.shape)
-        if k.dim() != 4:
-            wrong_value("k", shape, k.shape)
-        if v.dim() != 4:
-            wrong_value("v", shape, v.shape)
-        batch, seqlen_q, heads, head_dim = q.shape
-        batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
-        batch_v, seqlen_v, heads_v, head_dim_v = v.shape
-        if batch_k != batch:
-            wrong_value("k", f"q's batch ({batch})", batch_k)
-        if batch_v != batch:
-            wrong_value("v", f"q's batch ({batch})", batch_v)
-        if max_seqlen_q != seqlen_q:
-            wrong_value("max_seqlen_q", f"q's seqlen ({seqlen_q}) in a dense call", max_seqlen_q)
-        if max_seqlen_k != seqlen_k:
-            wrong_value("max_seqlen_k", f"k's seqlen ({seqlen_k}) in a dense call", max_seqlen_k)
-        if seqlens_q is not None:
-            _check_per_sequence("seqlens_q", seqlens_q, batch, device)
-        if seqlens_k is not None:
-            _check_per_sequence("seqlens_k", seqlens_k, batch, device)
-        if starts_q is not None:
-            _check_starts("starts_q", starts_q, seqlens_q, batch, device)
-        if starts_k is not None:
-            _check_starts("starts_k", starts_k, seqlens_k, batch, device)
+        batch, heads = _check_dense(q, k, v, max_seqlen_q, max_seqlen_k)
+        _check_lengths("q", seqlens_q, starts_q, batch, device)
+        _check_lengths("k", seqlens_k, starts_k, batch, device)
     else:
-        shape = "(total, heads, head_dim)"
-        if q.dim() != 3:
-            wrong_value("q", shape, q.shape)
-        if k.dim() != 3:
-            wrong_value("k", shape, k.shape)
-        if v.dim() != 3:
-            wrong_value("v", shape, v.shape)
-        _, heads, head_dim = q.shape
-        seqlen_k, heads_kv, head_dim_k = k.shape
-        seqlen_v, heads_v, head_dim_v = v.shape
-        batch = _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, device)
-        _check_bound("max_seqlen_q", max_seqlen_q)
-        _check_bound("max_seqlen_k", max_seqlen_k)
-        lengths = (seqlens_q, seqlens_k, starts_q, starts_k)
-        for name, x in zip(("seqlens_q", "seqlens_k", "starts_q", "starts_k"), lengths, strict=True):
-            if x is not None:
-                wrong_value(name, "None in a packed call", x.shape)
-
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        wrong_value("q", f"head_dim 1 to {MAX_HEAD_DIM}", head_dim)
-    if not 1 <= head_dim_v <= MAX_HEAD_DIM:
-        wrong_value("v", f"head_dim 1 to {MAX_HEAD_DIM}", head_dim_v)
-    if heads < 1:
-        wrong_value("q", "at least one head", heads)
-    if heads_kv < 1 or heads % heads_kv:
-        wrong_value("k", f"heads_q ({heads}) to be a multiple of heads_kv", heads_kv)
-    if head_dim_k != head_dim:
-        wrong_value("k", f"q's head_dim ({head_dim})", head_dim_k)
-    if heads_v != heads_kv:
-        wrong_value("v", f"k's heads ({heads_kv})", heads_v)
-    if seqlen_v != seqlen_k:
-        wrong_value("v", f"k's rows ({seqlen_k})", seqlen_v)
+        batch = _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, device)
+        heads = _check_packed(q, k, v)
+        if not seqlens_q is seqlens_k is starts_q is starts_k is None:
+            wrong_value("seqlens and starts", "None in a packed call", "a tensor")
 
     if prefix is not None:
         _check_per_sequence("prefix", prefix, batch, device)
@@ -125,18 +74,14 @@ def check_attention(
     if right is not None and not -MAX_DISTANCE <= right <= MAX_DISTANCE:
         wrong_value("right", f"a distance up to {MAX_DISTANCE}, or None for no bound", right)
     if bias is not None:
-        if bias.dtype not in _BIAS_DTYPES or (bias.dtype == torch.float64 and dtype != torch.float64):
-            wrong_type("bias", "bool, float32, float16 or bfloat16 (float64 with float64 q)", bias.dtype)
-        _check_device("bias", bias, device)
-        full = (batch, heads, max_seqlen_q, max_seqlen_k)
-        if bias.dim() != 4 or not all(have == 1 or have == want for have, want in zip(bias.shape, full, strict=True)):
-            wrong_value("bias", f"a shape that broadcasts to {full}", bias.shape)
+        _check_bias(bias, (batch, heads, max_seqlen_q, max_seqlen_k), dtype, device)
     if distance_bias is not None:
-        _check_table("distance_bias", distance_bias, (heads,), dtype, device)
+        _check_accumulator("distance_bias", distance_bias, dtype)
+        _check_table("distance_bias", distance_bias, (heads,), device)
     if row_distance_bias is not None:
-        _check_table("row_distance_bias", row_distance_bias, (batch, heads, max_seqlen_q), None, device)
+        _check_table("row_distance_bias", row_distance_bias, (batch, heads, max_seqlen_q), device)
     if col_distance_bias is not None:
-        _check_table("col_distance_bias", col_distance_bias, (batch, heads, max_seqlen_k), None, device)
+        _check_table("col_distance_bias", col_distance_bias, (batch, heads, max_seqlen_k), device)
     if alibi_slopes is not None:
         _check_per_head("alibi_slopes", alibi_slopes, heads, dtype, device)
     if sink is not None:
@@ -145,17 +90,8 @@ def check_attention(
         wrong_value("scale", "a finite number", scale)
     if not 0 <= softcap < math.inf:
         wrong_value("softcap", "a finite number >= 0", softcap)
-    if not 0 <= dropout_p < 1:
-        wrong_value("dropout_p", "0 <= dropout_p < 1", dropout_p)
-    if seed is None:
-        if dropout_p != 0:
-            wrong_value("seed", "an int64 tensor (1,) with dropout", None)
-    else:
-        if seed.dtype != torch.int64:
-            wrong_type("seed", "int64", seed.dtype)
-        _check_device("seed", seed, device)
-        if seed.shape != (1,):
-            wrong_value("seed", "shape (1,)", seed.shape)
+    if dropout_p != 0 or seed is not None:
+        _check_dropout(dropout_p, seed, device)
 
 
 def check_contents(call: Call) -> None:
@@ -214,8 +150,65 @@ def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
             wrong_value(f"lses[{n}]", f"shape {lse_shape}", lse.shape)
 
 
-def contents_are_readable(device: torch.device) -> bool:
-    return device.type == "cpu" or CHECK_ON_DEVICE
+def contents_are_readable(x: Tensor) -> bool:
+    return x.is_cpu or CHECK_ON_DEVICE
+
+
+def _check_dense(q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, int]:
+    """(batch, heads_q)."""
+    shape = "(batch, seqlen, heads, head_dim)"
+    if q.dim() != 4:
+        wrong_value("q", shape, q.shape)
+    if k.dim() != 4:
+        wrong_value("k", shape, k.shape)
+    if v.dim() != 4:
+        wrong_value("v", shape, v.shape)
+    batch, seqlen_q, heads, head_dim = q.shape
+    batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
+    batch_v, seqlen_v, heads_v, head_dim_v = v.shape
+    if batch_k != batch:
+        wrong_value("k", f"q's batch ({batch})", batch_k)
+    if batch_v != batch:
+        wrong_value("v", f"q's batch ({batch})", batch_v)
+    if max_seqlen_q != seqlen_q:
+        wrong_value("max_seqlen_q", f"q's seqlen ({seqlen_q}) in a dense call", max_seqlen_q)
+    if max_seqlen_k != seqlen_k:
+        wrong_value("max_seqlen_k", f"k's seqlen ({seqlen_k}) in a dense call", max_seqlen_k)
+    _check_heads(heads, head_dim, seqlen_k, heads_kv, head_dim_k, seqlen_v, heads_v, head_dim_v)
+    return batch, heads
+
+
+def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """heads_q."""
+    shape = "(total, heads, head_dim)"
+    if q.dim() != 3:
+        wrong_value("q", shape, q.shape)
+    if k.dim() != 3:
+        wrong_value("k", shape, k.shape)
+    if v.dim() != 3:
+        wrong_value("v", shape, v.shape)
+    _, heads, head_dim = q.shape
+    _check_heads(heads, head_dim, *k.shape, *v.shape)
+    return heads
+
+
+def _check_heads(
+    heads: int, head_dim: int, rows_k: int, heads_kv: int, head_dim_k: int, rows_v: int, heads_v: int, head_dim_v: int
+) -> None:
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        wrong_value("q", f"head_dim 1 to {MAX_HEAD_DIM}", head_dim)
+    if not 1 <= head_dim_v <= MAX_HEAD_DIM:
+        wrong_value("v", f"head_dim 1 to {MAX_HEAD_DIM}", head_dim_v)
+    if heads < 1:
+        wrong_value("q", "at least one head", heads)
+    if heads_kv < 1 or heads % heads_kv:
+        wrong_value("k", f"heads_q ({heads}) to be a multiple of heads_kv", heads_kv)
+    if head_dim_k != head_dim:
+        wrong_value("k", f"q's head_dim ({head_dim})", head_dim_k)
+    if heads_v != heads_kv:
+        wrong_value("v", f"k's heads ({heads_kv})", heads_v)
+    if rows_v != rows_k:
+        wrong_value("v", f"k's rows ({rows_k})", rows_v)
 
 
 def _check_device(name: str, x: Tensor, device: torch.device) -> None:
@@ -231,41 +224,56 @@ def _check_per_sequence(name: str, x: Tensor, batch: int, device: torch.device) 
         wrong_value(name, f"shape (batch,) = ({batch},)", x.shape)
 
 
-def _check_starts(name: str, starts: Tensor, lengths: Tensor | None, batch: int, device: torch.device) -> None:
-    _check_per_sequence(name, starts, batch, device)
-    if lengths is None:
-        wrong_value(name, f"{name.replace('starts', 'seqlens')} with it", None)
+def _check_lengths(side: str, seqlens: Tensor | None, starts: Tensor | None, batch: int, device: torch.device) -> None:
+    if seqlens is not None:
+        _check_per_sequence(f"seqlens_{side}", seqlens, batch, device)
+    if starts is not None:
+        _check_per_sequence(f"starts_{side}", starts, batch, device)
+        if seqlens is None:
+            wrong_value(f"seqlens_{side}", f"lengths with starts_{side}", None)
 
 
-def _check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device) -> int:
-    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if x is None:
-            wrong_value(name, "an int32 tensor (batch + 1,)", None)
-        if x.dtype != torch.int32:
-            wrong_type(name, "int32", x.dtype)
-        _check_device(name, x, device)
-        if x.dim() != 1 or x.shape[0] < 1:
-            wrong_value(name, "shape (batch + 1,)", x.shape)
-    assert cu_seqlens_q is not None and cu_seqlens_k is not None
-    if cu_seqlens_k.shape != cu_seqlens_q.shape:
-        wrong_value("cu_seqlens_k", f"as many as cu_seqlens_q ({cu_seqlens_q.shape[0]})", cu_seqlens_k.shape[0])
-    return cu_seqlens_q.shape[0] - 1
+def _check_cu_seqlens(
+    cu_q: Tensor | None, cu_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, device: torch.device
+) -> int:
+    """The batch."""
+    if cu_q is None:
+        wrong_value("cu_seqlens_q", "a tensor as cu_seqlens_k is", None)
+    if cu_k is None:
+        wrong_value("cu_seqlens_k", "a tensor as cu_seqlens_q is", None)
+    if cu_q.dtype != torch.int32:
+        wrong_type("cu_seqlens_q", "int32", cu_q.dtype)
+    if cu_k.dtype != torch.int32:
+        wrong_type("cu_seqlens_k", "int32", cu_k.dtype)
+    _check_device("cu_seqlens_q", cu_q, device)
+    _check_device("cu_seqlens_k", cu_k, device)
+    entries = cu_q.shape
+    if len(entries) != 1 or entries[0] < 1:
+        wrong_value("cu_seqlens_q", "shape (batch + 1,)", entries)
+    if cu_k.shape != entries:
+        wrong_value("cu_seqlens_k", f"the shape of cu_seqlens_q {tuple(entries)}", cu_k.shape)
+    # A symbolic bound may come from the data: it is checked when the operator runs.
+    if type(max_seqlen_q) is int and max_seqlen_q < 0:
+        wrong_value("max_seqlen_q", "at least 0", max_seqlen_q)
+    if type(max_seqlen_k) is int and max_seqlen_k < 0:
+        wrong_value("max_seqlen_k", "at least 0", max_seqlen_k)
+    return entries[0] - 1
 
 
-def _check_bound(name: str, bound: int) -> None:
-    if type(bound) is int and bound < 0:  # a symbolic bound may come from the data: checked when the operator runs
-        wrong_value(name, "at least 0", bound)
+def _check_bias(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if bias.dtype not in _BIAS_DTYPES or (bias.dtype == torch.float64 and dtype != torch.float64):
+        wrong_type("bias", "bool, float32, float16 or bfloat16 (float64 with float64 q)", bias.dtype)
+    _check_device("bias", bias, device)
+    if bias.dim() != 4 or not all(have == 1 or have == full for have, full in zip(bias.shape, shape, strict=True)):
+        wrong_value("bias", f"a shape that broadcasts to {shape}", bias.shape)
 
 
-def _check_table(name: str, x: Tensor, leading: tuple, dtype: torch.dtype | None, device: torch.device) -> None:
-    if dtype is not None:
-        _check_accumulator(name, x, dtype)
-    elif x.dtype not in _DTYPES:
+def _check_table(name: str, x: Tensor, leading: tuple[int, ...], device: torch.device) -> None:
+    if x.dtype not in _DTYPES:
         wrong_type(name, "a floating dtype", x.dtype)
     _check_device(name, x, device)
-    shape = x.shape
-    if len(shape) != len(leading) + 1 or shape[:-1] != leading or shape[-1] % 2 != 1:
-        wrong_value(name, f"shape ({', '.join(map(str, leading))}, 2R + 1)", shape)
+    if x.dim() != len(leading) + 1 or x.shape[:-1] != leading or x.shape[-1] % 2 != 1:
+        wrong_value(name, f"shape ({', '.join(map(str, leading))}, 2R + 1)", x.shape)
 
 
 def _check_per_head(name: str, x: Tensor, heads: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -281,33 +289,43 @@ def _check_accumulator(name: str, x: Tensor, dtype: torch.dtype) -> None:
         wrong_type(name, str(expected), x.dtype)
 
 
+def _check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
+    if not 0 <= dropout_p < 1:
+        wrong_value("dropout_p", "0 <= dropout_p < 1", dropout_p)
+    if seed is None:
+        wrong_value("seed", "an int64 tensor (1,) with dropout", None)
+    if seed.dtype != torch.int64:
+        wrong_type("seed", "int64", seed.dtype)
+    _check_device("seed", seed, device)
+    if seed.shape != (1,):
+        wrong_value("seed", "shape (1,)", seed.shape)
+
+
 def _check_cu_contents(side: str, cu: list[int], rows: int, bound: int) -> None:
+    lengths = list(map(sub, cu[1:], cu))
     if cu[0] != 0:
         wrong_value(f"cu_seqlens_{side}", "0 first", cu[0])
-    if cu[-1] > rows:
-        wrong_value(f"cu_seqlens_{side}", f"a last entry up to {side}'s rows ({rows})", cu[-1])
-    if len(cu) == 1:
-        return
-    lengths = list(map(sub, cu[1:], cu))
-    if min(lengths) < 0:
+    if lengths and min(lengths) < 0:
         n = next(n for n, length in enumerate(lengths) if length < 0)
         wrong_value(f"cu_seqlens_{side}", "entries that never decrease", f"{cu[n]} then {cu[n + 1]} at {n + 1}")
-    if max(lengths) > bound:
+    if cu[-1] > rows:
+        wrong_value(f"cu_seqlens_{side}", f"a last entry up to {side}'s rows ({rows})", cu[-1])
+    if lengths and max(lengths) > bound:
         wrong_value(f"max_seqlen_{side}", f"at least the longest sequence ({max(lengths)})", bound)
 
 
 def _check_length_contents(side: str, seqlens: Tensor, starts: Tensor | None, rows: int) -> None:
-    if seqlens.shape[0] == 0:
-        return
     lengths = seqlens.tolist()
+    if not lengths:
+        return
     if min(lengths) < 0:
         wrong_value(f"seqlens_{side}", "lengths of at least 0", min(lengths))
     if max(lengths) > rows:
         wrong_value(f"seqlens_{side}", f"lengths up to {side}'s seqlen ({rows})", max(lengths))
     if starts is None:
         return
-    first = starts.tolist()
-    if min(first) < 0:
-        wrong_value(f"starts_{side}", "at least 0", min(first))
-    if max(map(add, first, lengths)) > rows:
-        wrong_value(f"starts_{side}", f"start + seqlen up to {side}'s seqlen ({rows})", max(map(add, first, lengths)))
+    firsts = starts.tolist()
+    if min(firsts) < 0:
+        wrong_value(f"starts_{side}", "at least 0", min(firsts))
+    if max(map(add, firsts, lengths)) > rows:
+        wrong_value(f"starts_{side}", f"start + seqlen up to {side}'s seqlen ({rows})", max(map(add, firsts, lengths)))

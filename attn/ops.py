@@ -62,7 +62,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest
     *call_arguments, output_mask, backend = rest
     call = _checked_call(call_arguments)
     checks.check_gradients(dout, dlse, out, lse, call)
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = dout if _has_contiguous_rows(dout) else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     return tuple(choose(call, backend).attention_backward(dout, dlse, out, lse, *call, output_mask))
 
@@ -70,12 +70,17 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest
 def _checked_call(arguments: Sequence[Any]) -> Call:
     checks.check_attention(*arguments)
     call = Call._make(arguments)
-    if checks.contents_are_readable(call.q.device):
+    if checks.contents_are_readable(call.q):
         checks.check_contents(call)
-    if call.q.stride(-1) != 1 or call.k.stride(-1) != 1 or call.v.stride(-1) != 1:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in call[:3])
+    q, k, v, *_ = arguments
+    if not (_has_contiguous_rows(q) and _has_contiguous_rows(k) and _has_contiguous_rows(v)):
+        q, k, v = (x if _has_contiguous_rows(x) else x.contiguous() for x in (q, k, v))
         call = call._replace(q=q, k=k, v=v)
     return call
+
+
+def _has_contiguous_rows(x: Tensor) -> bool:
+    return x.is_contiguous() or x.stride(-1) == 1
 
 
 def _merge(outs: list[Tensor], lses: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
