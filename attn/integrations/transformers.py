@@ -17,14 +17,13 @@ it, combines it) gets the boolean tensor that the sdpa implementation would have
 
 from __future__ import annotations
 
-import functools
 import inspect
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, __version__
@@ -86,15 +85,16 @@ class SpanMask:
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
-    def contiguous(self, *args, **kwargs) -> SpanMask:
+    def contiguous(self, *args: Any, **kwargs: Any) -> SpanMask:
         return self
 
-    def to(self, *args, **kwargs) -> SpanMask | Tensor:
+    def to(self, *args: Any, **kwargs: Any) -> SpanMask | Tensor:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype not in (None, torch.bool):
             return self.dense().to(*args, **kwargs)
-        moved = (None if x is None else x.to(device) for x in (self.starts_k, self.seqlens_k, self.keys))
-        return SpanMask(self.span, self.shape, device or self.device, *moved)
+        target = device or self.device
+        moved = (None if x is None else x.to(target) for x in (self.starts_k, self.seqlens_k, self.keys))
+        return SpanMask(self.span, self.shape, target, *moved)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -107,7 +107,7 @@ class SpanMask:
         raise TypeError("attention_mask: expected no change in place, got an assignment: a SpanMask has no elements")
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def plain(x: Any) -> Any:
             if isinstance(x, (list, tuple)):
                 return type(x)(plain(y) for y in x)
@@ -147,7 +147,7 @@ class _Reach:
     def unbounded(self) -> bool:
         return self.low is None and self.high is None
 
-    def to(self, *args, **kwargs) -> _Reach:
+    def to(self, *args: Any, **kwargs: Any) -> _Reach:
         return self
 
     def __and__(self, other: _Reach) -> _Reach:
@@ -172,14 +172,14 @@ class _Reach:
 class _Symbol:
     """An argument of a mask function of which nothing is known: batch and head."""
 
-    def __eq__(self, other: object):
+    def __eq__(self, other: object) -> bool:
         raise _Unreadable
 
     def __bool__(self) -> bool:
         raise _Unreadable
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise _Unreadable
 
 
@@ -222,7 +222,7 @@ class _Index(_Symbol):
     def __lt__(self, other: _Index | int) -> _Reach:
         return _not_negative(-(self - other) - 1)
 
-    def new_ones(self, *args, **kwargs) -> _Reach:
+    def new_ones(self, *args: Any, **kwargs: Any) -> _Reach:
         return _Reach()  # where and_masks starts
 
 
@@ -271,7 +271,7 @@ def span_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
-    **kwargs,
+    **kwargs: Any,
 ) -> SpanMask | Tensor:
     """The mask entry: called by transformers' `create_*_mask` functions, with the arguments of its `sdpa_mask`.
 
@@ -362,34 +362,32 @@ def _from_lengths(
     Returns (mask, or None if its padding is not one run of keys a sequence; the padding left to apply; q_offset read).
     """
     q_length, kv_length = shape[2:]
-    start = keys.int().argmax(-1)  # (batch,)
-    end = kv_length - keys.flip(-1).int().argmax(-1)
-    count = keys.sum(-1)
-    query_end = q_length + q_offset - kv_offset
-    facts = [
-        (count == kv_length).all(),
-        (count == end - start).all(),
-        (start == 0).all(),
-        (end >= query_end if reach.high == 0 else end == query_end).all(),
-    ]
-    if isinstance(q_offset, Tensor):
-        facts.append(q_offset)
-    whole, one_run, from_first, to_query_end, *read = torch.stack([fact.to(torch.int64) for fact in facts]).tolist()
-    q_offset = read[0] if read else q_offset
-    if whole:
+    host = keys.cpu().numpy()  # small operations: on the host each costs a tenth of what it does in torch
+    q_offset = int(q_offset)
+    if host.all():
         return None, None, q_offset
+    start = host.argmax(1)  # (batch,)
+    end = kv_length - host[:, ::-1].argmax(1)
+    count = host.sum(1)
+    query_end = q_length + q_offset - kv_offset  # the stored key just past the last query's own
 
     span, seqlens_k = None, count
-    if one_run and (reach.unbounded or to_query_end):  # left padding
+    one_run = (count == end - start).all()
+    if one_run and reach.unbounded:
         span = reach.span(0, "bottom_right")
-        if not reach.unbounded:
-            seqlens_k = (q_length + q_offset - kv_offset - start).clamp(min=0)
-    elif one_run and from_first:  # right padding
+    elif one_run and (end >= query_end if reach.high == 0 else end == query_end).all():  # left padding
+        span = reach.span(0, "bottom_right")
+        seqlens_k = (query_end - start).clip(min=0)
+    elif one_run and not start.any():  # right padding
         span = reach.span(q_offset - kv_offset, "top_left")
     if span is None:
         return None, keys, q_offset
-    starts_k = None if from_first else start.to(torch.int32)
-    return SpanMask(span, shape, device, starts_k, seqlens_k.to(torch.int32)), None, q_offset
+
+    def lengths(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x.astype(np.int32)).to(device)
+
+    starts_k = lengths(start) if start.any() else None
+    return SpanMask(span, shape, device, starts_k, lengths(seqlens_k)), None, q_offset
 
 
 def attention(
@@ -406,7 +404,7 @@ def attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cache: Any = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention entry: called by a model's layers.
 
@@ -426,6 +424,9 @@ def attention(
 
     span, starts_k, seqlens_k, bias = Mask(), None, None, position_bias
     if isinstance(attention_mask, SpanMask):
+        if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):  # a span would fit, where a tensor would not
+            wanted = f"{query.shape[2]} queries and {key.shape[2]} keys"
+            raise ValueError(f"attention_mask: expected one for {wanted}, got {attention_mask}")
         span, starts_k, seqlens_k = attention_mask.span, attention_mask.starts_k, attention_mask.seqlens_k
         bias = _combine(position_bias, attention_mask.keys)
     elif attention_mask is not None:
@@ -495,30 +496,25 @@ def swap(model: nn.Module) -> SwapReport:
     for part in models:  # each by itself: 5.17 passes over a part whose config is a copy of the whole's, as T5's are
         part.set_attn_implementation(NAME)
 
+    asks = {kind: _asks_interface(kind) for kind in {type(module) for module in model.modules()}}
     swapped: Counter[str] = Counter()
     left: dict[str, str] = {}
     for module in model.modules():
         kind = type(module).__name__
-        if _asks_interface(type(module)):
-            used = module.config._attn_implementation
+        if asks[type(module)]:
+            used = module.config._attn_implementation  # type: ignore[union-attr]
             if used == NAME:
                 swapped[kind] += 1
             else:
                 left[kind] = f"its model refused another implementation than {used!r}"
-        elif _is_other_attention(module):
+        elif "Attention" in kind and not any(asks[type(part)] for part in module.modules()):
             left[kind] = "it computes attention itself instead of asking transformers' AttentionInterface"
     return SwapReport(dict(swapped), left, previous)
 
 
-@functools.cache
 def _asks_interface(kind: type[nn.Module]) -> bool:
     """Whether a class of layers looks its attention up in transformers' interface when it runs."""
     if issubclass(kind, PreTrainedModel):
         return False
     methods = (inspect.unwrap(f) for base in kind.__mro__ for f in vars(base).values() if inspect.isfunction(f))
     return any("ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in methods)
-
-
-def _is_other_attention(module: nn.Module) -> bool:
-    named = re.search(r"Attention|Attn", type(module).__name__) is not None and not isinstance(module, PreTrainedModel)
-    return named and not any(_asks_interface(type(child)) for child in module.modules())

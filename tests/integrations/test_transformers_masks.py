@@ -229,6 +229,7 @@ class TestReading:
         moved = mask.to("meta")
         assert isinstance(moved, SpanMask) and moved.seqlens_k.device.type == "meta"
         assert isinstance(mask.to(device="cpu", non_blocking=True), SpanMask)
+        assert isinstance(mask.to(torch.bool), SpanMask)
         assert span_mask(3, 3, 8, attention_mask=mask) is mask  # prepared by generate before the forward
 
     def test_refuses_a_change_in_place(self, both):
@@ -300,6 +301,9 @@ class TestAttentionEntry:
             attention(torch.nn.Module(), query, key, value, None, cache=object())
         with pytest.raises(ValueError, match=r"attention_mask: expected 4 dimensions .* got \(2, 4\)"):
             attention(torch.nn.Module(), query, key, value, torch.ones(2, 4, dtype=torch.bool))
+        for q_length, kv_length in ((4, 5), (5, 4), (1, 4)):
+            with pytest.raises(ValueError, match="attention_mask: expected one for 4 queries and 4 keys, got SpanMask"):
+                attention(torch.nn.Module(), query, key, value, span_mask(2, q_length, kv_length))
 
 
 def their_mask_for(padding: torch.Tensor) -> torch.Tensor:

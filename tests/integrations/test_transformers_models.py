@@ -209,6 +209,18 @@ class TestTraining:
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
         assert_same_gradients(got, expected_gradients)
 
+    @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+    def test_checkpointing_drops_the_same_again(self, build):
+        model, input_ids, mask = build("llama", implementation=NAME, attention_dropout=0.3), tokens(), padding("left")
+        model.train()
+        torch.manual_seed(0)
+        expected, expected_gradients = gradients(model, input_ids, mask)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        out, got = gradients(model, input_ids, mask)
+        torch.testing.assert_close(out, expected)
+        assert_same_gradients(got, expected_gradients)
+
     def test_dropout(self, build):
         """Off in eval mode; in training another draw each time, its mean the attention without it."""
         model, input_ids, mask = build("bert", attention_probs_dropout_prob=0.3), tokens(), padding("right")
