@@ -1,0 +1,90 @@
+"""Forward: one program a block of query rows and a head, over the blocks of keys it sees, with an online softmax.
+
+(Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2", 2023.)
+
+Keys are never split over programs, and their blocks are counted from each sequence's key 0: what else is in the batch
+changes no bit of a sequence (batch_invariant holds as it is).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .outside import clear, clear_row, share
+from .philox import kept
+from .schedule import SIZES, job
+from .span import bias_origin, count, key_blocks, pick, sequence
+from .tile import LN2, LOG2E, dot, load, load_inside, logits, store, store_row
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    q, k, v, k_descriptor, v_descriptor, out, lse, sink,
+    lengths, terms, dropout, left, right, rows_q, rows_k, max_q, max_k, batch_size, heads, group, section, blocks,
+    TOP_LEFT: tl.constexpr, PLAIN: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    batch_head, block = job(batch_size * heads, section, blocks, LAST_FIRST=True)
+    b, h = batch_head // heads, batch_head % heads
+    kv_head = h // group
+    s = sequence(lengths, b, rows_q, rows_k, max_q, max_k, left, right, TOP_LEFT)
+    if lengths.cu_q is not None or lengths.len_q is not None:
+        begin, end, step, hole, length = share(lengths.cu_q, s.row_q, s.len_q, b, block, batch_size, blocks, rows_q, BLOCK_M)
+        for r in range(begin, end, step):
+            clear(out, b, h, r, end, hole, length, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
+            clear_row(lse, b, h, r, end, hole, length, -float("inf"), BLOCK_M)
+    i0 = block * BLOCK_M
+    if i0 >= s.len_q:
+        return
+    live = s.len_q - i0
+    i = i0 + tl.arange(0, BLOCK_M)[:, None]
+    origin = bias_origin(lengths, s)
+    # A finite score in every row of an inside block: no row's maximum can be -inf there.
+    FINITE: tl.constexpr = terms.bias is None and terms.keep is None
+    factor = terms.scale * LOG2E if PLAIN else 1.0
+
+    tile_q = load(q, b, h, s.row_q + i0, live, BLOCK_M, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
+    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if sink is not None:  # a key with this score and no value
+        extra = tl.load(sink + h) * LOG2E
+        largest = tl.full([BLOCK_M], 0.0, tl.float32) + extra
+        total += tl.where(extra == -float("inf"), 0.0, 1.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    plan = key_blocks(s, i0, tl.minimum(i0 + BLOCK_M, s.len_q), BLOCK_N)
+    for EDGE in tl.static_range(2):
+        for t in tl.range(0, count(plan, EDGE)):
+            j0 = pick(plan, t, EDGE) * BLOCK_N
+            j = j0 + tl.arange(0, BLOCK_N)[None, :]
+            if EDGE:
+                tile_k = load(k, b, kv_head, s.row_k + j0, s.len_k - j0, BLOCK_N, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
+            else:
+                tile_k = load_inside(k, k_descriptor, b, kv_head, s.row_k + j0, BLOCK_N, BLOCK_D, HEAD_DIM)
+            products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            x, _ = logits(products, terms, s, b, h, i, j, origin, PLAIN, EDGE)
+            new_largest = tl.maximum(largest, tl.max(x, 1) * factor)
+            reference = new_largest
+            if EDGE or not FINITE:
+                reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+            p = tl.exp2(x * factor - reference[:, None])
+            decay = tl.exp2(largest - reference)
+            total = total * decay + tl.sum(p, 1)
+            largest = new_largest
+            if dropout is not None:
+                p = tl.where(kept(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
+            if EDGE:
+                tile_v = load(v, b, kv_head, s.row_k + j0, s.len_k - j0, BLOCK_N, BLOCK_DV, HEAD_DIM_V, ALL_LIVE=False)
+            else:
+                tile_v = load_inside(v, v_descriptor, b, kv_head, s.row_k + j0, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
+            acc = dot(p.to(tile_v.dtype), tile_v, acc * decay[:, None])
+
+    seen = total != 0
+    total = tl.where(seen, total, 1.0)
+    weight = 1.0 / total
+    if dropout is not None:
+        weight *= dropout.keep_scale
+    store(out, b, h, s.row_q + i0, live, acc * weight[:, None], BLOCK_M, BLOCK_DV, HEAD_DIM_V)
+    natural = (largest + tl.log2(total)) * LN2
+    store_row(lse, b, h, s.row_q + i0, live, tl.where(seen, natural, -float("inf")), BLOCK_M)

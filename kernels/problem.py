@@ -1,0 +1,110 @@
+"""One attention call as the kernels take it: plain named tuples of tensors and numbers, built once on the host.
+
+A field that is None costs nothing: a kernel is compiled without the code that would read it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+
+UNBOUNDED = 2**30  # of a span; positions and distances add up in 32 bits
+LOG2E = math.log2(math.e)
+
+
+class View(NamedTuple):
+    """(batch, row, head, dim) of a tensor, strides in elements; packed tensors have no batch and stride 0 for it."""
+
+    data: Any
+    batch: int
+    row: int
+    head: int
+    dim: int
+
+
+class Plane(NamedTuple):
+    """A bias over (batch, head, row, column), stride 0 where it is broadcast."""
+
+    data: Any
+    batch: int
+    head: int
+    row: int
+    column: int
+
+
+class Lengths(NamedTuple):
+    """Where each sequence lies: int32 tensors or None. Rows are counted in the padded row (dense) or in all (packed)."""
+
+    cu_q: Any
+    cu_k: Any
+    len_q: Any
+    len_k: Any
+    start_q: Any
+    start_k: Any
+    prefix: Any
+
+
+class Terms(NamedTuple):
+    """What makes a score out of <q, k>; natural units."""
+
+    scale: float
+    softcap: float | None
+    distance_bias: Any  # (heads_q, 2 * radius + 1)
+    radius: int | None
+    alibi_slopes: Any  # (heads_q,)
+    bias: Plane | None
+    keep: Plane | None  # a boolean bias, as uint8
+
+
+class Dropout(NamedTuple):
+    seed: Any  # int64 (1,)
+    drop_below: int  # of a 32-bit word, as the signed integer with the same bits
+    keep_scale: float
+
+
+def view(x: Tensor) -> View:
+    """x is (B, S, H, D) or (T, H, D)."""
+    return View(x, x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2), x.stride(-1))
+
+
+def row_view(x: Tensor) -> View:
+    """One number a row, like lse: (B, H, S) or (H, T)."""
+    return View(x, x.stride(0) if x.dim() == 3 else 0, x.stride(-1), x.stride(-2), 0)
+
+
+def plane(x: Tensor) -> Plane:
+    return Plane(x, *(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)))
+
+
+def lengths(c: Call) -> Lengths:
+    return Lengths(c.cu_seqlens_q, c.cu_seqlens_k, c.seqlens_q, c.seqlens_k, c.starts_q, c.starts_k, c.prefix)
+
+
+def terms(c: Call) -> Terms:
+    boolean = c.bias is not None and c.bias.dtype == torch.bool
+    return Terms(
+        scale=c.q.shape[-1] ** -0.5 if c.scale is None else c.scale,
+        softcap=c.softcap if c.softcap > 0 else None,
+        distance_bias=c.distance_bias,
+        radius=None if c.distance_bias is None else c.distance_bias.shape[-1] // 2,
+        alibi_slopes=c.alibi_slopes,
+        bias=None if c.bias is None or boolean else plane(c.bias),
+        keep=plane(c.bias.view(torch.uint8)) if c.bias is not None and boolean else None,
+    )
+
+
+def dropout(c: Call) -> Dropout | None:
+    if c.dropout_p == 0:
+        return None
+    threshold = math.floor(c.dropout_p * 2**32)
+    return Dropout(c.seed, threshold - 2**32 if threshold >= 2**31 else threshold, 1 / (1 - c.dropout_p))
+
+
+def plain(t: Terms) -> bool:
+    """A score is a positive multiple of <q, k>: the factor can be applied inside the exponent."""
+    return t.scale > 0 and t.softcap is None and t.distance_bias is None and t.alibi_slopes is None and t.bias is None and t.keep is None

@@ -1,0 +1,148 @@
+"""What every kernel does with one tile of queries and keys: load it, multiply it, make scores of the products.
+
+Row and column numbers come as tensors that broadcast, i (M, 1) with j (1, N) or i (1, M) with j (N, 1), so a kernel chooses which
+way its tile lies. Scores are in units of log2, for exp2.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+from .span import visible
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# The interpreter multiplies the bits of bfloat16, so it is given float32.
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def dot(a, b, c):
+    """a @ b + c in float32; float32 operands keep all their bits (no TF32)."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, c, input_precision="ieee")
+
+
+@triton.jit
+def start(view, batch, head, row):
+    """The first element of a row. Widened before any product: a tensor may have more than 2^31 elements."""
+    return view.data + tl.cast(batch, tl.int64) * view.batch + tl.cast(row, tl.int64) * view.row + tl.cast(head, tl.int64) * view.head
+
+
+@triton.jit
+def offsets(view, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.arange(0, ROWS)[:, None].to(tl.int64) * view.row + tl.arange(0, COLUMNS)[None, :] * view.dim
+
+
+@triton.jit
+def load(view, batch, head, row, live, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ALL_LIVE: tl.constexpr):
+    """(ROWS, COLUMNS) from `row` on; rows from `live` on and columns from DIM on are 0 whatever memory holds there."""
+    pointers = start(view, batch, head, row) + offsets(view, ROWS, COLUMNS)
+    if ALL_LIVE and DIM == COLUMNS:
+        return tl.load(pointers)
+    mask = tl.arange(0, COLUMNS)[None, :] < DIM
+    if not ALL_LIVE:
+        mask = mask & (tl.arange(0, ROWS)[:, None] < live)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_between(view, batch, head, row, first, live, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr):
+    """The same for a tile that may begin before its sequence: rows before `first` are 0 too."""
+    r = tl.arange(0, ROWS)[:, None]
+    mask = (r >= first) & (r < live) & (tl.arange(0, COLUMNS)[None, :] < DIM)
+    return tl.load(start(view, batch, head, row) + offsets(view, ROWS, COLUMNS), mask=mask, other=0.0)
+
+
+@triton.jit
+def load_inside(view, descriptor, batch, head, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr):
+    """A tile that lies wholly inside its sequence: by bulk tensor copy where there is a descriptor."""
+    if descriptor is not None:
+        return descriptor.load([batch, head, row, 0]).reshape(ROWS, COLUMNS)
+    return load(view, batch, head, row, ROWS, ROWS, COLUMNS, DIM, ALL_LIVE=True)
+
+
+@triton.jit
+def store(view, batch, head, row, live, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr):
+    mask = (tl.arange(0, ROWS)[:, None] < live) & (tl.arange(0, COLUMNS)[None, :] < DIM)
+    tl.store(start(view, batch, head, row) + offsets(view, ROWS, COLUMNS), x.to(view.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(view, batch, head, row, live, missing, ROWS: tl.constexpr):
+    """(ROWS,) of a tensor with one number a row."""
+    r = tl.arange(0, ROWS)
+    return tl.load(start(view, batch, head, row) + r.to(tl.int64) * view.row, mask=r < live, other=missing)
+
+
+@triton.jit
+def store_row(view, batch, head, row, live, x, ROWS: tl.constexpr):
+    r = tl.arange(0, ROWS)
+    tl.store(start(view, batch, head, row) + r.to(tl.int64) * view.row, x, mask=r < live)
+
+
+@triton.jit
+def log2_lse(lse):
+    """Of rows as stored, to subtract from scores in log2: a row that sees nothing gets no probability at all."""
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def tanh(x):
+    """To about 1 ulp, small arguments too: the polynomial is that of Cephes' tanhf."""
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = (p * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    small = (p * z - 3.33332819422e-1) * z * x + x
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    large = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def bias_at(plane, s, batch, head, i, j, origin):
+    """A bias for rows i and keys j; 0 outside the sequence, where it is never read."""
+    pointers = plane.data + tl.cast(batch, tl.int64) * plane.batch + tl.cast(head, tl.int64) * plane.head
+    pointers += tl.cast(origin[0] + i, tl.int64) * plane.row + tl.cast(origin[1] + j, tl.int64) * plane.column
+    mask = (i >= 0) & (i < s.len_q) & (j >= 0) & (j < s.len_k)
+    return tl.load(pointers, mask=mask, other=0)
+
+
+@triton.jit
+def scores(products, terms, s, batch, head, i, j, origin):
+    """Section 3 but for the span: log2(e) times the score, and the slope of the soft cap for the way back."""
+    x = products * terms.scale
+    slope = 1.0
+    if terms.softcap is not None:
+        t = tanh(x / terms.softcap)
+        x = t * terms.softcap
+        slope = 1 - t * t
+    x = x * LOG2E
+    if terms.distance_bias is not None:
+        index = tl.minimum(tl.maximum(j - (i + s.offset), -terms.radius), terms.radius) + terms.radius
+        table = terms.distance_bias + head.to(tl.int64) * (2 * terms.radius + 1)
+        x += tl.load(table + index) * LOG2E
+    if terms.alibi_slopes is not None:
+        x -= tl.load(terms.alibi_slopes + head) * LOG2E * tl.abs(j - (i + s.offset)).to(tl.float32)
+    if terms.bias is not None:
+        x += bias_at(terms.bias, s, batch, head, i, j, origin).to(tl.float32) * LOG2E
+    if terms.keep is not None:
+        x = tl.where(bias_at(terms.keep, s, batch, head, i, j, origin) != 0, x, -float("inf"))
+    return x, slope
+
+
+@triton.jit
+def logits(products, terms, s, batch, head, i, j, origin, PLAIN: tl.constexpr, EDGE: tl.constexpr):
+    """Scores with the span, and the soft cap's slope. PLAIN leaves out the factor scale * log2(e), to be fused into exp2."""
+    slope = 1.0
+    if PLAIN:
+        x = products
+    else:
+        x, slope = scores(products, terms, s, batch, head, i, j, origin)
+    if EDGE:
+        x = tl.where(visible(s, i, j), x, -float("inf"))
+    return x, slope
