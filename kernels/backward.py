@@ -16,7 +16,7 @@ from .outside import clear, share
 from .philox import kept
 from .schedule import SIZES, job
 from .span import bias_origin, count, key_blocks, pick, query_blocks, sequence
-from .tile import LOG2E, dot, load, load_inside, load_row, logits, log2_lse, store, store_row
+from .tile import LOG2E, dot, load, load_inside, load_row, logits, probabilities, reference_of, store, store_row
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
@@ -54,11 +54,10 @@ def dq_kernel(
     live = s.len_q - i0
     i = i0 + tl.arange(0, BLOCK_M)[:, None]
     origin = bias_origin(lengths, s)
-    factor = terms.scale * LOG2E if PLAIN else 1.0
 
     tile_q = load(q, b, h, s.row_q + i0, live, BLOCK_M, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
     tile_dout = load(dout, b, h, s.row_q + i0, live, BLOCK_M, BLOCK_DV, HEAD_DIM_V, ALL_LIVE=False)
-    row_lse = log2_lse(load_row(lse, b, h, s.row_q + i0, live, -float("inf"), BLOCK_M))[:, None]
+    row_lse = reference_of(load_row(lse, b, h, s.row_q + i0, live, -float("inf"), BLOCK_M), PLAIN)[:, None]
     row_delta = load_row(delta, b, h, s.row_q + i0, live, 0.0, BLOCK_M)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
@@ -77,7 +76,7 @@ def dq_kernel(
             products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             dp = dot(tile_dout, tl.trans(tile_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             x, slope = logits(products, terms, s, b, h, i, j, origin, PLAIN, EDGE)
-            p = tl.exp2(x * factor - row_lse)
+            p = probabilities(x, row_lse, terms, PLAIN)
             if dropout is not None:
                 dp = tl.where(kept(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N), dp * dropout.keep_scale, 0.0)
             ds = p * (dp - row_delta) * slope
@@ -107,7 +106,6 @@ def dkdv_kernel(
     live = s.len_k - j0
     j = j0 + tl.arange(0, BLOCK_N)[:, None]
     origin = bias_origin(lengths, s)
-    factor = terms.scale * LOG2E if PLAIN else 1.0
 
     tile_k = load(k, b, kv_head, s.row_k + j0, live, BLOCK_N, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
     tile_v = load(v, b, kv_head, s.row_k + j0, live, BLOCK_N, BLOCK_DV, HEAD_DIM_V, ALL_LIVE=False)
@@ -128,11 +126,11 @@ def dkdv_kernel(
             else:
                 tile_q = load_inside(q, q_descriptor, b, h, row_q, BLOCK_M, BLOCK_D, HEAD_DIM)
                 tile_dout = load_inside(dout, dout_descriptor, b, h, row_q, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
-            row_lse = log2_lse(load_row(lse, b, h, row_q, s.len_q - i0, -float("inf"), BLOCK_M))[None, :]
+            row_lse = reference_of(load_row(lse, b, h, row_q, s.len_q - i0, -float("inf"), BLOCK_M), PLAIN)[None, :]
             row_delta = load_row(delta, b, h, row_q, s.len_q - i0, 0.0, BLOCK_M)[None, :]
             products = dot(tile_k, tl.trans(tile_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
             x, slope = logits(products, terms, s, b, h, i, j, origin, PLAIN, EDGE)
-            p = tl.exp2(x * factor - row_lse)
+            p = probabilities(x, row_lse, terms, PLAIN)
             dp = dot(tile_v, tl.trans(tile_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
             dropped = p
             if dropout is not None:
@@ -152,10 +150,10 @@ def dkdv_kernel(
 def dsink_kernel(lse, delta, sink, dsink, batch_size, rows, ROWS: tl.constexpr):
     """One program a head: -sum of exp(sink - lse) * delta over every row of every sequence, in a fixed order."""
     h = tl.program_id(0)
-    logit = tl.load(sink + h) * LOG2E
+    logit = tl.load(sink + h)
     acc = tl.zeros([ROWS], tl.float32)
     for b in range(0, batch_size):
         for row in range(0, rows, ROWS):
-            row_lse = log2_lse(load_row(lse, b, h, row, rows - row, -float("inf"), ROWS))
-            acc -= tl.exp2(logit - row_lse) * load_row(delta, b, h, row, rows - row, 0.0, ROWS)
+            row_lse = reference_of(load_row(lse, b, h, row, rows - row, -float("inf"), ROWS), PLAIN=False)
+            acc -= tl.exp2((logit - row_lse) * LOG2E) * load_row(delta, b, h, row, rows - row, 0.0, ROWS)
     tl.store(dsink + h, tl.sum(acc, 0))

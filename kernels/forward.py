@@ -15,7 +15,7 @@ from .outside import clear, clear_row, share
 from .philox import kept
 from .schedule import SIZES, job
 from .span import bias_origin, count, key_blocks, pick, sequence
-from .tile import LN2, LOG2E, dot, load, load_inside, logits, store, store_row
+from .tile import LN2, LOG2E, dot, load, load_inside, logits, probabilities, store, store_row
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -42,13 +42,13 @@ def forward_kernel(
     origin = bias_origin(lengths, s)
     # A finite score in every row of an inside block: no row's maximum can be -inf there.
     FINITE: tl.constexpr = terms.bias is None and terms.keep is None
-    factor = terms.scale * LOG2E if PLAIN else 1.0
+    UNIT: tl.constexpr = LN2 if PLAIN else 1.0  # of `largest` and of sums in the exponent
 
     tile_q = load(q, b, h, s.row_q + i0, live, BLOCK_M, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sink is not None:  # a key with this score and no value
-        extra = tl.load(sink + h) * LOG2E
+        extra = tl.load(sink + h) * (1 / UNIT)
         largest = tl.full([BLOCK_M], 0.0, tl.float32) + extra
         total += tl.where(extra == -float("inf"), 0.0, 1.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -64,12 +64,15 @@ def forward_kernel(
                 tile_k = load_inside(k, k_descriptor, b, kv_head, s.row_k + j0, BLOCK_N, BLOCK_D, HEAD_DIM)
             products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             x, _ = logits(products, terms, s, b, h, i, j, origin, PLAIN, EDGE)
-            new_largest = tl.maximum(largest, tl.max(x, 1) * factor)
+            if PLAIN:
+                new_largest = tl.maximum(largest, tl.max(x, 1) * terms.log2_scale)
+            else:
+                new_largest = tl.maximum(largest, tl.max(x, 1))
             reference = new_largest
             if EDGE or not FINITE:
                 reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-            p = tl.exp2(x * factor - reference[:, None])
-            decay = tl.exp2(largest - reference)
+            p = probabilities(x, reference[:, None], terms, PLAIN)
+            decay = tl.exp2((largest - reference) * (UNIT * LOG2E))
             total = total * decay + tl.sum(p, 1)
             largest = new_largest
             if dropout is not None:
@@ -86,5 +89,5 @@ def forward_kernel(
     if dropout is not None:
         weight *= dropout.keep_scale
     store(out, b, h, s.row_q + i0, live, acc * weight[:, None], BLOCK_M, BLOCK_DV, HEAD_DIM_V)
-    natural = (largest + tl.log2(total)) * LN2
+    natural = largest * UNIT + tl.log2(total) * LN2
     store_row(lse, b, h, s.row_q + i0, live, tl.where(seen, natural, -float("inf")), BLOCK_M)

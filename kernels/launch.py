@@ -38,13 +38,16 @@ def options(tile: tuning.Config) -> dict[str, Any]:
 
 
 def descriptor(x: Tensor, rows: int) -> Any:
-    """x as (batch, head, row, dim) for bulk copies of (rows, padded head_dim); None where its strides or address do not allow them."""
-    if TensorDescriptor is None or x.numel() == 0 or x.data_ptr() % 16:
+    """(batch, head, row, dim) of x, packed without batch, for bulk copies of (rows, padded head_dim).
+
+    None where the strides or the address of x do not allow them.
+    """
+    if TensorDescriptor is None or x.numel() == 0 or x.stride(-1) != 1 or x.data_ptr() % 16:
         return None
-    x = x[None] if x.dim() == 3 else x
-    batch, length, heads, head_dim = x.shape
     unit = 16 // x.element_size()
-    strides = [x.stride(n) if x.shape[n] > 1 else unit for n in (0, 2, 1)]
-    if x.stride(3) != 1 or any(stride <= 0 or stride % unit for stride in strides):
+    order = [*range(x.dim() - 3), -2, -3]
+    strides = [x.stride(n) if x.shape[n] > 1 else unit for n in order]
+    if any(stride <= 0 or stride % unit for stride in strides):
         return None
-    return TensorDescriptor(x, [batch, heads, length, head_dim], [*strides, 1], [1, 1, rows, tuning.padded(head_dim)])
+    shape = [x.shape[n] for n in (*order, -1)]
+    return TensorDescriptor(x, shape, [*strides, 1], [*[1] * (x.dim() - 2), rows, tuning.padded(x.shape[-1])])

@@ -50,9 +50,10 @@ class Lengths(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What makes a score out of <q, k>; natural units."""
+    """What makes a score out of <q, k>."""
 
     scale: float
+    log2_scale: float  # scale * log2(e)
     softcap: float | None
     distance_bias: Any  # (heads_q, 2 * radius + 1)
     radius: int | None
@@ -87,8 +88,10 @@ def lengths(c: Call) -> Lengths:
 
 def terms(c: Call) -> Terms:
     boolean = c.bias is not None and c.bias.dtype == torch.bool
+    scale = c.q.shape[-1] ** -0.5 if c.scale is None else c.scale
     return Terms(
-        scale=c.q.shape[-1] ** -0.5 if c.scale is None else c.scale,
+        scale=scale,
+        log2_scale=scale * LOG2E,
         softcap=c.softcap if c.softcap > 0 else None,
         distance_bias=c.distance_bias,
         radius=None if c.distance_bias is None else c.distance_bias.shape[-1] // 2,

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .philox import kept_at
 from .span import bias_origin, visible
-from .tile import LOG2E, dot, load_between, load_row, log2_lse, logits
+from .tile import dot, load_between, load_row, logits, probabilities, reference_of
 
 
 @triton.jit
@@ -24,10 +24,9 @@ def score_gradient(
     products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     x, _ = logits(products, terms, s, b, h, i, j, bias_origin(lengths, s), PLAIN, EDGE=False)
     x = tl.where((i >= 0) & (i < s.len_q) & (j >= 0) & visible(s, i, j), x, -float("inf"))
-    if PLAIN:
-        x *= terms.scale * LOG2E
     # Rows outside the sequence have lse = -inf and delta = 0, those stored before it too.
-    p = tl.exp2(x - log2_lse(load_row(lse, b, h, row_q, s.len_q - i0, -float("inf"), BLOCK_M))[:, None])
+    row_lse = reference_of(load_row(lse, b, h, row_q, s.len_q - i0, -float("inf"), BLOCK_M), PLAIN)
+    p = probabilities(x, row_lse[:, None], terms, PLAIN)
 
     tile_dout = load_between(dout, b, h, row_q, -i0, s.len_q - i0, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
     tile_v = load_between(v, b, kv_head, row_k, -j0, s.len_k - j0, BLOCK_N, BLOCK_DV, HEAD_DIM_V)

@@ -1,7 +1,11 @@
 """What every kernel does with one tile of queries and keys: load it, multiply it, make scores of the products.
 
 Row and column numbers come as tensors that broadcast, i (M, 1) with j (1, N) or i (1, M) with j (N, 1), so a kernel chooses which
-way its tile lies. Scores are in units of log2, for exp2.
+way its tile lies.
+
+Probabilities are powers of 2. Where a score is nothing but scale * <q, k> (PLAIN), scale * log2(e) is one factor in the exponent and
+reference values, to be subtracted there, are in units of log2; else scores and reference values are natural, and a score may be as low
+as finite numbers go.
 """
 
 from __future__ import annotations
@@ -62,7 +66,10 @@ def load_between(view, batch, head, row, first, live, ROWS: tl.constexpr, COLUMN
 def load_inside(view, descriptor, batch, head, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr):
     """A tile that lies wholly inside its sequence: by bulk tensor copy where there is a descriptor."""
     if descriptor is not None:
-        return descriptor.load([batch, head, row, 0]).reshape(ROWS, COLUMNS)
+        if len(descriptor.block_shape) == 3:  # packed
+            return descriptor.load([head, row, 0]).reshape(ROWS, COLUMNS)
+        else:
+            return descriptor.load([batch, head, row, 0]).reshape(ROWS, COLUMNS)
     return load(view, batch, head, row, ROWS, ROWS, COLUMNS, DIM, ALL_LIVE=True)
 
 
@@ -86,9 +93,21 @@ def store_row(view, batch, head, row, live, x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def log2_lse(lse):
-    """Of rows as stored, to subtract from scores in log2: a row that sees nothing gets no probability at all."""
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+def probabilities(x, reference, terms, PLAIN: tl.constexpr):
+    """exp(score - reference). Differences come before anything is rounded, so large scores lose nothing."""
+    if not PLAIN:
+        return tl.exp2((x - reference) * LOG2E)
+    elif INTERPRET:  # which rounds the product in a fused multiply-add
+        return tl.exp2((x.to(tl.float64) * terms.log2_scale - reference).to(tl.float32))
+    else:
+        return tl.exp2(tl.fma(x, terms.log2_scale, -reference))
+
+
+@triton.jit
+def reference_of(lse, PLAIN: tl.constexpr):
+    """Of rows as stored; a row that sees nothing gets no probability at all."""
+    unit: tl.constexpr = LOG2E if PLAIN else 1.0
+    return tl.where(lse == -float("inf"), float("inf"), lse * unit)
 
 
 @triton.jit
@@ -114,22 +133,21 @@ def bias_at(plane, s, batch, head, i, j, origin):
 
 @triton.jit
 def scores(products, terms, s, batch, head, i, j, origin):
-    """Section 3 but for the span: log2(e) times the score, and the slope of the soft cap for the way back."""
+    """Section 3 but for the span, and the slope of the soft cap for the way back."""
     x = products * terms.scale
     slope = 1.0
     if terms.softcap is not None:
         t = tanh(x / terms.softcap)
         x = t * terms.softcap
         slope = 1 - t * t
-    x = x * LOG2E
     if terms.distance_bias is not None:
         index = tl.minimum(tl.maximum(j - (i + s.offset), -terms.radius), terms.radius) + terms.radius
         table = terms.distance_bias + head.to(tl.int64) * (2 * terms.radius + 1)
-        x += tl.load(table + index) * LOG2E
+        x += tl.load(table + index)
     if terms.alibi_slopes is not None:
-        x -= tl.load(terms.alibi_slopes + head) * LOG2E * tl.abs(j - (i + s.offset)).to(tl.float32)
+        x -= tl.load(terms.alibi_slopes + head) * tl.abs(j - (i + s.offset)).to(tl.float32)
     if terms.bias is not None:
-        x += bias_at(terms.bias, s, batch, head, i, j, origin).to(tl.float32) * LOG2E
+        x += bias_at(terms.bias, s, batch, head, i, j, origin).to(tl.float32)
     if terms.keep is not None:
         x = tl.where(bias_at(terms.keep, s, batch, head, i, j, origin) != 0, x, -float("inf"))
     return x, slope
@@ -137,7 +155,7 @@ def scores(products, terms, s, batch, head, i, j, origin):
 
 @triton.jit
 def logits(products, terms, s, batch, head, i, j, origin, PLAIN: tl.constexpr, EDGE: tl.constexpr):
-    """Scores with the span, and the soft cap's slope. PLAIN leaves out the factor scale * log2(e), to be fused into exp2."""
+    """Scores (PLAIN: products) with the span, and the soft cap's slope."""
     slope = 1.0
     if PLAIN:
         x = products
