@@ -9,7 +9,7 @@
 namespace duplex::DUPLEX_ISA {
 namespace {
 
-constexpr int TILES = 4;  // tiles of queries that share one packed block of keys
+constexpr int TILES = 8;  // tiles of queries that share one packed block of keys
 
 template <class P>
 struct Layout {
@@ -156,6 +156,10 @@ void forward_rows(const Problem& p, const ForwardTask& task, void* memory) {
     Pack<P>::pairs(s.values, at.units_v, p.v.at<E>(task.b, head.seq.row_k + j0, kv), p.v.row, count, keys,
                    int(p.head_dim_v));
     for (int t = 0; t < tiles; ++t) {
+      const int64_t soon = j0 + KEYS + int64_t(t) * KEYS / tiles, until = j0 + KEYS + int64_t(t + 1) * KEYS / tiles;
+      const int fetch = int(clamp(until < span.len_k ? until - soon : span.len_k - soon, 0, KEYS));
+      prefetch_rows(p.k.at<E>(task.b, head.seq.row_k + soon, kv), p.k.row, fetch, p.head_dim);
+      prefetch_rows(p.v.at<E>(task.b, head.seq.row_k + soon, kv), p.v.row, fetch, p.head_dim_v);
       TileRange& range = ranges[t];
       range.j0 = j0;
       range.keys = count;

@@ -51,6 +51,13 @@ inline void widen_rows(float* to, int64_t to_row, const E* from, int64_t from_ro
   memset(to, 0, (padded_rows - rows) * to_row * sizeof(float));
 }
 
+// Asks for rows that will be packed soon: they are short and far apart, which hardware prefetchers do not follow.
+template <class E>
+inline void prefetch_rows(const E* from, int64_t from_row, int rows, int64_t dim) {
+  for (int r = 0; r < rows; ++r)
+    for (int64_t x = 0; x < dim; x += int64_t(64 / sizeof(E))) __builtin_prefetch(from + r * from_row + x, 0, 2);
+}
+
 // One step of a transpose: exchanges the off-diagonal blocks of STRIDE x STRIDE in every 2 STRIDE x 2 STRIDE.
 template <int STRIDE>
 inline void exchange(vint* rows) {

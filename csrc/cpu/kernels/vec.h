@@ -54,7 +54,7 @@ inline void store(T* to, V v) {
 inline vfloat splat(float x) { return x - vfloat{}; }
 inline vint splat(int32_t x) { return x - vint{}; }
 inline vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
-inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }  // b when either is NaN
 inline vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
 inline vfloat abs(vfloat a) { return (vfloat)((vint)a & 0x7fffffff); }
 
@@ -100,9 +100,8 @@ inline vfloat exp2_reduced(vfloat x, vint& n) {
 // 2^x for x <= 126; exactly 0 from x = -127 down (so -inf gives 0), NaN stays NaN.
 template <bool EXACT>
 inline vfloat exp2(vfloat x) {
-  x = x < -127.0f ? splat(-127.0f) : x;
   vint n;
-  const vfloat q = exp2_reduced<EXACT>(x, n);
+  const vfloat q = exp2_reduced<EXACT>(max(splat(-127.0f), x), n);
   return (vfloat)((vint)(1.0f + q) + (n << 23));
 }
 
