@@ -53,7 +53,7 @@ $(STAMPS)/demo: $(STAMPS)/torch $(SOURCES)
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/torch $(SOURCES)
-	@$(call INSTALL,[test,lint])
+	@$(call INSTALL,[dev])
 	@touch $@ $(STAMPS)/demo
 
 # The local version +cpu is asked for by name: the general index has none, so its gigabytes of CUDA libraries are

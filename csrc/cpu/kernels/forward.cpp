@@ -59,8 +59,9 @@ void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s
     vfloat now = before;
     for (int n = 0; n < keys; ++n) now = max(load<vfloat>(s.scores + n * TILE + x * LANES), now);
     store(peak + x * LANES, now);
-    base[x] = select(now == -INF, splat(0.0f), now * unit);
-    const vfloat factor = exp2<true>(before * unit - base[x]);
+    base[x] = select(now == -INF, splat(0.0f), now);
+    const vfloat factor =
+        exp2<true>((before - base[x]) * unit);  // the difference first: its rounding is relative to it
     store(s.rescale + x * LANES, factor);
     sum[x] = first ? vfloat{} : load<vfloat>(total + x * LANES) * factor;
   }
@@ -68,8 +69,8 @@ void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s
   for (int n = 0; n < keys; n += 2)
     for (int x = 0; x < vectors; ++x) {
       float* at = s.scores + n * TILE + x * LANES;
-      const vfloat even = exp2<P::EXACT>(load<vfloat>(at) * unit - base[x]);
-      const vfloat odd = exp2<P::EXACT>(load<vfloat>(at + TILE) * unit - base[x]);
+      const vfloat even = exp2<P::EXACT>((load<vfloat>(at) - base[x]) * unit);
+      const vfloat odd = exp2<P::EXACT>((load<vfloat>(at + TILE) - base[x]) * unit);
       sum[x] += even + odd;
       if constexpr (P::STEP == 2) {
         if (!dropout) {

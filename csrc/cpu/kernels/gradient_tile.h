@@ -22,7 +22,7 @@ struct Widths {
 template <class P>
 struct QueryTile {
   typename P::unit *q_t, *dout_t, *q_pairs, *dout_pairs, *staging;
-  float *peak, *delta;  // log-sum-exp in powers of two, +inf for a row that saw nothing
+  float *lse, *delta;  // lse is +inf for a row that saw nothing: its weights are then 0
   int64_t i0;
   int rows;
 
@@ -33,7 +33,7 @@ struct QueryTile {
     q_pairs = carver.take<typename P::unit>(TILE / P::STEP * w.floats);
     dout_pairs = carver.take<typename P::unit>(TILE / P::STEP * w.floats_v);
     staging = carver.take<typename P::unit>(TILE * (w.units > w.units_v ? w.units : w.units_v));
-    peak = carver.take<float>(TILE);
+    lse = carver.take<float>(TILE);
     delta = carver.take<float>(TILE);
   }
 
@@ -54,9 +54,9 @@ struct QueryTile {
     }
     const int64_t at = head.b * p.lse_batch + head.h * p.lse_head + row;
     for (int m = 0; m < TILE; ++m) {
-      const float lse = m < rows ? p.lse[at + m] : -INF;
-      peak[m] = lse == -INF ? INF : lse * LOG2E;
-      delta[m] = lse == -INF ? 0 : g.delta[at + m];
+      const float given = m < rows ? p.lse[at + m] : -INF;
+      lse[m] = given == -INF ? INF : given;
+      delta[m] = given == -INF ? 0 : g.delta[at + m];
     }
   }
 };
@@ -83,12 +83,12 @@ struct GradientTile {
     if (!head.is_scaled_product()) head.finish(t, weights, *score, slopes);
     if (cover == Cover::SOME) head.hide(t, weights, keys);
     if (p.dropout) head.drop(t, dscores);
-    const float unit = head.unit() * LOG2E, keep = p.keep_scale;
+    const float unit = head.unit(), keep = p.keep_scale;
     for (int m = 0; m < t.lanes(); m += LANES) {
-      const vfloat peak = load<vfloat>(queries.peak + m), delta = load<vfloat>(queries.delta + m);
+      const vfloat lse = load<vfloat>(queries.lse + m), delta = load<vfloat>(queries.delta + m);
       for (int n = 0; n < keys; ++n) {
         float *weight = weights + n * TILE + m, *dscore = dscores + n * TILE + m;
-        const vfloat probability = exp2<P::EXACT>(load<vfloat>(weight) * unit - peak);
+        const vfloat probability = exp2<P::EXACT>((load<vfloat>(weight) * unit - lse) * LOG2E);
         store(dscore, probability * (load<vfloat>(dscore) * keep - delta));
         store(weight, probability * keep);
       }
