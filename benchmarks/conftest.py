@@ -55,4 +55,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     roof = ", ".join(f"{key} {value:,.0f}" for key, value in bars[-1].roof.items())
     terminal = Console(width=None if terminalreporter.isatty else 150, highlight=False)
     terminal.print(results.table(bars, f"{name}, torch {torch.__version__}"))
-    terminal.print(f"{roof}\n{sum(bar.met for bar in bars)} of {len(bars)} bars met; written to {path}", style="dim")
+    kept = "kept nowhere: --tiny measures nothing" if path is None else f"written to {path}"
+    terminal.print(f"{roof}\n{sum(bar.met for bar in bars)} of {len(bars)} bars met; {kept}", style="dim")
