@@ -25,11 +25,11 @@ POISON = -(2**30) - 12345  # around lengths; the integer that NaN is to floats
 @dataclasses.dataclass(frozen=True)
 class Case:
     layout: str = "dense"
-    lengths: str = "ragged"
+    lengths: str | tuple[tuple[int, ...], tuple[int, ...]] = "ragged"  # a name, or those of q and of k
     heads: tuple[int, int] = (2, 2)  # of q, of k and v
     head_dims: tuple[int, int] = (64, 64)  # of q and k, of v
     dtype: torch.dtype = FLOAT32
-    mask: str = "full"
+    mask: str | tuple[int | str, int | None, int | None] = "full"  # a name, or prefix ("each": random), left and right
     top_left: bool = False
     scale: float | None = None
     softcap: float = 0.0
@@ -184,25 +184,29 @@ class Problem:
     dout: Tensor  # like out, NaN outside the sequences
     dlse: Tensor | None
     guard: Guard
+    known: dict[bool, tuple[Answer, Answer, dict[str, float]]] = dataclasses.field(default_factory=dict)
 
-    @cache  # noqa: B019 (problems live as long as the grid)
     def answers(self, gradients: bool) -> tuple[Answer, Answer, dict[str, float]]:
-        """The oracle's answer, the plain formula's, and the floors of the accuracy contract."""
-        grads = (self.dout, self.dlse) if gradients else (None, None)
-        exact = answer(self.call, torch.float64, *grads)
-        return exact, answer(self.call, self.call.q.dtype, *grads), floors(self.call, exact, *grads)
-
-    def __hash__(self) -> int:
-        return id(self)
+        """The oracle's answer, the plain formula's, and the floors of the accuracy contract; computed once for all lanes."""
+        if gradients not in self.known:
+            grads = (self.dout, self.dlse) if gradients else (None, None)
+            exact = answer(self.call, torch.float64, *grads)
+            self.known[gradients] = exact, answer(self.call, self.call.q.dtype, *grads), floors(self.call, exact, *grads)
+        return self.known[gradients]
 
 
 @cache
 def problem(case: Case) -> Problem:
+    """The tensors of a case of the grid, made once for all lanes."""
+    return make(case)
+
+
+def make(case: Case) -> Problem:
     g, guard = torch.Generator().manual_seed(case.seed), Guard()
     kind, order, gap, offset = LAYOUTS[case.layout]
     packed = kind.startswith("packed")
-    lens_q, lens_k = LENGTHS[case.lengths]
-    if kind == "dense":
+    lens_q, lens_k = LENGTHS[case.lengths] if isinstance(case.lengths, str) else map(list, case.lengths)
+    if kind == "dense" and lens_q:
         lens_q, lens_k = [max(lens_q)] * len(lens_q), [max(lens_k)] * len(lens_k)
     batch, (heads_q, heads_kv), (dim, dim_v) = len(lens_q), case.heads, case.head_dims
 
@@ -216,7 +220,7 @@ def problem(case: Case) -> Problem:
         """Where each sequence starts in its row of the tensor, and the rows: those of the tensor (dense) or of all (packed)."""
         if packed:
             return [sum(lens[:b]) for b in range(batch)], [sum(lens) + (6 if kind == "packed_tail" else 0)]
-        rows = max(lens) + (0 if kind == "dense" else 4)
+        rows = max(lens, default=0) + (0 if kind == "dense" else 4)
         free = [rows - n for n in lens]
         starts = {"left": free, "anywhere": [torch.randint(0, n + 1, (1,), generator=g).item() for n in free]}
         return starts.get(kind, [0] * batch), [batch, rows]
@@ -248,10 +252,10 @@ def problem(case: Case) -> Problem:
         call.seqlens_q, call.seqlens_k = int32(lens_q), int32(lens_k)
         if kind != "right":
             call.starts_q, call.starts_k = int32(starts_q), int32(starts_k)
-    prefix, call.left, call.right = MASKS[case.mask]
+    prefix, call.left, call.right = MASKS[case.mask] if isinstance(case.mask, str) else case.mask
     each = [int(torch.randint(-2, n + 4, (1,), generator=g)) for n in lens_k]  # beyond both ends: clamped
     call.prefix = int32(each) if prefix == "each" else prefix
-    stored_q, stored_k = (max(lens_q), max(lens_k)) if packed else (shape_q[1], shape_k[1])
+    stored_q, stored_k = (max(lens_q, default=0), max(lens_k, default=0)) if packed else (shape_q[1], shape_k[1])
     own = torch.float32 if case.sink == "float32" else case.dtype
     if case.distance_radius is not None:
         call.distance_bias = guard.place(normal(heads_q, 2 * case.distance_radius + 1).to(own), offset=1)

@@ -243,10 +243,17 @@ def floors(call: Call, exact: Answer, dout: Tensor | None = None, dlse: Tensor |
         "dk": unit * score_grad * largest(call.q, q_rows) * abs(call.scaling),
         "dv": unit * largest(dout),
     }
-    for name in GRADIENTS[3:]:  # the design bounds dq, dk and dv; a bias or sink sees dS with factor 1, then is stored in its own dtype
-        x = getattr(call, name)
-        if isinstance(x, Tensor) and x.is_floating_point() and f"d{name}" in exact:
-            bounds[f"d{name}"] = unit * score_grad + torch.finfo(x.dtype).eps * largest(exact[f"d{name}"])
+    # The design bounds dq, dk and dv. A bias or a sink sums dS over rows; P sums to 1 in a row, so each row errs by at most one unit, and rows
+    # err independently. Last, the sum is stored in its own dtype.
+    rows, longest = sum(s.len_q for s in where), max((s.len_q for s in where), default=0)
+    summed = {"distance_bias": rows, "sink": rows, "row_distance_bias": 1, "col_distance_bias": longest}
+    if call.bias is not None:
+        batch, heads, rows_q, _ = (1,) * (4 - call.bias.dim()) + call.bias.shape
+        summed["bias"] = (1 if rows_q > 1 else longest) * (1 if batch > 1 else len(where)) * (1 if heads > 1 else call.heads_q)
+    for name, count in summed.items():
+        if f"d{name}" in exact:
+            stored = torch.finfo(getattr(call, name).dtype).eps
+            bounds[f"d{name}"] = unit * score_grad * max(count, 1) ** 0.5 + stored * largest(exact[f"d{name}"])
     return bounds
 
 
