@@ -283,17 +283,18 @@ def span_mask(
     if isinstance(attention_mask, SpanMask):  # prepared before the forward, by generate with a static cache
         return attention_mask
 
+    if attention_mask is not None and attention_mask.dim() != 2:
+        got = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask: expected 2 dimensions (batch, positions), or a mask with 4, got {got}")
+
     tracing = is_tracing(attention_mask)
     # Dynamo cannot trace a tensor indexed by symbols; a skip is allowed only where the function has no tensor in it.
     readable = not tracing or allow_is_causal_skip or allow_is_bidirectional_skip
     reach = _read(mask_function) if readable else None
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is not None and padding.dim() != 2:
-        reach = None
-
     mask = None
     if reach is not None:
         shape = (batch_size, 1, q_length, kv_length)
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         keys = None if padding is None else padding[:, kv_offset : kv_offset + kv_length].bool()
         if keys is not None and not tracing:
             mask, keys, q_offset = _from_lengths(reach, shape, q_offset, kv_offset, keys, device)
@@ -371,13 +372,10 @@ def _from_lengths(
     count = host.sum(1)
     query_end = q_length + q_offset - kv_offset  # the stored key just past the last query's own
 
-    span, seqlens_k = None, count
+    span = None
     one_run = (count == end - start).all()
-    if one_run and reach.unbounded:
+    if one_run and (reach.unbounded or (end == query_end).all()):  # left padding
         span = reach.span(0, "bottom_right")
-    elif one_run and (end >= query_end if reach.high == 0 else end == query_end).all():  # left padding
-        span = reach.span(0, "bottom_right")
-        seqlens_k = (query_end - start).clip(min=0)
     elif one_run and not start.any():  # right padding
         span = reach.span(q_offset - kv_offset, "top_left")
     if span is None:
@@ -387,7 +385,7 @@ def _from_lengths(
         return torch.from_numpy(x.astype(np.int32)).to(device)
 
     starts_k = lengths(start) if start.any() else None
-    return SpanMask(span, shape, device, starts_k, lengths(seqlens_k)), None, q_offset
+    return SpanMask(span, shape, device, starts_k, lengths(count)), None, q_offset
 
 
 def attention(

@@ -19,6 +19,13 @@ FUNCTIONS = {
     "symmetric_window": theirs.sliding_window_bidirectional_mask_function(2),
     "spelled_otherwise": lambda batch, head, q, kv: (q >= kv) & (q - kv < 3) & (kv >= 0),
     "strictly_past": lambda batch, head, q, kv: kv < q,
+    "narrowest_of_some": theirs.and_masks(
+        theirs.sliding_window_overlay(6),
+        theirs.sliding_window_bidirectional_mask_function(2),
+        theirs.sliding_window_overlay(4),
+        theirs.causal_mask_function,
+        theirs.sliding_window_bidirectional_overlay(5),
+    ),
     "offset": theirs.add_offsets_to_mask_function(theirs.sliding_window_causal_mask_function(4), 0, 0),
 }
 NO_SPAN = {
@@ -34,8 +41,8 @@ NO_SPAN = {
     "torch_in_it": lambda: lambda batch, head, q, kv: torch.logical_and(kv <= q, kv > q - 3),
     "sum_of_indices": lambda: lambda batch, head, q, kv: q + kv < 9,
 }
-# queries, keys, q_offset, kv_offset: a forward without a cache, decoding, a chunk, a window's cache, and a static cache
-# at its start, amid and at its end, with one token and with several
+# queries, keys, q_offset, kv_offset: a forward without a cache, decoding, a chunk, a window's cache, a static cache at
+# its start, amid and at its end, with one token and with several, and queries past all keys
 GEOMETRIES = [
     (6, 6, 0, 0),
     (1, 7, 6, 0),
@@ -46,6 +53,7 @@ GEOMETRIES = [
     (1, 9, 4, 0),
     (3, 9, 4, 0),
     (3, 9, 6, 0),
+    (2, 5, 4, 0),
 ]
 
 
@@ -96,11 +104,16 @@ def arguments(geometry, function, padding, static: bool = False) -> dict:
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_every_padding_of_a_span(name, geometry):
-    q_length, kv_length, q_offset, _ = geometry
-    for (kind, padding), static in itertools.product(paddings(q_offset + q_length).items(), (False, True)):
+    q_length, kv_length, q_offset, kv_offset = geometry
+    caches = (
+        (False, True) if q_offset + q_length <= kv_offset + kv_length else (False,)
+    )  # a static cache holds its queries
+    for (kind, padding), static in itertools.product(paddings(q_offset + q_length).items(), caches):
         call = arguments(geometry, FUNCTIONS[name], padding, static)
         expected = their_mask(**call)
         mask = span_mask(**call)
+        if isinstance(mask, SpanMask):
+            assert min(mask.span.left or 0, mask.span.right or 0) >= 0
         dense = mask.dense() if isinstance(mask, SpanMask) else mask
         torch.testing.assert_close(dense, expected, msg=f"{kind} padding, static={static}")
         torch.testing.assert_close(visible(mask, q_length, kv_length), expected[:, 0], msg=f"{kind}, static={static}")
@@ -124,14 +137,15 @@ def test_what_is_no_span_is_a_bias(name, geometry):
     past=st.integers(0, 6),
     q_length=st.integers(1, 6),
     room=st.integers(0, 3),
+    ahead=st.integers(0, 3),
     static=st.booleans(),
     runs=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=3, max_size=3),
 )
-def test_any_run_of_keys(window, symmetric, past, q_length, room, static, runs):
+def test_any_run_of_keys(window, symmetric, past, q_length, room, ahead, static, runs):
     make = (
         theirs.sliding_window_bidirectional_mask_function if symmetric else theirs.sliding_window_causal_mask_function
     )
-    position = torch.arange(past + q_length)
+    position = torch.arange(past + q_length + ahead)  # a padding mask may run ahead of the tokens
     padding = torch.stack([(position >= min(run)) & (position < max(run)) for run in runs])
     call = arguments((q_length, past + q_length + room, past, 0), make(window), padding, static)
     seen = visible(span_mask(**call), q_length, past + q_length + room)
@@ -301,6 +315,8 @@ class TestAttentionEntry:
             attention(torch.nn.Module(), query, key, value, None, cache=object())
         with pytest.raises(ValueError, match=r"attention_mask: expected 4 dimensions .* got \(2, 4\)"):
             attention(torch.nn.Module(), query, key, value, torch.ones(2, 4, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"attention_mask: expected 2 dimensions .* got \(2, 4, 4\)"):
+            span_mask(2, 4, 4, attention_mask=torch.ones(2, 4, 4, dtype=torch.bool))
         for q_length, kv_length in ((4, 5), (5, 4), (1, 4)):
             with pytest.raises(ValueError, match="attention_mask: expected one for 4 queries and 4 keys, got SpanMask"):
                 attention(torch.nn.Module(), query, key, value, span_mask(2, q_length, kv_length))
