@@ -79,6 +79,7 @@ class CpuBackend(Backend):
             torch.ops.load_library(self.library)
             native = torch.ops.duplex_attn_cpu
             self.attention_forward = native.attention_forward.default
+            self.merge_attention = native.merge_attention.default
             native_backward = native.attention_backward.default
         except (OSError, RuntimeError, AttributeError) as error:
             return f"{self.library.name} does not load: {error}"
@@ -90,16 +91,20 @@ class CpuBackend(Backend):
         return None
 
     def refuses(self, call: Call) -> str | None:
-        if not call.q.is_cpu:
-            return f"it runs on CPU tensors, these are on {call.q.device}"
-        if call.q.dtype == torch.float64:
-            return _FLOAT64
         if call.row_distance_bias is not None or call.col_distance_bias is not None:
             return _ROW_BIAS
-        return None
+        return self.refuses_merge(call[:1])
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
-        return "it has no merge_attention"
+        if not outs[0].is_cpu:
+            return f"it runs on CPU tensors, these are on {outs[0].device}"
+        return _FLOAT64 if outs[0].dtype == torch.float64 else None
+
+    def detail(self) -> str:
+        return f"{torch.ops.duplex_attn_cpu.isa()}, of {', '.join(torch.ops.duplex_attn_cpu.isas())}"
+
+    def tile(self, call: Call) -> str:
+        return torch.ops.duplex_attn_cpu.isa()
 
 
 class TritonBackend(Backend):
@@ -117,7 +122,7 @@ class TritonBackend(Backend):
     def refuses(self, call: Call) -> str | None:
         if call.row_distance_bias is not None or call.col_distance_bias is not None:
             return _ROW_BIAS
-        return self.refuses_merge((call.q,))
+        return self.refuses_merge(call[:1])
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
         if outs[0].dtype == torch.float64:
@@ -130,10 +135,16 @@ class TritonBackend(Backend):
     def detail(self) -> str:
         return "interpreted" if _interpreted() else torch.cuda.get_device_name()
 
-    def _kernels(self) -> Any:
-        return importlib.import_module(f"{__package__}.kernels.attention")
+    def tile(self, call: Call) -> str:
+        tuning = importlib.import_module(f"{__package__}.kernels.tuning")
+        bits, head_dim = 8 * call.q.element_size(), max(call.q.shape[-1], call.v.shape[-1])
+        return str(tuning.config("forward", tuning.table_for(call.q.device), bits, head_dim))
 
-    # Imported when first needed: triton takes longer to import than this whole package.
+    def _kernels(self) -> Any:
+        return importlib.import_module(
+            f"{__package__}.kernels.attention"
+        )  # triton is slow to import: when first needed
+
     def attention_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         return self._kernels().attention_forward(*arguments)
 
@@ -182,7 +193,7 @@ def _named(name: str, refuses: Callable[[Backend], str | None]) -> Backend:
     backend = BACKENDS[name]
     reason = backend.missing() or refuses(backend)
     if reason is not None:
-        wrong_value("backend", f"one that can run this call, {name} cannot: {reason}", name)
+        wrong_value("backend", "one that can run this call", f"{name}: {reason}")
     return backend
 
 
@@ -207,8 +218,11 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def _status(backend: Backend) -> BackendStatus:
-    missing = backend.missing()
-    return BackendStatus(backend.name, missing is None, backend.detail() if missing is None else missing)
+    try:
+        missing = backend.missing()
+        return BackendStatus(backend.name, missing is None, backend.detail() if missing is None else missing)
+    except ValueError as error:  # the environment asks for an instruction set that is not here
+        return BackendStatus(backend.name, False, str(error))
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,13 @@ def _written(x: object) -> str:
     return str(tuple(x)) if isinstance(x, torch.Size) else str(x)
 
 
-def check_attention(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlens_q, seqlens_k, starts_q, starts_k,
-    prefix, left, right, top_left, bias, distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink,
-    scale, softcap, dropout_p, seed, deterministic, batch_invariant,
-) -> None:  # fmt: skip
-    """Everything but contents; the arguments are those of `Call`."""
+def check_attention(call: Call) -> None:
+    """Everything but contents."""
+    (
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlens_q, seqlens_k, starts_q, starts_k,
+        prefix, left, right, _, bias, distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink,
+        scale, softcap, dropout_p, seed, _, _,
+    ) = call  # fmt: skip
     dtype, device = q.dtype, q.device
     if dtype not in _DTYPES:
         wrong_type("q", "float32, float16 or bfloat16 (float64 in the reference)", dtype)

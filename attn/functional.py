@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .backends import Explanation, explain_call
 from .call import Call
-from .checks import wrong_type, wrong_value
+from .checks import MAX_DISTANCE, wrong_type, wrong_value
 from .mask import Mask, full
 from .ops import attention_forward as _operator
 from .ops import merge_attention as _merge_operator
@@ -150,11 +150,12 @@ def _arguments(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, seqlens_q, seqlens_k, starts_q, starts_k,
     bias, distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
     deterministic, batch_invariant, backend,
-) -> tuple[Any, ...]:  # fmt: skip
+):  # fmt: skip
     """The operator's arguments."""
     if not isinstance(mask, Mask):
         wrong_type("mask", "a Mask (full, causal, prefix_lm, sliding_window)", type(mask).__name__)
-    prefix, left, right, align = mask
+    prefix: Any = mask.prefix
+    left, right, align = mask[1:]
     if align not in ("bottom_right", "top_left"):
         wrong_value("mask", 'align "bottom_right" or "top_left"', align)
     if not isinstance(prefix, Tensor):
@@ -205,10 +206,10 @@ def _rows(name: str, x: Tensor) -> int:
 
 
 def _prefix_tensor(prefix: Any, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor | None:
-    if not isinstance(prefix, (int, torch.SymInt)):
+    if not isinstance(prefix, int | torch.SymInt):
         wrong_type("prefix", "an int or an int32 tensor (batch,)", type(prefix).__name__)
     batch = q.shape[0] if cu_seqlens_q is None else max(cu_seqlens_q.shape[0] - 1, 0)
-    return torch.full((batch,), prefix, dtype=torch.int32, device=q.device)
+    return torch.full((batch,), min(cast(int, prefix), MAX_DISTANCE), dtype=torch.int32, device=q.device)
 
 
 def _four_dims(bias: Tensor) -> Tensor:
@@ -233,4 +234,4 @@ def _seed_tensor(seed: Any, q: Tensor) -> Tensor:
         wrong_type("seed", "an int or an int64 tensor (1,)", type(seed).__name__)
     if not -(2**63) <= seed < 2**63:
         wrong_value("seed", "a 64-bit integer", seed)
-    return torch.full((1,), seed, dtype=torch.int64, device=q.device)
+    return torch.full((1,), cast(int, seed), dtype=torch.int64, device=q.device)

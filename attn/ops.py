@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .backends import check_name, choose, choose_merge
-from .call import Call
+from .call import GRADIENTS, Call
 
 _CALL = """
     Tensor q, Tensor k, Tensor v,
@@ -28,7 +28,6 @@ _CALL = """
     Tensor? bias, Tensor? distance_bias, Tensor? alibi_slopes, Tensor? row_distance_bias, Tensor? col_distance_bias,
     Tensor? sink, float? scale, float softcap, float dropout_p, Tensor? seed, bool deterministic, bool batch_invariant
 """
-GRADIENTS = ("q", "k", "v", "bias", "distance_bias", "row_distance_bias", "col_distance_bias", "sink")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _library = torch.library.Library("duplex_attn", "DEF")
@@ -68,11 +67,11 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest
 
 
 def _checked_call(arguments: Sequence[Any]) -> Call:
-    checks.check_attention(*arguments)
     call = Call._make(arguments)
+    checks.check_attention(call)
     if checks.contents_are_readable(call.q):
         checks.check_contents(call)
-    q, k, v, *_ = arguments
+    q, k, v = call[:3]
     if not (_has_contiguous_rows(q) and _has_contiguous_rows(k) and _has_contiguous_rows(v)):
         q, k, v = (x if _has_contiguous_rows(x) else x.contiguous() for x in (q, k, v))
         call = call._replace(q=q, k=k, v=v)
@@ -111,7 +110,7 @@ def _(dout, dlse, out, lse, *rest):
     checks.check_gradients(dout, dlse, out, lse, call)
     inputs = _take_differentiable(call)
     return tuple(
-        x.new_empty(x.shape) if want and x is not None else call.q.new_empty(0)
+        x.new_empty(x.shape) if want and x is not None else call.q.new_empty(0, dtype=torch.float32)
         for x, want in zip(inputs, output_mask, strict=True)
     )
 
@@ -124,9 +123,10 @@ def _(outs, lses, backend):
 
 
 def _checked_fake(arguments: Sequence[Any], backend: str) -> Call:
-    checks.check_attention(*arguments)
+    call = Call._make(arguments)
+    checks.check_attention(call)
     check_name(backend)
-    return Call._make(arguments)
+    return call
 
 
 # The Autograd key is handed the keys still to come. Where only the device's own are left, there is no mode, fake or
@@ -283,26 +283,27 @@ def _fold(x: Tensor, dim: int | None, size: int, like: int | None = None) -> Ten
     return x.flatten(0, 1)
 
 
-def _fold_call(info: Any, dims: Call, call: Call, separate_bias: bool) -> Call:
+def _fold_call(info: Any, in_dims: Sequence[int | None], call: Call, separate_bias: bool) -> Call:
     """The call with vmap's dimension in front of the batch; `separate_bias` gives each sample a bias of its own."""
+    dims = dict(zip(Call._fields, in_dims, strict=True))
     if call.packed:
         checks.wrong_value("vmap", "a dense call", "a packed one")
     for name in ("distance_bias", "alibi_slopes", "sink"):
-        if getattr(dims, name) is not None:
+        if dims[name] is not None:
             checks.wrong_value(name, "the same for every sample of vmap", "one for each")
     if call.dropout_p > 0 and info.randomness != "different":
         checks.wrong_value("dropout_p", "0 under vmap unless randomness='different'", call.dropout_p)
     size = info.batch_size
-    batch = call.q.shape[0 if dims.q != 0 else 1]
-    folded = {
-        name: _fold(x, getattr(dims, name), size)
+    batch = call.q.shape[0 if dims["q"] != 0 else 1]
+    folded: dict[str, Any] = {
+        name: _fold(x, dims[name], size)
         for name, x in call._asdict().items()
         if name in _PER_SEQUENCE and x is not None
     }
-    if call.bias is not None and (separate_bias or dims.bias is not None or call.bias.shape[0] != 1):
-        folded["bias"] = _fold(call.bias, dims.bias, size, like=batch)
-    if dims.seed is not None:
-        folded["seed"] = call.seed.select(dims.seed, 0)  # one is enough: the counters differ with the batch
+    if call.bias is not None and (separate_bias or dims["bias"] is not None or call.bias.shape[0] != 1):
+        folded["bias"] = _fold(call.bias, dims["bias"], size, like=batch)
+    if call.seed is not None and dims["seed"] is not None:
+        folded["seed"] = call.seed.select(dims["seed"], 0)  # one is enough: the counters differ with the batch
     return call._replace(**folded)
 
 
@@ -312,29 +313,32 @@ _PER_SEQUENCE = ("q", "k", "v", "seqlens_q", "seqlens_k", "starts_q", "starts_k"
 
 @torch.library.register_vmap("duplex_attn::attention_forward", lib=_library)
 def _(info, in_dims, *arguments):
-    call = _fold_call(info, Call._make(in_dims[:-1]), Call._make(arguments[:-1]), separate_bias=False)
+    call = _fold_call(info, in_dims[:-1], Call._make(arguments[:-1]), separate_bias=False)
     outputs = attention_forward(*call, arguments[-1])
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
 
 
 @torch.library.register_vmap("duplex_attn::attention_backward", lib=_library)
-def _(info, in_dims, *arguments):
-    *call_arguments, output_mask, backend = arguments[4:]
+def _(info, in_dims, dout, dlse, out, lse, *rest):
+    *call_arguments, output_mask, backend = rest
+    wanted = dict(zip(GRADIENTS, output_mask, strict=True))
     for name in ("distance_bias", "sink"):
-        if output_mask[GRADIENTS.index(name)]:
+        if wanted[name]:
             checks.wrong_value(name, "no gradient under vmap, which folds into the batch", "one that requires it")
-    size, bias = info.batch_size, call_arguments[Call._fields.index("bias")]
-    dims = Call._make(in_dims[4:-2])
-    call = _fold_call(info, dims, Call._make(call_arguments), separate_bias=output_mask[GRADIENTS.index("bias")])
-    given = [None if x is None else _fold(x, dim, size) for x, dim in zip(arguments[:4], in_dims[:4], strict=True)]
-    grads = list(attention_backward(*given, *call, output_mask, backend))
-    for n, want in enumerate(output_mask):
-        grads[n] = grads[n].unflatten(0, (size, -1)) if want else grads[n]
-    if output_mask[GRADIENTS.index("bias")]:
-        rows = bias.shape[0 if dims.bias != 0 else 1]
-        dbias = grads[GRADIENTS.index("bias")]
-        grads[GRADIENTS.index("bias")] = dbias.sum(1, keepdim=True) if rows == 1 else dbias
-    return tuple(grads), tuple(0 if want else None for want in output_mask)
+    size = info.batch_size
+    call = _fold_call(info, in_dims[4:-2], Call._make(call_arguments), separate_bias=wanted["bias"])
+    given = [
+        None if x is None else _fold(x, dim, size) for x, dim in zip((dout, dlse, out, lse), in_dims, strict=False)
+    ]
+    grads = dict(zip(GRADIENTS, attention_backward(*given, *call, output_mask, backend), strict=True))
+    for name in GRADIENTS:
+        if wanted[name]:
+            grads[name] = grads[name].unflatten(0, (size, -1))
+    if wanted["bias"]:
+        bias_dim = in_dims[4 + Call._fields.index("bias")]
+        if rest[Call._fields.index("bias")].shape[0 if bias_dim != 0 else 1] == 1:
+            grads["bias"] = grads["bias"].sum(1, keepdim=True)
+    return tuple(grads.values()), tuple(0 if want else None for want in output_mask)
 
 
 @torch.library.register_vmap("duplex_attn::merge_attention", lib=_library)

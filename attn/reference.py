@@ -8,12 +8,12 @@ tensor, and is row `i` (or key `j`) of the sequence; a bias is indexed as stored
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import GRADIENTS, Call
 
 
 class _Span(NamedTuple):
@@ -140,7 +140,7 @@ def _attend(c: Call) -> _Attention:
     return _Attention(q, k, v, span, p, lse, kept, cap_slope)
 
 
-def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
+def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     c = Call(*arguments)
     a = _attend(_padded(c))
     p = a.p if a.kept is None else a.p * a.kept
@@ -152,7 +152,7 @@ def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
     return _pack(out, c.cu_seqlens_q, len(c.q)), lse.T.contiguous()
 
 
-def attention_backward(dout, dlse, out, lse, *rest) -> tuple[Tensor, ...]:
+def attention_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Recomputes everything from the inputs, so `out` and `lse` are not read."""
     c, wanted = Call(*rest[:-1]), rest[-1]
     dense = _padded(c)
@@ -180,21 +180,24 @@ def attention_backward(dout, dlse, out, lse, *rest) -> tuple[Tensor, ...]:
         dq = _pack(dq, c.cu_seqlens_q, len(c.q))
         dk, dv = (_pack(x, c.cu_seqlens_k, len(c.k)) for x in (dk, dv))
 
-    unwanted = dq.new_empty(0)
-    dbias = ddistance = drow_distance = dcol_distance = dsink = unwanted
+    grads: dict[str, Tensor] = {"q": dq, "k": dk, "v": dv}
     if c.bias is not None and wanted[3]:
-        dbias = ds.sum_to_size(c.bias.shape).to(c.bias.dtype)
+        grads["bias"] = ds.sum_to_size(c.bias.shape)
     if c.distance_bias is not None and wanted[4]:
-        ddistance = _sum_by_distance(ds, a.span.distance, c.distance_bias).sum((0, 2))
+        grads["distance_bias"] = _sum_by_distance(ds, a.span.distance, c.distance_bias).sum((0, 2))
     if c.row_distance_bias is not None and wanted[5]:
-        drow_distance = _sum_by_row_and_distance(ds, a.span.distance, a.span.i, c.row_distance_bias)
+        by_row = _sum_by_distance(ds, a.span.distance, c.row_distance_bias)
+        grads["row_distance_bias"] = _to_row_of_sequence(by_row, a.span.i)
     if c.col_distance_bias is not None and wanted[6]:
-        dcol_distance = _sum_by_row_and_distance(ds.mT, a.span.distance.mT, a.span.j, c.col_distance_bias)
+        by_column = _sum_by_distance(ds.mT, a.span.distance.mT, c.col_distance_bias)
+        grads["col_distance_bias"] = _to_row_of_sequence(by_column, a.span.j)
     if c.sink is not None and wanted[7]:
         share = torch.exp(c.sink[:, None] - a.lse).masked_fill(a.lse == -math.inf, 0)
-        dsink = (share * dlse_minus_delta).sum((0, 2))
-    qkv = (dx.to(c.q.dtype) if want else unwanted for dx, want in zip((dq, dk, dv), wanted[:3], strict=True))
-    return *qkv, dbias, ddistance, drow_distance, dcol_distance, dsink
+        grads["sink"] = (share * dlse_minus_delta).sum((0, 2))
+    return tuple(
+        grads[name].to(getattr(c, name).dtype).contiguous() if want else c.q.new_empty(0, dtype=torch.float32)
+        for name, want in zip(GRADIENTS, wanted, strict=True)
+    )
 
 
 def _sum_by_distance(ds: Tensor, distance: Tensor, table: Tensor) -> Tensor:
@@ -213,11 +216,10 @@ def _sum_by_distance(ds: Tensor, distance: Tensor, table: Tensor) -> Tensor:
     return grad
 
 
-def _sum_by_row_and_distance(ds: Tensor, distance: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    """The same into a table with a row for each of M; rows outside a sequence add only zeros, to any row."""
-    by_stored_row = _sum_by_distance(ds, distance, table)
-    index = index.clamp(0, max(table.shape[2] - 1, 0))[:, None, :, None].expand(by_stored_row.shape)
-    return torch.zeros_like(by_stored_row).scatter_add_(2, index, by_stored_row).to(table.dtype)
+def _to_row_of_sequence(by_stored_row: Tensor, index: Tensor) -> Tensor:
+    """The way back of `_row_of_sequence`; rows outside a sequence add only zeros, to any row."""
+    index = index.clamp(0, max(by_stored_row.shape[2] - 1, 0))[:, None, :, None].expand(by_stored_row.shape)
+    return torch.zeros_like(by_stored_row).scatter_add_(2, index, by_stored_row)
 
 
 def dropout_kept(heads: int, i: Tensor, j: Tensor, dropout_p: float, seed: Tensor) -> Tensor:

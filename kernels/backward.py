@@ -16,7 +16,7 @@ from .outside import clear, share
 from .philox import kept
 from .schedule import SIZES, job
 from .span import bias_origin, count, key_blocks, pick, query_blocks, sequence
-from .tile import LOG2E, dot, load, load_inside, load_row, logits, probabilities, reference_of, store, store_row
+from .tile import LOG2E, dot, load, load_block, load_row, logits, probabilities, reference_of, store, store_row
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
@@ -52,7 +52,6 @@ def dq_kernel(
     if i0 >= s.len_q:
         return
     live = s.len_q - i0
-    i = i0 + tl.arange(0, BLOCK_M)[:, None]
     origin = bias_origin(lengths, s)
 
     tile_q = load(q, b, h, s.row_q + i0, live, BLOCK_M, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
@@ -61,21 +60,17 @@ def dq_kernel(
     row_delta = load_row(delta, b, h, s.row_q + i0, live, 0.0, BLOCK_M)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
+    FILLED: tl.constexpr = lengths.cu_k is None and lengths.len_k is None
     plan = key_blocks(s, i0, tl.minimum(i0 + BLOCK_M, s.len_q), BLOCK_N)
     for EDGE in tl.static_range(2):
         for t in tl.range(0, count(plan, EDGE)):
             j0 = pick(plan, t, EDGE) * BLOCK_N
-            row_k = s.row_k + j0
-            j = j0 + tl.arange(0, BLOCK_N)[None, :]
-            if EDGE:
-                tile_k = load(k, b, kv_head, row_k, s.len_k - j0, BLOCK_N, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
-                tile_v = load(v, b, kv_head, row_k, s.len_k - j0, BLOCK_N, BLOCK_DV, HEAD_DIM_V, ALL_LIVE=False)
-            else:
-                tile_k = load_inside(k, k_descriptor, b, kv_head, row_k, BLOCK_N, BLOCK_D, HEAD_DIM)
-                tile_v = load_inside(v, v_descriptor, b, kv_head, row_k, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
+            row_k, live_k = s.row_k + j0, s.len_k - j0
+            tile_k = load_block(k, k_descriptor, b, kv_head, row_k, live_k, EDGE, FILLED, BLOCK_N, BLOCK_D, HEAD_DIM)
+            tile_v = load_block(v, v_descriptor, b, kv_head, row_k, live_k, EDGE, FILLED, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
             products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             dp = dot(tile_dout, tl.trans(tile_v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            x, slope = logits(products, terms, s, b, h, i, j, origin, PLAIN, EDGE)
+            x, slope = logits(products, terms, s, b, h, i0, j0, origin, PLAIN, EDGE, KEYS_DOWN=False)
             p = probabilities(x, row_lse, terms, PLAIN)
             if dropout is not None:
                 dp = tl.where(kept(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N), dp * dropout.keep_scale, 0.0)
@@ -104,7 +99,6 @@ def dkdv_kernel(
     if j0 >= s.len_k:
         return
     live = s.len_k - j0
-    j = j0 + tl.arange(0, BLOCK_N)[:, None]
     origin = bias_origin(lengths, s)
 
     tile_k = load(k, b, kv_head, s.row_k + j0, live, BLOCK_N, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
@@ -112,24 +106,20 @@ def dkdv_kernel(
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
+    FILLED: tl.constexpr = lengths.cu_q is None and lengths.len_q is None
     plan = query_blocks(s, j0, tl.minimum(j0 + BLOCK_N, s.len_k), BLOCK_M)
     for EDGE in tl.static_range(2):
         each = count(plan, EDGE)
         for t in tl.range(0, group * each):
             h = kv_head * group + t // each
             i0 = pick(plan, t % each, EDGE) * BLOCK_M
-            row_q = s.row_q + i0
-            i = i0 + tl.arange(0, BLOCK_M)[None, :]
-            if EDGE:
-                tile_q = load(q, b, h, row_q, s.len_q - i0, BLOCK_M, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
-                tile_dout = load(dout, b, h, row_q, s.len_q - i0, BLOCK_M, BLOCK_DV, HEAD_DIM_V, ALL_LIVE=False)
-            else:
-                tile_q = load_inside(q, q_descriptor, b, h, row_q, BLOCK_M, BLOCK_D, HEAD_DIM)
-                tile_dout = load_inside(dout, dout_descriptor, b, h, row_q, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
-            row_lse = reference_of(load_row(lse, b, h, row_q, s.len_q - i0, -float("inf"), BLOCK_M), PLAIN)[None, :]
-            row_delta = load_row(delta, b, h, row_q, s.len_q - i0, 0.0, BLOCK_M)[None, :]
+            row, live_q = s.row_q + i0, s.len_q - i0
+            tile_q = load_block(q, q_descriptor, b, h, row, live_q, EDGE, FILLED, BLOCK_M, BLOCK_D, HEAD_DIM)
+            tile_dout = load_block(dout, dout_descriptor, b, h, row, live_q, EDGE, FILLED, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
+            row_lse = reference_of(load_row(lse, b, h, row, live_q, -float("inf"), BLOCK_M), PLAIN)[None, :]
+            row_delta = load_row(delta, b, h, row, live_q, 0.0, BLOCK_M)[None, :]
             products = dot(tile_k, tl.trans(tile_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-            x, slope = logits(products, terms, s, b, h, i, j, origin, PLAIN, EDGE)
+            x, slope = logits(products, terms, s, b, h, i0, j0, origin, PLAIN, EDGE, KEYS_DOWN=True)
             p = probabilities(x, row_lse, terms, PLAIN)
             dp = dot(tile_v, tl.trans(tile_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
             dropped = p

@@ -15,7 +15,7 @@ from .outside import clear, clear_row, share
 from .philox import kept
 from .schedule import SIZES, job
 from .span import bias_origin, count, key_blocks, pick, sequence
-from .tile import LN2, LOG2E, dot, load, load_inside, logits, probabilities, store, store_row
+from .tile import LN2, LOG2E, dot, load, load_block, logits, probabilities, store, store_row
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -38,10 +38,10 @@ def forward_kernel(
     if i0 >= s.len_q:
         return
     live = s.len_q - i0
-    i = i0 + tl.arange(0, BLOCK_M)[:, None]
     origin = bias_origin(lengths, s)
     # A finite score in every row of an inside block: no row's maximum can be -inf there.
     FINITE: tl.constexpr = terms.bias is None and terms.keep is None
+    FILLED: tl.constexpr = lengths.cu_k is None and lengths.len_k is None
     UNIT: tl.constexpr = LN2 if PLAIN else 1.0  # of `largest` and of sums in the exponent
 
     tile_q = load(q, b, h, s.row_q + i0, live, BLOCK_M, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
@@ -57,13 +57,10 @@ def forward_kernel(
     for EDGE in tl.static_range(2):
         for t in tl.range(0, count(plan, EDGE)):
             j0 = pick(plan, t, EDGE) * BLOCK_N
-            j = j0 + tl.arange(0, BLOCK_N)[None, :]
-            if EDGE:
-                tile_k = load(k, b, kv_head, s.row_k + j0, s.len_k - j0, BLOCK_N, BLOCK_D, HEAD_DIM, ALL_LIVE=False)
-            else:
-                tile_k = load_inside(k, k_descriptor, b, kv_head, s.row_k + j0, BLOCK_N, BLOCK_D, HEAD_DIM)
+            row_k, live_k = s.row_k + j0, s.len_k - j0
+            tile_k = load_block(k, k_descriptor, b, kv_head, row_k, live_k, EDGE, FILLED, BLOCK_N, BLOCK_D, HEAD_DIM)
             products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            x, _ = logits(products, terms, s, b, h, i, j, origin, PLAIN, EDGE)
+            x, _ = logits(products, terms, s, b, h, i0, j0, origin, PLAIN, EDGE, KEYS_DOWN=False)
             if PLAIN:
                 new_largest = tl.maximum(largest, tl.max(x, 1) * terms.log2_scale)
             else:
@@ -77,10 +74,7 @@ def forward_kernel(
             largest = new_largest
             if dropout is not None:
                 p = tl.where(kept(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
-            if EDGE:
-                tile_v = load(v, b, kv_head, s.row_k + j0, s.len_k - j0, BLOCK_N, BLOCK_DV, HEAD_DIM_V, ALL_LIVE=False)
-            else:
-                tile_v = load_inside(v, v_descriptor, b, kv_head, s.row_k + j0, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
+            tile_v = load_block(v, v_descriptor, b, kv_head, row_k, live_k, EDGE, FILLED, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
             acc = dot(p.to(tile_v.dtype), tile_v, acc * decay[:, None])
 
     seen = total != 0

@@ -22,7 +22,7 @@ def score_gradient(
     tile_q = load_between(q, b, h, row_q, -i0, s.len_q - i0, BLOCK_M, BLOCK_D, HEAD_DIM)
     tile_k = load_between(k, b, kv_head, row_k, -j0, s.len_k - j0, BLOCK_N, BLOCK_D, HEAD_DIM)
     products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    x, _ = logits(products, terms, s, b, h, i, j, bias_origin(lengths, s), PLAIN, EDGE=False)
+    x, _ = logits(products, terms, s, b, h, i0, j0, bias_origin(lengths, s), PLAIN, EDGE=False, KEYS_DOWN=False)
     x = tl.where((i >= 0) & (i < s.len_q) & (j >= 0) & visible(s, i, j), x, -float("inf"))
     # Rows outside the sequence have lse = -inf and delta = 0, those stored before it too.
     row_lse = reference_of(load_row(lse, b, h, row_q, s.len_q - i0, -float("inf"), BLOCK_M), PLAIN)

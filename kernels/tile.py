@@ -1,7 +1,6 @@
 """What every kernel does with one tile of queries and keys: load it, multiply it, make scores of the products.
 
-Row and column numbers come as tensors that broadcast, i (M, 1) with j (1, N) or i (1, M) with j (N, 1), so a kernel chooses which
-way its tile lies.
+A tile has queries down and keys across, or with KEYS_DOWN the reverse: i and j are tensors that broadcast.
 
 Probabilities are powers of 2. Where a score is nothing but scale * <q, k> (PLAIN), scale * log2(e) is one factor in the exponent and
 reference values, to be subtracted there, are in units of log2; else scores and reference values are natural, and a score may be as low
@@ -48,10 +47,13 @@ def load(view, batch, head, row, live, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     pointers = start(view, batch, head, row) + offsets(view, ROWS, COLUMNS)
     if ALL_LIVE and DIM == COLUMNS:
         return tl.load(pointers)
-    mask = tl.arange(0, COLUMNS)[None, :] < DIM
-    if not ALL_LIVE:
-        mask = mask & (tl.arange(0, ROWS)[:, None] < live)
-    return tl.load(pointers, mask=mask, other=0.0)
+    elif ALL_LIVE:
+        return tl.load(pointers, mask=tl.arange(0, COLUMNS)[None, :] < DIM, other=0.0)
+    elif DIM == COLUMNS:
+        return tl.load(pointers, mask=tl.arange(0, ROWS)[:, None] < live, other=0.0)
+    else:
+        mask = (tl.arange(0, ROWS)[:, None] < live) & (tl.arange(0, COLUMNS)[None, :] < DIM)
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -63,14 +65,21 @@ def load_between(view, batch, head, row, first, live, ROWS: tl.constexpr, COLUMN
 
 
 @triton.jit
-def load_inside(view, descriptor, batch, head, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr):
-    """A tile that lies wholly inside its sequence: by bulk tensor copy where there is a descriptor."""
-    if descriptor is not None:
+def load_block(
+    view, descriptor, batch, head, row, live, EDGE: tl.constexpr, FILLED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """The same by bulk tensor copy, where there is a descriptor and no stranger's row can come along.
+
+    FILLED: sequences fill their padded rows, and past those a descriptor reads 0. Elsewhere only inside blocks are safe.
+    """
+    if descriptor is not None and (FILLED or not EDGE):
         if len(descriptor.block_shape) == 3:  # packed
             return descriptor.load([head, row, 0]).reshape(ROWS, COLUMNS)
         else:
             return descriptor.load([batch, head, row, 0]).reshape(ROWS, COLUMNS)
-    return load(view, batch, head, row, ROWS, ROWS, COLUMNS, DIM, ALL_LIVE=True)
+    else:
+        return load(view, batch, head, row, live, ROWS, COLUMNS, DIM, ALL_LIVE=not EDGE)
 
 
 @triton.jit
@@ -132,35 +141,38 @@ def bias_at(plane, s, batch, head, i, j, origin):
 
 
 @triton.jit
-def scores(products, terms, s, batch, head, i, j, origin):
-    """Section 3 but for the span, and the slope of the soft cap for the way back."""
-    x = products * terms.scale
-    slope = 1.0
+def logits(
+    products, terms, s, batch, head, i0, j0, origin, PLAIN: tl.constexpr, EDGE: tl.constexpr, KEYS_DOWN: tl.constexpr
+):
+    """Section 3 for the tile of rows i0.. and keys j0..: scores (PLAIN: products still), and the soft cap's slope on the way back."""
+    M: tl.constexpr = products.shape[1 if KEYS_DOWN else 0]
+    N: tl.constexpr = products.shape[0 if KEYS_DOWN else 1]
+    i, j = i0 + tl.arange(0, M), j0 + tl.arange(0, N)
+    if KEYS_DOWN:
+        i, j = i[None, :], j[:, None]
+    else:
+        i, j = i[:, None], j[None, :]
+
+    x, slope = products, 1.0
+    if not PLAIN:
+        x = products * terms.scale
     if terms.softcap is not None:
         t = tanh(x / terms.softcap)
         x = t * terms.softcap
         slope = 1 - t * t
     if terms.distance_bias is not None:
-        index = tl.minimum(tl.maximum(j - (i + s.offset), -terms.radius), terms.radius) + terms.radius
-        table = terms.distance_bias + head.to(tl.int64) * (2 * terms.radius + 1)
-        x += tl.load(table + index)
+        middle = terms.distance_bias + tl.cast(head, tl.int64) * (2 * terms.radius + 1) + terms.radius
+        nearest, furthest = j0 - (i0 + M - 1 + s.offset), j0 + N - 1 - (i0 + s.offset)
+        if (nearest < terms.radius) & (furthest > -terms.radius):
+            x += tl.load(middle + tl.minimum(tl.maximum(j - (i + s.offset), -terms.radius), terms.radius))
+        else:  # beyond the table's reach all have one bias
+            x += tl.load(middle + tl.where(nearest < terms.radius, -terms.radius, terms.radius))
     if terms.alibi_slopes is not None:
         x -= tl.load(terms.alibi_slopes + head) * tl.abs(j - (i + s.offset)).to(tl.float32)
     if terms.bias is not None:
         x += bias_at(terms.bias, s, batch, head, i, j, origin).to(tl.float32)
     if terms.keep is not None:
         x = tl.where(bias_at(terms.keep, s, batch, head, i, j, origin) != 0, x, -float("inf"))
-    return x, slope
-
-
-@triton.jit
-def logits(products, terms, s, batch, head, i, j, origin, PLAIN: tl.constexpr, EDGE: tl.constexpr):
-    """Scores (PLAIN: products) with the span, and the soft cap's slope."""
-    slope = 1.0
-    if PLAIN:
-        x = products
-    else:
-        x, slope = scores(products, terms, s, batch, head, i, j, origin)
     if EDGE:
         x = tl.where(visible(s, i, j), x, -float("inf"))
     return x, slope
