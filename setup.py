@@ -60,7 +60,16 @@ class BuildNative(build_ext):
             raise RuntimeError("torch >= 2.10 is needed to build the CPU backend: pip install torch first")
         folder = Path(self.build_temp) / "cpu"
         folder.mkdir(parents=True, exist_ok=True)
-        flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-maybe-uninitialized"]
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-ffp-contract=fast",
+            "-fno-math-errno",
+            "-Wall",
+            "-Wno-maybe-uninitialized",
+        ]
         flags += [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch / "include")]
         headers = [*(ROOT / "csrc/common").glob("*.h"), *CPU.rglob("*.h"), Path(__file__)]
         newest_header = max(header.stat().st_mtime for header in headers)
@@ -72,19 +81,29 @@ class BuildNative(build_ext):
                 subprocess.run([cxx, *flags, *extra, "-c", str(source), "-o", str(target)], check=True)
             return str(target)
 
-        jobs = [(s, isa, [*march, f"-DDUPLEX_ISA={isa}", f"-DDUPLEX_ISA_{isa.upper()}"]) for s in KERNEL_SOURCES for isa, march in ISAS.items()]
+        jobs = [
+            (s, isa, [*march, f"-DDUPLEX_ISA={isa}", f"-DDUPLEX_ISA_{isa.upper()}"])
+            for s in KERNEL_SOURCES
+            for isa, march in ISAS.items()
+        ]
         jobs += [(s, "host", [f"-DDUPLEX_HAVE_{isa.upper()}" for isa in ISAS]) for s in HOST_SOURCES]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             objects = list(pool.map(compile_one, jobs))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([cxx, "-shared", *objects, "-o", str(library), f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"], check=True)
+        subprocess.run(
+            [cxx, "-shared", *objects, "-o", str(library), f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"], check=True
+        )
 
 
 setup(
     package_dir={"duplex_attn": "attn", "duplex_attn.kernels": "kernels"},
-    packages=["duplex_attn", *(f"duplex_attn.{p}" for p in find_packages("attn")),
-              "duplex_attn.kernels", *(f"duplex_attn.kernels.{p}" for p in find_packages("kernels"))],
+    packages=[
+        "duplex_attn",
+        *(f"duplex_attn.{p}" for p in find_packages("attn")),
+        "duplex_attn.kernels",
+        *(f"duplex_attn.kernels.{p}" for p in find_packages("kernels")),
+    ],
     package_data={"duplex_attn": ["py.typed", "*.txt", "*.so"], "duplex_attn.kernels": ["tuning/*.json"]},
     ext_modules=[Extension("duplex_attn.libduplex_cpu", [])],
     cmdclass={"build_ext": BuildNative},

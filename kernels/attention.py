@@ -133,7 +133,11 @@ def dkdv_of(c: Call, given: tuple, dk: Tensor, dv: Tensor, table: str) -> Launch
 def dsink_of(c: Call, lse: Tensor, delta: Tensor, dsink: Tensor) -> Launch:
     batch, rows = (lse.shape[0] if lse.dim() == 3 else 1), lse.shape[-1]
     return Launch(
-        dsink_kernel, dsink.numel(), (row_view(lse), row_view(delta), c.sink, dsink, batch, rows), {"ROWS": 1024}, {"num_warps": 4}
+        dsink_kernel,
+        dsink.numel(),
+        (row_view(lse), row_view(delta), c.sink, dsink, batch, rows),
+        {"ROWS": 1024},
+        {"num_warps": 4},
     )
 
 
@@ -175,7 +179,9 @@ def diagonals(c: Call, table: str) -> Diagonals:
     return Diagonals(tile, splits, each, first, number, splits * heads * 2 * number * side)
 
 
-def ddistance_of(c: Call, given: tuple, plan: Diagonals, partial: Tensor, ddistance: Tensor, table: str) -> list[Launch]:
+def ddistance_of(
+    c: Call, given: tuple, plan: Diagonals, partial: Tensor, ddistance: Tensor, table: str
+) -> list[Launch]:
     heads, side = c.q.shape[-2], plan.tile.block_m
     constants = {name: x for name, x in _constants(c, plan.tile).items() if name not in ("BLOCK_M", "BLOCK_N")}
     radius, block = ddistance.shape[-1] // 2, 256

@@ -20,7 +20,19 @@ from .tile import LOG2E, dot, load, load_block, load_row, logits, probabilities,
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
-def delta_kernel(dout, dlse, out, lse, delta, rows, heads, blocks, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+def delta_kernel(
+    dout,
+    dlse,
+    out,
+    lse,
+    delta,
+    rows,
+    heads,
+    blocks,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
     """delta of every stored row; 0 where lse is -inf, whatever dout and dlse hold there."""
     program = tl.program_id(0)
     b, h, row = program // (heads * blocks), program // blocks % heads, program % blocks * BLOCK_M
@@ -45,7 +57,9 @@ def dq_kernel(
     kv_head = h // group
     s = sequence(lengths, b, rows_q, rows_k, max_q, max_k, left, right, TOP_LEFT)
     if lengths.cu_q is not None or lengths.len_q is not None:
-        begin, end, step, hole, length = share(lengths.cu_q, s.row_q, s.len_q, b, block, batch_size, blocks, rows_q, BLOCK_M)
+        begin, end, step, hole, length = share(
+            lengths.cu_q, s.row_q, s.len_q, b, block, batch_size, blocks, rows_q, BLOCK_M
+        )
         for r in range(begin, end, step):
             clear(dq, b, h, r, end, hole, length, BLOCK_M, BLOCK_D, HEAD_DIM)
     i0 = block * BLOCK_M
@@ -91,7 +105,9 @@ def dkdv_kernel(
     b, kv_head = batch_head // heads_kv, batch_head % heads_kv
     s = sequence(lengths, b, rows_q, rows_k, max_q, max_k, left, right, TOP_LEFT)
     if lengths.cu_k is not None or lengths.len_k is not None:
-        begin, end, step, hole, length = share(lengths.cu_k, s.row_k, s.len_k, b, block, batch_size, blocks, rows_k, BLOCK_N)
+        begin, end, step, hole, length = share(
+            lengths.cu_k, s.row_k, s.len_k, b, block, batch_size, blocks, rows_k, BLOCK_N
+        )
         for r in range(begin, end, step):
             clear(dk, b, kv_head, r, end, hole, length, BLOCK_N, BLOCK_D, HEAD_DIM)
             clear(dv, b, kv_head, r, end, hole, length, BLOCK_N, BLOCK_DV, HEAD_DIM_V)
@@ -115,7 +131,9 @@ def dkdv_kernel(
             i0 = pick(plan, t % each, EDGE) * BLOCK_M
             row, live_q = s.row_q + i0, s.len_q - i0
             tile_q = load_block(q, q_descriptor, b, h, row, live_q, EDGE, FILLED, BLOCK_M, BLOCK_D, HEAD_DIM)
-            tile_dout = load_block(dout, dout_descriptor, b, h, row, live_q, EDGE, FILLED, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
+            tile_dout = load_block(
+                dout, dout_descriptor, b, h, row, live_q, EDGE, FILLED, BLOCK_M, BLOCK_DV, HEAD_DIM_V
+            )
             row_lse = reference_of(load_row(lse, b, h, row, live_q, -float("inf"), BLOCK_M), PLAIN)[None, :]
             row_delta = load_row(delta, b, h, row, live_q, 0.0, BLOCK_M)[None, :]
             products = dot(tile_k, tl.trans(tile_q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))

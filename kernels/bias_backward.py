@@ -14,7 +14,18 @@ from .score_gradient import score_gradient
 from .span import bias_origin, sees_any, sequence
 
 
-@triton.jit(do_not_specialize=[*SIZES, "sum_batch", "sum_heads", "sum_rows", "sum_columns", "own_heads", "own_rows", "own_columns"])
+@triton.jit(
+    do_not_specialize=[
+        *SIZES,
+        "sum_batch",
+        "sum_heads",
+        "sum_rows",
+        "sum_columns",
+        "own_heads",
+        "own_rows",
+        "own_columns",
+    ]
+)
 def dbias_kernel(
     q, k, v, dout, lse, delta, dbias, sum_batch, sum_heads, sum_rows, sum_columns, own_heads, own_rows, own_columns,
     lengths, terms, dropout, left, right, rows_q, rows_k, max_q, max_k, batch_size, group,
@@ -43,7 +54,10 @@ def dbias_kernel(
                     PLAIN, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
 
-    row, column = own_row * BLOCK_M + tl.arange(0, BLOCK_M)[:, None], own_column * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    row, column = (
+        own_row * BLOCK_M + tl.arange(0, BLOCK_M)[:, None],
+        own_column * BLOCK_N + tl.arange(0, BLOCK_N)[None, :],
+    )
     live_rows, live_columns = max_q, max_k
     if ONE_ROW:
         acc = tl.sum(acc, 0, keep_dims=True)

@@ -48,7 +48,9 @@ def diagonals_kernel(
 
 
 @triton.jit(do_not_specialize=["splits", "diagonals", "first_diagonal", "radius"])
-def table_kernel(partial, dtable, splits, diagonals, first_diagonal, radius, heads, T: tl.constexpr, BLOCK: tl.constexpr):
+def table_kernel(
+    partial, dtable, splits, diagonals, first_diagonal, radius, heads, T: tl.constexpr, BLOCK: tl.constexpr
+):
     """dtable (heads, 2 * radius + 1). Of a head's programs the first two take an end each, which gathers all that lies beyond."""
     h, part = tl.program_id(0) % heads, tl.program_id(0) // heads
     low, high = first_diagonal * T - T, (first_diagonal + diagonals) * T  # distances there are

@@ -30,7 +30,9 @@ def forward_kernel(
     kv_head = h // group
     s = sequence(lengths, b, rows_q, rows_k, max_q, max_k, left, right, TOP_LEFT)
     if lengths.cu_q is not None or lengths.len_q is not None:
-        begin, end, step, hole, length = share(lengths.cu_q, s.row_q, s.len_q, b, block, batch_size, blocks, rows_q, BLOCK_M)
+        begin, end, step, hole, length = share(
+            lengths.cu_q, s.row_q, s.len_q, b, block, batch_size, blocks, rows_q, BLOCK_M
+        )
         for r in range(begin, end, step):
             clear(out, b, h, r, end, hole, length, BLOCK_M, BLOCK_DV, HEAD_DIM_V)
             clear_row(lse, b, h, r, end, hole, length, -float("inf"), BLOCK_M)

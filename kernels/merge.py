@@ -9,7 +9,9 @@ from .tile import load, load_row, store, store_row
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
-def merge_kernel(outs, lses, out, lse, rows, heads, blocks, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def merge_kernel(
+    outs, lses, out, lse, rows, heads, blocks, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """outs and lses: a tuple of views each. A part without weight adds nothing, whatever it holds."""
     program = tl.program_id(0)
     b, h, row = program // (heads * blocks), program // blocks % heads, program % blocks * BLOCK_M

@@ -110,4 +110,11 @@ def dropout(c: Call) -> Dropout | None:
 
 def plain(t: Terms) -> bool:
     """A score is a positive multiple of <q, k>: the factor can be applied inside the exponent."""
-    return t.scale > 0 and t.softcap is None and t.distance_bias is None and t.alibi_slopes is None and t.bias is None and t.keep is None
+    return (
+        t.scale > 0
+        and t.softcap is None
+        and t.distance_bias is None
+        and t.alibi_slopes is None
+        and t.bias is None
+        and t.keep is None
+    )

@@ -33,7 +33,12 @@ def dot(a, b, c):
 @triton.jit
 def start(view, batch, head, row):
     """The first element of a row. Widened before any product: a tensor may have more than 2^31 elements."""
-    return view.data + tl.cast(batch, tl.int64) * view.batch + tl.cast(row, tl.int64) * view.row + tl.cast(head, tl.int64) * view.head
+    return (
+        view.data
+        + tl.cast(batch, tl.int64) * view.batch
+        + tl.cast(row, tl.int64) * view.row
+        + tl.cast(head, tl.int64) * view.head
+    )
 
 
 @triton.jit
@@ -42,7 +47,9 @@ def offsets(view, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load(view, batch, head, row, live, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ALL_LIVE: tl.constexpr):
+def load(
+    view, batch, head, row, live, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ALL_LIVE: tl.constexpr
+):
     """(ROWS, COLUMNS) from `row` on; rows from `live` on and columns from DIM on are 0 whatever memory holds there."""
     pointers = start(view, batch, head, row) + offsets(view, ROWS, COLUMNS)
     if ALL_LIVE and DIM == COLUMNS:

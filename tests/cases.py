@@ -100,7 +100,19 @@ CHOICES: dict[str, Sequence[object]] = {
     "layout": list(LAYOUTS),
     "lengths": list(LENGTHS),
     "heads": [(1, 1), (4, 4), (4, 2), (3, 1)],
-    "head_dims": [(1, 1), (8, 8), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 24), (24, 72)],
+    "head_dims": [
+        (1, 1),
+        (8, 8),
+        (40, 40),
+        (64, 64),
+        (80, 80),
+        (96, 96),
+        (128, 128),
+        (192, 128),
+        (256, 256),
+        (64, 24),
+        (24, 72),
+    ],
     "dtype": [FLOAT32, FLOAT16, BFLOAT16],
     "mask": list(MASKS),
     "top_left": [False, True],
@@ -166,7 +178,11 @@ class Guard:
         size, margin = math.prod(around), 64
         fill = math.nan if values.is_floating_point() else False if values.dtype == torch.bool else POISON
         flat = torch.full((margin + offset + size + margin,), fill, dtype=values.dtype)
-        view = flat[margin + offset : margin + offset + size].view(around).permute([order.index(n) for n in range(values.dim())])
+        view = (
+            flat[margin + offset : margin + offset + size]
+            .view(around)
+            .permute([order.index(n) for n in range(values.dim())])
+        )
         view = view[tuple(slice(gap, gap + n) for n in values.shape)]
         view.copy_(values)
         self.storages.append((flat, flat.clone()))
@@ -174,7 +190,9 @@ class Guard:
 
     def assert_untouched(self) -> None:
         for n, (now, before) in enumerate(self.storages):
-            assert torch.equal(now.view(torch.uint8), before.view(torch.uint8)), f"input {n} or what lies around it was written"
+            assert torch.equal(now.view(torch.uint8), before.view(torch.uint8)), (
+                f"input {n} or what lies around it was written"
+            )
 
 
 @dataclasses.dataclass
@@ -191,7 +209,11 @@ class Problem:
         if gradients not in self.known:
             grads = (self.dout, self.dlse) if gradients else (None, None)
             exact = answer(self.call, torch.float64, *grads)
-            self.known[gradients] = exact, answer(self.call, self.call.q.dtype, *grads), floors(self.call, exact, *grads)
+            self.known[gradients] = (
+                exact,
+                answer(self.call, self.call.q.dtype, *grads),
+                floors(self.call, exact, *grads),
+            )
         return self.known[gradients]
 
 
@@ -291,5 +313,7 @@ def bias(case: Case, shape: tuple[int, int, int, int], g: torch.Generator, guard
         values[..., : size[2] // 3, :] = hidden  # rows that see nothing
     if special == "2-D":
         return guard.place(values[0, 0], gap=1)
-    view = guard.place(values, (0, 1, 3, 2) if special == "columns_first" else None, gap=0 if special == "expanded" else 1)
+    view = guard.place(
+        values, (0, 1, 3, 2) if special == "columns_first" else None, gap=0 if special == "expanded" else 1
+    )
     return view.expand(shape) if special == "expanded" else view

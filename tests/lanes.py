@@ -47,7 +47,12 @@ def missing(lane: Lane) -> str | None:
 
 
 def run(
-    call: Call, lane: Lane, dout: Tensor | None = None, dlse: Tensor | None = None, deterministic: bool | None = None, batch_invariant: bool = False
+    call: Call,
+    lane: Lane,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+    deterministic: bool | None = None,
+    batch_invariant: bool = False,
 ) -> Answer:
     """The package's answer to a call: out and lse, with `dout` every gradient too. Strides stay as they are on the CPU."""
     moved = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
@@ -59,12 +64,29 @@ def run(
     mask = da.Mask(call.prefix, call.left, call.right, "top_left" if call.top_left else "bottom_right")
     options = {
         name: getattr(call, name)
-        for name in ("bias", "distance_bias", "alibi_slopes", "row_distance_bias", "col_distance_bias", "sink", "scale", "softcap", "dropout_p")
-    } | {"return_lse": True, "deterministic": deterministic, "batch_invariant": batch_invariant, "backend": lane.backend}
+        for name in (
+            "bias",
+            "distance_bias",
+            "alibi_slopes",
+            "row_distance_bias",
+            "col_distance_bias",
+            "sink",
+            "scale",
+            "softcap",
+            "dropout_p",
+        )
+    } | {
+        "return_lse": True,
+        "deterministic": deterministic,
+        "batch_invariant": batch_invariant,
+        "backend": lane.backend,
+    }
     options["seed"] = call.seed if call.dropout_p > 0 else None
     if call.cu_seqlens_q is not None:
         longest = [int(torch.diff(cu).max()) if len(cu) > 1 else 0 for cu in (call.cu_seqlens_q, call.cu_seqlens_k)]
-        out, lse = da.varlen_attention(call.q, call.k, call.v, call.cu_seqlens_q, call.cu_seqlens_k, *longest, mask, **options)
+        out, lse = da.varlen_attention(
+            call.q, call.k, call.v, call.cu_seqlens_q, call.cu_seqlens_k, *longest, mask, **options
+        )
     else:
         lengths = {name: getattr(call, name) for name in ("seqlens_q", "seqlens_k", "starts_q", "starts_k")}
         out, lse = da.attention(call.q, call.k, call.v, mask, **lengths, **options)
@@ -72,8 +94,14 @@ def run(
     if dout is None:
         return result
     leaves = {n: x for n in GRADIENTS if isinstance(x := getattr(call, n), Tensor) and x.requires_grad}
-    outputs, grads = ((out,), (on(dout, lane.device),)) if dlse is None else ((out, lse), (on(dout, lane.device), on(dlse, lane.device)))
-    return result | {f"d{n}": x for n, x in zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads), strict=True)}
+    outputs, grads = (
+        ((out,), (on(dout, lane.device),))
+        if dlse is None
+        else ((out, lse), (on(dout, lane.device), on(dlse, lane.device)))
+    )
+    return result | {
+        f"d{n}": x for n, x in zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads), strict=True)
+    }
 
 
 def on(x: Tensor, device: str) -> Tensor:

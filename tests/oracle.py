@@ -158,7 +158,9 @@ def scores(call: Call, seq: Placed, head: int) -> Tensor:
     if call.row_distance_bias is not None:
         s = s + by_distance(call.row_distance_bias[seq.batch, head, : seq.len_q].to(s.dtype))
     if call.col_distance_bias is not None:
-        table = call.col_distance_bias[seq.batch, head, : seq.len_k].to(s.dtype)  # (len_k, 2R+1), indexed by (j, j - p(i))
+        table = call.col_distance_bias[seq.batch, head, : seq.len_k].to(
+            s.dtype
+        )  # (len_k, 2R+1), indexed by (j, j - p(i))
         radius = table.shape[-1] // 2
         s = s + table.gather(-1, (distance.clamp(-radius, radius) + radius).T).T
     if call.alibi_slopes is not None:
@@ -220,7 +222,9 @@ def answer(call: Call, dtype: torch.dtype, dout: Tensor | None = None, dlse: Ten
     if not loss.requires_grad:
         return result | {f"d{n}": torch.zeros_like(x) for n, x in leaves.items()}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return result | {f"d{n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), grads, strict=True)}
+    return result | {
+        f"d{n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), grads, strict=True)
+    }
 
 
 def floors(call: Call, exact: Answer, dout: Tensor | None = None, dlse: Tensor | None = None) -> dict[str, float]:
@@ -228,7 +232,9 @@ def floors(call: Call, exact: Answer, dout: Tensor | None = None, dlse: Tensor |
 
     def largest(x: Tensor | None, rows: Sequence[tuple[int | slice, ...]] | None = None) -> float:
         parts = [x] if rows is None or x is None else [x[r] for r in rows]
-        return max((float(p[p.isfinite()].abs().max()) for p in parts if p is not None and p.isfinite().any()), default=0.0)
+        return max(
+            (float(p[p.isfinite()].abs().max()) for p in parts if p is not None and p.isfinite().any()), default=0.0
+        )
 
     eps = torch.finfo(call.q.dtype).eps
     eps32 = min(eps, torch.finfo(torch.float32).eps)
@@ -249,7 +255,9 @@ def floors(call: Call, exact: Answer, dout: Tensor | None = None, dlse: Tensor |
     summed = {"distance_bias": rows, "sink": rows, "row_distance_bias": 1, "col_distance_bias": longest}
     if call.bias is not None:
         batch, heads, rows_q, _ = (1,) * (4 - call.bias.dim()) + call.bias.shape
-        summed["bias"] = (1 if rows_q > 1 else longest) * (1 if batch > 1 else len(where)) * (1 if heads > 1 else call.heads_q)
+        summed["bias"] = (
+            (1 if rows_q > 1 else longest) * (1 if batch > 1 else len(where)) * (1 if heads > 1 else call.heads_q)
+        )
     for name, count in summed.items():
         if f"d{name}" in exact:
             stored = torch.finfo(getattr(call, name).dtype).eps
@@ -257,7 +265,9 @@ def floors(call: Call, exact: Answer, dout: Tensor | None = None, dlse: Tensor |
     return bounds
 
 
-def assert_accurate(got: Mapping[str, Tensor], exact: Answer, plain: Answer, floor: Mapping[str, float], what: str = "") -> None:
+def assert_accurate(
+    got: Mapping[str, Tensor], exact: Answer, plain: Answer, floor: Mapping[str, float], what: str = ""
+) -> None:
     """The accuracy contract: the largest error is at most twice the plain formula's plus the floor; what is not finite agrees exactly."""
     problems = []
     for name, x in got.items():
@@ -269,7 +279,9 @@ def assert_accurate(got: Mapping[str, Tensor], exact: Answer, plain: Answer, flo
         wrong = torch.where(finite, ~x.isfinite(), x != want)
         if wrong.any():
             at = tuple(torch.nonzero(wrong)[0].tolist())
-            problems.append(f"{name}: {int(wrong.sum())} of {x.numel()} not finite where it should be (or the reverse), first at {at}: {x[at]}, expected {want[at]}")
+            problems.append(
+                f"{name}: {int(wrong.sum())} of {x.numel()} not finite where it should be (or the reverse), first at {at}: {x[at]}, expected {want[at]}"
+            )
             continue
         if not finite.any():
             continue

@@ -172,6 +172,8 @@ class _Reach:
 class _Symbol:
     """An argument of a mask function of which nothing is known: batch and head."""
 
+    def __eq__(self, other: object) -> bool:
+        raise _Unreadable
 
     def __bool__(self) -> bool:
         raise _Unreadable

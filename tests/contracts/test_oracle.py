@@ -54,7 +54,11 @@ def general_call(align: str, sink: bool) -> Call:
     call.row_distance_bias, call.col_distance_bias = normal(2, 4, 5, 3), normal(2, 4, 6, 3)
     call.sink = normal(4) if sink else None
     call.scale, call.softcap, call.dropout_p, call.seed = 0.7, 2.0, 0.3, 2**40 + 9
-    for x, starts, lens in ((call.q, call.starts_q, call.seqlens_q), (call.k, call.starts_k, call.seqlens_k), (call.v, call.starts_k, call.seqlens_k)):
+    for x, starts, lens in (
+        (call.q, call.starts_q, call.seqlens_q),
+        (call.k, call.starts_k, call.seqlens_k),
+        (call.v, call.starts_k, call.seqlens_k),
+    ):
         for b in range(2):
             x[b, : starts[b]] = x[b, starts[b] + lens[b] :] = math.nan
     return call
@@ -70,7 +74,10 @@ def by_hand(call: Call, b: int, h: int, i: int) -> tuple[list[float], float]:
     for j in range(len_k):
         if not (j < int(call.prefix[b]) or p - call.left <= j <= p + call.right):
             continue
-        s = sum(float(call.q[b, start_q + i, h, d]) * float(call.k[b, start_k + j, kv, d]) for d in range(3)) * call.scale
+        s = (
+            sum(float(call.q[b, start_q + i, h, d]) * float(call.k[b, start_k + j, kv, d]) for d in range(3))
+            * call.scale
+        )
         s = call.softcap * math.tanh(s / call.softcap)
         s += float(call.distance_bias[h, max(-2, min(2, j - p)) + 2])
         s += float(call.row_distance_bias[b, h, i, max(-1, min(1, j - p)) + 1])
@@ -83,7 +90,13 @@ def by_hand(call: Call, b: int, h: int, i: int) -> tuple[list[float], float]:
     total = sum(e for _, e in exps) + (math.exp(float(call.sink[h])) if call.sink is not None else 0.0)
     if total == 0:
         return [0.0, 0.0], -math.inf
-    out = [sum(e / total * (not drop) / (1 - call.dropout_p) * float(call.v[b, start_k + j, kv, d]) for (j, e), drop in zip(exps, dropped, strict=True)) for d in (0, 1)]
+    out = [
+        sum(
+            e / total * (not drop) / (1 - call.dropout_p) * float(call.v[b, start_k + j, kv, d])
+            for (j, e), drop in zip(exps, dropped, strict=True)
+        )
+        for d in (0, 1)
+    ]
     return out, math.log(total)
 
 
@@ -145,7 +158,9 @@ def test_packed_is_dense_sequence_by_sequence() -> None:
     for b in (0, 2):
         rows, cols = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         dense = answer(Call(q[None, rows], k[None, cols], v[None, cols], right=0), torch.float64)
-        assert torch.equal(packed["out"][rows], dense["out"][0]) and torch.equal(packed["lse"][:, rows], dense["lse"][0])
+        assert torch.equal(packed["out"][rows], dense["out"][0]) and torch.equal(
+            packed["lse"][:, rows], dense["lse"][0]
+        )
     assert (packed["out"][8] == 0).all() and (packed["lse"][:, 8] == -math.inf).all()
 
 

@@ -105,9 +105,8 @@ def arguments(geometry, function, padding, static: bool = False) -> dict:
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_every_padding_of_a_span(name, geometry):
     q_length, kv_length, q_offset, kv_offset = geometry
-    caches = (
-        (False, True) if q_offset + q_length <= kv_offset + kv_length else (False,)
-    )  # a static cache holds its queries
+    holds_queries = q_offset + q_length <= kv_offset + kv_length  # as a static cache does
+    caches = (False, True) if holds_queries else (False,)
     for (kind, padding), static in itertools.product(paddings(q_offset + q_length).items(), caches):
         call = arguments(geometry, FUNCTIONS[name], padding, static)
         expected = their_mask(**call)
@@ -128,6 +127,21 @@ def test_what_is_no_span_is_a_bias(name, geometry):
         mask = span_mask(**call)
         assert isinstance(mask, torch.Tensor), kind
         torch.testing.assert_close(mask.expand(3, 1, -1, -1), their_mask(**call), msg=kind)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda batch, head, q, kv: kv <= q if batch == 0 else kv < q,
+        lambda batch, head, q, kv: kv <= q if batch else kv < q,
+        lambda batch, head, q, kv: kv <= q if kv < q else kv == q,
+    ],
+)
+def test_a_branch_fails_as_it_does_in_transformers(function):
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        their_mask(**arguments((6, 6, 0, 0), function, None))
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        span_mask(**arguments((6, 6, 0, 0), function, None))
 
 
 @settings(max_examples=60, deadline=None)

@@ -25,7 +25,9 @@ def compare(call: Call, lane: Lane, lse_gradient: bool = True) -> None:
     dlse = normal(*answer(call, torch.float32)["lse"].shape) if lse_gradient else None
     exact, plain = answer(call, torch.float64, dout, dlse), answer(call, call.q.dtype, dout, dlse)
     for deterministic in (True, False):
-        assert_accurate(run(call, lane, dout, dlse, deterministic), exact, plain, floors(call, exact, dout, dlse), str(lane))
+        assert_accurate(
+            run(call, lane, dout, dlse, deterministic), exact, plain, floors(call, exact, dout, dlse), str(lane)
+        )
 
 
 SIZES_OF_NOTHING = [(0, 3, 3), (2, 0, 3), (2, 3, 0), (2, 0, 0), (0, 0, 0)]
@@ -41,7 +43,9 @@ def test_dense_without_rows(lane: Lane, batch: int, len_q: int, len_k: int, sink
 
 
 @pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize(("rows_q", "rows_k", "cu"), [(0, 0, [0]), (0, 0, [0, 0, 0]), (4, 4, [0]), (4, 4, [0, 0]), (3, 0, [0, 0, 0])])
+@pytest.mark.parametrize(
+    ("rows_q", "rows_k", "cu"), [(0, 0, [0]), (0, 0, [0, 0, 0]), (4, 4, [0]), (4, 4, [0, 0]), (3, 0, [0, 0, 0])]
+)
 def test_packed_without_rows(lane: Lane, rows_q: int, rows_k: int, cu: list[int], sink: bool) -> None:
     call = Call(normal(rows_q, 2, 8), normal(rows_k, 2, 8), normal(rows_k, 2, 8), int32(*cu), int32(*cu))
     call.sink = normal(2) if sink else None
@@ -92,7 +96,9 @@ def test_the_most_negative_finite_bias_is_a_number(lane: Lane) -> None:
 
 def test_a_bias_where_the_span_hides_is_not_read_into_the_result(lane: Lane) -> None:
     """s = -inf where the span hides j, whatever the bias holds there."""
-    call = Call(normal(2, 70, 2, 16), normal(2, 70, 2, 16), normal(2, 70, 2, 16), left=5, right=0, bias=normal(2, 1, 70, 70))
+    call = Call(
+        normal(2, 70, 2, 16), normal(2, 70, 2, 16), normal(2, 70, 2, 16), left=5, right=0, bias=normal(2, 1, 70, 70)
+    )
     hidden = ~torch.ones(70, 70).tril().triu(-5).bool()
     clean = run(call, lane, torch.ones(2, 70, 2, 16), deterministic=True)
     for junk in (math.nan, math.inf, -math.inf):
@@ -115,4 +121,10 @@ def test_each_head_dim_from_1_to_40_and_the_ends(lane: Lane) -> None:
         case = Case("dense_sliced", ((9,), (20,)), (2, 1), (width, widths[-1 - n]), dtype, mask="causal", seed=n)
         made = make(case)
         exact, plain, floor = made.answers(gradients=True)
-        assert_accurate(run(made.call, lane, made.dout, made.dlse), exact, plain, {k: 4 * x for k, x in floor.items()}, f"{lane}: {case}")
+        assert_accurate(
+            run(made.call, lane, made.dout, made.dlse),
+            exact,
+            plain,
+            {k: 4 * x for k, x in floor.items()},
+            f"{lane}: {case}",
+        )

@@ -18,18 +18,27 @@ pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cuts", [(40,), (0, 7, 7, 60), ()])
 @pytest.mark.parametrize("layout", ["dense", "packed"])
-def test_attention_over_parts_of_the_keys_merges_to_attention_over_all(lane: Lane, layout: str, cuts: tuple, dtype: torch.dtype, sink: str) -> None:
+def test_attention_over_parts_of_the_keys_merges_to_attention_over_all(
+    lane: Lane, layout: str, cuts: tuple, dtype: torch.dtype, sink: str
+) -> None:
     packed = layout == "packed"
     lengths = ((50,), (70,)) if packed else ((20, 20), (70, 70))
     made = make(Case(layout, lengths, (4, 2), (40, 24), dtype, sink=sink, seed=len(cuts)))
-    call = dataclasses.replace(made.call, **{n: on(x, lane.device) for n, x in vars(made.call).items() if isinstance(x, torch.Tensor)})
+    call = dataclasses.replace(
+        made.call, **{n: on(x, lane.device) for n, x in vars(made.call).items() if isinstance(x, torch.Tensor)}
+    )
     dout, dlse = on(made.dout, lane.device), on(made.dlse, lane.device)
     q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
     sink_leaf = None if call.sink is None else call.sink.detach().requires_grad_()
     outs, lses = [], []
     for n, (first, last) in enumerate(zip((0, *cuts), (*cuts, 70), strict=True)):
         part = slice(first, last) if packed else (slice(None), slice(first, last))
-        options = {"return_lse": True, "backend": lane.backend, "deterministic": True, "sink": sink_leaf if n == 0 else None}  # counted once
+        options = {
+            "return_lse": True,
+            "backend": lane.backend,
+            "deterministic": True,
+            "sink": sink_leaf if n == 0 else None,
+        }  # counted once
         if packed:
             cu_k = torch.tensor([0, last - first], dtype=torch.int32, device=lane.device)
             out, lse = da.varlen_attention(q, k[part], v[part], call.cu_seqlens_q, cu_k, 50, last - first, **options)
@@ -44,7 +53,9 @@ def test_attention_over_parts_of_the_keys_merges_to_attention_over_all(lane: Lan
     exact = answer(call, torch.float64, dout, dlse)
     plain = answer(call, dtype, dout, dlse)
     # Each part is rounded to the dtype before it is merged, and so is its gradient.
-    assert_accurate(got, exact, plain, {name: (1 + len(cuts)) * x for name, x in floors(call, exact, dout, dlse).items()}, f"{lane}")
+    assert_accurate(
+        got, exact, plain, {name: (1 + len(cuts)) * x for name, x in floors(call, exact, dout, dlse).items()}, f"{lane}"
+    )
     assert out.dtype == dtype and lse.dtype == torch.float32
 
 

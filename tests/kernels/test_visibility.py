@@ -21,7 +21,9 @@ lengths = st.one_of(st.integers(0, 20), st.integers(0, 200), st.sampled_from([1,
 def spans(draw: st.DrawFn) -> tuple[list[int], list[int], list[int] | int, int | None, int | None, bool]:
     batch = draw(st.integers(1, 3))
     lens = st.lists(lengths, min_size=batch, max_size=batch)
-    prefix = draw(st.one_of(st.just(0), st.integers(0, 200), st.lists(st.integers(-3, 210), min_size=batch, max_size=batch)))
+    prefix = draw(
+        st.one_of(st.just(0), st.integers(0, 200), st.lists(st.integers(-3, 210), min_size=batch, max_size=batch))
+    )
     return draw(lens), draw(lens), prefix, draw(distances), draw(distances), draw(st.booleans())
 
 
@@ -32,7 +34,10 @@ def one_hot(rows: int, dtype: torch.dtype) -> torch.Tensor:
 def packed_call(lens_q: list[int], lens_k: list[int], dtype: torch.dtype, heads: int = 2) -> tuple[Call, torch.Tensor]:
     """All scores equal, v and dout one-hot by the row within the sequence."""
     cu_q, cu_k = (torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32) for lens in (lens_q, lens_k))
-    v, dout = (torch.cat([one_hot(n, dtype) for n in lens])[:, None].expand(-1, heads, -1).contiguous() for lens in (lens_k, lens_q))
+    v, dout = (
+        torch.cat([one_hot(n, dtype) for n in lens])[:, None].expand(-1, heads, -1).contiguous()
+        for lens in (lens_k, lens_q)
+    )
     q, k = torch.zeros(sum(lens_q), heads, 8, dtype=dtype), torch.ones(sum(lens_k), heads, 8, dtype=dtype)
     return Call(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k), dout
 
@@ -48,16 +53,33 @@ def check(call: Call, dout: torch.Tensor, lane: Lane) -> None:
             if call.dropout_p > 0:
                 kept = seen & dropout_keeps(call.seed, call.dropout_p, seq.batch, head, seq.len_q, seq.len_k)
             # (len_q, len_k): which column of out, and of dv, shows the pair. A window never holds two keys of one column.
-            shown = out[seq.q][:, head].gather(1, (torch.arange(seq.len_k) % WIDTH).expand(seq.len_q, -1)) if seq.len_q else kept
-            back = dv[seq.k][:, head].gather(1, (torch.arange(seq.len_q) % WIDTH).expand(seq.len_k, -1)).T if seq.len_k else kept
-            assert torch.equal((shown != 0) & seen, kept), f"out uses other keys than the span and dropout leave, head {head}, {seq}"
-            assert torch.equal((back != 0) & seen, kept), f"dv of sequence {seq.batch}, head {head} comes from other pairs, {seq}"
+            shown = (
+                out[seq.q][:, head].gather(1, (torch.arange(seq.len_k) % WIDTH).expand(seq.len_q, -1))
+                if seq.len_q
+                else kept
+            )
+            back = (
+                dv[seq.k][:, head].gather(1, (torch.arange(seq.len_q) % WIDTH).expand(seq.len_k, -1)).T
+                if seq.len_k
+                else kept
+            )
+            assert torch.equal((shown != 0) & seen, kept), (
+                f"out uses other keys than the span and dropout leave, head {head}, {seq}"
+            )
+            assert torch.equal((back != 0) & seen, kept), (
+                f"dv of sequence {seq.batch}, head {head} comes from other pairs, {seq}"
+            )
             if seq.len_k <= WIDTH and seq.len_q <= WIDTH:
                 assert torch.equal(shown != 0, kept) and torch.equal(back != 0, kept)
             torch.testing.assert_close(lse[head][seq.q], count.double().log().float(), atol=2e-6, rtol=2e-6)
 
 
-@given(spans(), st.sampled_from([0.0, 0.0, 0.1, 0.9]), st.integers(-(2**63), 2**63 - 1), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    spans(),
+    st.sampled_from([0.0, 0.0, 0.1, 0.9]),
+    st.integers(-(2**63), 2**63 - 1),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_span_and_dropout(lane: Lane, span: tuple, p: float, seed: int, dtype: torch.dtype) -> None:
     lens_q, lens_k, prefix, left, right, top_left = span
@@ -87,7 +109,9 @@ def test_causal_alignment_is_the_one_asked_for(lane: Lane, len_q: int, len_k: in
     assert torch.equal(out[:, 0, :len_k] > 0, torch_says)
     if top_left:
         q, k, v = (x.transpose(0, 1)[None] for x in (call.q, call.k, call.v))
-        torch.testing.assert_close(out.transpose(0, 1)[None], torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        torch.testing.assert_close(
+            out.transpose(0, 1)[None], torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        )
 
 
 def test_a_hidden_row_is_zero_and_minus_infinity_and_has_no_gradient(lane: Lane) -> None:
