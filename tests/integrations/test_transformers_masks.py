@@ -132,7 +132,7 @@ def test_what_is_no_span_is_a_bias(name, geometry):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda batch, head, q, kv: kv <= q if batch == 0 else kv < q,
+        lambda batch, head, q, kv: kv < q if batch == 0 else kv <= q,
         lambda batch, head, q, kv: kv <= q if batch else kv < q,
         lambda batch, head, q, kv: kv <= q if kv < q else kv == q,
     ],
