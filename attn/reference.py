@@ -89,6 +89,11 @@ def _span(c: Call) -> _Span:
     return _Span(i, j, live_q, live_k, distance, visible)
 
 
+def _softmax(s: Tensor, dim: int) -> Tensor:
+    """softmax, 0 where all are -inf. Not exp(s - logsumexp): that rounds relative to the size of the scores."""
+    return torch.softmax(s, dim).masked_fill(s == -math.inf, 0)
+
+
 def _bucket(distance: Tensor, table: Tensor) -> Tensor:
     """Index of clamp(j - p(i), -R, R) into the last dimension, 2R+1, of a table."""
     reach = table.shape[-1] // 2
@@ -130,10 +135,11 @@ def _attend(c: Call) -> _Attention:
         s = s + c.bias
     s = s.masked_fill(~visible, -math.inf)
 
+    if c.sink is not None:  # one more key, which has no value
+        sink = c.sink[:, None, None].expand(*s.shape[:-1], 1).masked_fill(~span.live_q[:, None, :, None], -math.inf)
+        s = torch.cat([s, sink], -1)
     lse = s.logsumexp(-1)
-    if c.sink is not None:
-        lse = torch.logaddexp(lse, c.sink[:, None]).masked_fill(~span.live_q[:, None], -math.inf)
-    p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0)[..., None])
+    p = _softmax(s, -1)[..., : span.distance.shape[-1]]
     kept = None
     if c.dropout_p > 0 and c.seed is not None:
         kept = dropout_kept(s.shape[1], span.i, span.j, c.dropout_p, c.seed) / (1 - c.dropout_p)
@@ -250,6 +256,6 @@ def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Ten
     """Weights each part by exp(lse_part - lse); out (..., H, D), lse (B, H, S) or (H, total)."""
     lse_parts = torch.stack(lses)
     lse = lse_parts.logsumexp(0)
-    weights = torch.exp(lse_parts - lse.masked_fill(lse == -math.inf, 0)).mT[..., None]  # (parts, B, S, H, 1)
+    weights = _softmax(lse_parts, 0).mT[..., None]  # (parts, B, S, H, 1)
     parts = torch.stack(outs).to(lse.dtype)
     return torch.where(weights > 0, parts * weights, 0).sum(0).to(outs[0].dtype), lse
