@@ -58,7 +58,7 @@ class BuildNative(build_ext):
             return
         if torch is None:
             raise RuntimeError("torch >= 2.10 is needed to build the CPU backend: pip install torch first")
-        folder = Path(self.build_temp) / "cpu"
+        folder = ROOT / "build" / "objects"  # kept from build to build, unlike pip's temporary folder
         folder.mkdir(parents=True, exist_ok=True)
         flags = [
             "-std=c++20",

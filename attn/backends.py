@@ -21,6 +21,8 @@ from torch import Tensor
 from . import reference
 from .call import Call
 from .checks import wrong_value
+from .paged import reference as paged_reference
+from .paged.call import PagedCall
 
 _INTERPRET_HINT = " (TRITON_INTERPRET=1 interprets it on the CPU)"
 _FLOAT64 = "float64 runs in the reference only"
@@ -28,12 +30,16 @@ _ROW_BIAS = "row_distance_bias and col_distance_bias run in the reference only"
 
 
 class Backend:
-    """What runs calls: three functions with the arguments of the operators less the backend's name."""
+    """What runs calls: functions with the arguments of the operators less the backend's name."""
 
     name: str
+    checks_paged_contents = False  # its paged kernels look at lengths and tables themselves
     attention_forward: Callable[..., tuple[Tensor, Tensor]]
     attention_backward: Callable[..., tuple[Tensor, ...]]
     merge_attention: Callable[..., tuple[Tensor, Tensor]]
+    paged_attention: Callable[..., None]
+    paged_append: Callable[..., None]
+    copy_pages: Callable[..., None]
 
     def missing(self) -> str | None:
         """Why this machine does not have it."""
@@ -44,6 +50,10 @@ class Backend:
         return None
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
+        return None
+
+    def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
+        """Of paged calls on x's device and dtype; `call` is that of paged_attention, None for the others."""
         return None
 
     def detail(self) -> str:
@@ -60,6 +70,9 @@ class ReferenceBackend(Backend):
     attention_forward = staticmethod(reference.attention_forward)
     attention_backward = staticmethod(reference.attention_backward)
     merge_attention = staticmethod(reference.merge_attention)
+    paged_attention = staticmethod(paged_reference.paged_attention)
+    paged_append = staticmethod(paged_reference.paged_append)
+    copy_pages = staticmethod(paged_reference.copy_pages)
 
     def detail(self) -> str:
         return "torch operations on any device; memory grows with seqlen_q * seqlen_k"
@@ -69,6 +82,7 @@ class CpuBackend(Backend):
     """The C++ kernels, built beside the package when it is installed."""
 
     name = "cpu"
+    checks_paged_contents = True
     library = Path(__file__).parent / "libduplex_cpu.so"
 
     @cache  # noqa: B019  one instance lives as long as the process
@@ -81,6 +95,9 @@ class CpuBackend(Backend):
             self.attention_forward = native.attention_forward.default
             self.merge_attention = native.merge_attention.default
             native_backward = native.attention_backward.default
+            self.paged_attention = native.paged_attention.default
+            self.paged_append = native.paged_append.default
+            self.copy_pages = native.copy_pages.default
         except (OSError, RuntimeError, AttributeError) as error:
             return f"{self.library.name} does not load: {error}"
 
@@ -99,6 +116,11 @@ class CpuBackend(Backend):
         if not outs[0].is_cpu:
             return f"it runs on CPU tensors, these are on {outs[0].device}"
         return _FLOAT64 if outs[0].dtype == torch.float64 else None
+
+    def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
+        if call is not None and (call.row_distance_bias is not None or call.col_distance_bias is not None):
+            return _ROW_BIAS
+        return self.refuses_merge((x,))
 
     def detail(self) -> str:
         return f"{torch.ops.duplex_attn_cpu.isa()}, of {', '.join(torch.ops.duplex_attn_cpu.isas())}"
@@ -131,6 +153,9 @@ class TritonBackend(Backend):
         if device.type == "cuda" or (device.type == "cpu" and _interpreted()):
             return None
         return f"it runs on CUDA tensors, these are on {device}" + _INTERPRET_HINT * (device.type == "cpu")
+
+    def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
+        return "its kernels have no paged calls yet"
 
     def detail(self) -> str:
         return "interpreted" if _interpreted() else torch.cuda.get_device_name()
@@ -186,6 +211,12 @@ def choose_merge(outs: Sequence[Tensor], name: str) -> Backend:
     if name:
         return _named(name, lambda backend: backend.refuses_merge(outs))
     return next(backend for backend in _candidates(outs[0].device.type) if backend.refuses_merge(outs) is None)
+
+
+def choose_paged(x: Tensor, name: str, call: PagedCall | None = None) -> Backend:
+    if name:
+        return _named(name, lambda backend: backend.refuses_paged(x, call))
+    return next(b for b in _candidates(x.device.type) if b.refuses_paged(x, call) is None)
 
 
 def _named(name: str, refuses: Callable[[Backend], str | None]) -> Backend:

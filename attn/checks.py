@@ -69,24 +69,20 @@ def check_attention(call: Call) -> None:
             wrong_value("seqlens and starts", "None in a packed call", "a tensor")
 
     if prefix is not None:
-        _check_per_sequence("prefix", prefix, batch, device)
-    if left is not None and not -MAX_DISTANCE <= left <= MAX_DISTANCE:
-        wrong_value("left", f"a distance up to {MAX_DISTANCE}, or None for no bound", left)
-    if right is not None and not -MAX_DISTANCE <= right <= MAX_DISTANCE:
-        wrong_value("right", f"a distance up to {MAX_DISTANCE}, or None for no bound", right)
+        check_per_sequence("prefix", prefix, batch, device)
+    check_window(left, right)
     if bias is not None:
-        _check_bias(bias, (batch, heads, max_seqlen_q, max_seqlen_k), dtype, device)
+        check_bias(bias, (batch, heads, max_seqlen_q, max_seqlen_k), dtype, device)
     if distance_bias is not None:
-        _check_accumulator("distance_bias", distance_bias, dtype)
-        _check_table("distance_bias", distance_bias, (heads,), device)
+        check_table("distance_bias", distance_bias, (heads,), device, dtype)
     if row_distance_bias is not None:
-        _check_table("row_distance_bias", row_distance_bias, (batch, heads, max_seqlen_q), device)
+        check_table("row_distance_bias", row_distance_bias, (batch, heads, max_seqlen_q), device)
     if col_distance_bias is not None:
-        _check_table("col_distance_bias", col_distance_bias, (batch, heads, max_seqlen_k), device)
+        check_table("col_distance_bias", col_distance_bias, (batch, heads, max_seqlen_k), device)
     if alibi_slopes is not None:
-        _check_per_head("alibi_slopes", alibi_slopes, heads, dtype, device)
+        check_per_head("alibi_slopes", alibi_slopes, heads, dtype, device)
     if sink is not None:
-        _check_per_head("sink", sink, heads, dtype, device)
+        check_per_head("sink", sink, heads, dtype, device)
     if scale is not None and not -math.inf < scale < math.inf:
         wrong_value("scale", "a finite number", scale)
     if not 0 <= softcap < math.inf:
@@ -120,7 +116,7 @@ def check_gradients(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
         if x is not None:
             if x.dtype != dtype:
                 wrong_type(name, str(dtype), x.dtype)
-            _check_device(name, x, call.q.device)
+            check_device(name, x, call.q.device)
             if x.shape != shape:
                 wrong_value(name, f"shape {shape}", x.shape)
 
@@ -141,12 +137,12 @@ def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.dtype != first.dtype:
             wrong_type(f"outs[{n}]", f"the dtype of outs[0] ({first.dtype})", out.dtype)
-        _check_device(f"outs[{n}]", out, first.device)
+        check_device(f"outs[{n}]", out, first.device)
         if out.shape != first.shape:
             wrong_value(f"outs[{n}]", f"the shape of outs[0] {tuple(first.shape)}", out.shape)
         if lse.dtype != lse_dtype:
             wrong_type(f"lses[{n}]", str(lse_dtype), lse.dtype)
-        _check_device(f"lses[{n}]", lse, first.device)
+        check_device(f"lses[{n}]", lse, first.device)
         if lse.shape != lse_shape:
             wrong_value(f"lses[{n}]", f"shape {lse_shape}", lse.shape)
 
@@ -175,7 +171,7 @@ def _check_dense(q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_
         wrong_value("max_seqlen_q", f"q's seqlen ({seqlen_q}) in a dense call", max_seqlen_q)
     if max_seqlen_k != seqlen_k:
         wrong_value("max_seqlen_k", f"k's seqlen ({seqlen_k}) in a dense call", max_seqlen_k)
-    _check_heads(heads, head_dim, seqlen_k, heads_kv, head_dim_k, seqlen_v, heads_v, head_dim_v)
+    check_heads(heads, head_dim, seqlen_k, heads_kv, head_dim_k, seqlen_v, heads_v, head_dim_v)
     return batch, heads
 
 
@@ -189,11 +185,11 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> int:
     if v.dim() != 3:
         wrong_value("v", shape, v.shape)
     _, heads, head_dim = q.shape
-    _check_heads(heads, head_dim, *k.shape, *v.shape)
+    check_heads(heads, head_dim, *k.shape, *v.shape)
     return heads
 
 
-def _check_heads(
+def check_heads(
     heads: int, head_dim: int, rows_k: int, heads_kv: int, head_dim_k: int, rows_v: int, heads_v: int, head_dim_v: int
 ) -> None:
     if not 1 <= head_dim <= MAX_HEAD_DIM:
@@ -212,24 +208,30 @@ def _check_heads(
         wrong_value("v", f"k's rows ({rows_k})", rows_v)
 
 
-def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+def check_window(left: int | None, right: int | None) -> None:
+    for name, distance in (("left", left), ("right", right)):
+        if distance is not None and not -MAX_DISTANCE <= distance <= MAX_DISTANCE:
+            wrong_value(name, f"a distance up to {MAX_DISTANCE}, or None for no bound", distance)
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         wrong_value(name, f"q's device {device}", x.device)
 
 
-def _check_per_sequence(name: str, x: Tensor, batch: int, device: torch.device) -> None:
+def check_per_sequence(name: str, x: Tensor, count: int, device: torch.device, of: str = "batch") -> None:
     if x.dtype != torch.int32:
         wrong_type(name, "int32", x.dtype)
-    _check_device(name, x, device)
-    if x.dim() != 1 or x.shape[0] != batch:
-        wrong_value(name, f"shape (batch,) = ({batch},)", x.shape)
+    check_device(name, x, device)
+    if x.dim() != 1 or x.shape[0] != count:
+        wrong_value(name, f"shape ({of},) = ({count},)", x.shape)
 
 
 def _check_lengths(side: str, seqlens: Tensor | None, starts: Tensor | None, batch: int, device: torch.device) -> None:
     if seqlens is not None:
-        _check_per_sequence(f"seqlens_{side}", seqlens, batch, device)
+        check_per_sequence(f"seqlens_{side}", seqlens, batch, device)
     if starts is not None:
-        _check_per_sequence(f"starts_{side}", starts, batch, device)
+        check_per_sequence(f"starts_{side}", starts, batch, device)
         if seqlens is None:
             wrong_value(f"seqlens_{side}", f"lengths with starts_{side}", None)
 
@@ -246,8 +248,8 @@ def _check_cu_seqlens(
         wrong_type("cu_seqlens_q", "int32", cu_q.dtype)
     if cu_k.dtype != torch.int32:
         wrong_type("cu_seqlens_k", "int32", cu_k.dtype)
-    _check_device("cu_seqlens_q", cu_q, device)
-    _check_device("cu_seqlens_k", cu_k, device)
+    check_device("cu_seqlens_q", cu_q, device)
+    check_device("cu_seqlens_k", cu_k, device)
     entries = cu_q.shape
     if len(entries) != 1 or entries[0] < 1:
         wrong_value("cu_seqlens_q", "shape (batch + 1,)", entries)
@@ -261,25 +263,30 @@ def _check_cu_seqlens(
     return entries[0] - 1
 
 
-def _check_bias(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def check_bias(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if bias.dtype not in _BIAS_DTYPES or (bias.dtype == torch.float64 and dtype != torch.float64):
         wrong_type("bias", "bool, float32, float16 or bfloat16 (float64 with float64 q)", bias.dtype)
-    _check_device("bias", bias, device)
+    check_device("bias", bias, device)
     if bias.dim() != 4 or not all(have == 1 or have == full for have, full in zip(bias.shape, shape, strict=True)):
         wrong_value("bias", f"a shape that broadcasts to {shape}", bias.shape)
 
 
-def _check_table(name: str, x: Tensor, leading: tuple[int, ...], device: torch.device) -> None:
-    if x.dtype not in _DTYPES:
+def check_table(
+    name: str, x: Tensor, leading: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
+) -> None:
+    """Any floating dtype, or that of the softmax where q's `dtype` is given."""
+    if dtype is not None:
+        _check_accumulator(name, x, dtype)
+    elif x.dtype not in _DTYPES:
         wrong_type(name, "a floating dtype", x.dtype)
-    _check_device(name, x, device)
+    check_device(name, x, device)
     if x.dim() != len(leading) + 1 or x.shape[:-1] != leading or x.shape[-1] % 2 != 1:
         wrong_value(name, f"shape ({', '.join(map(str, leading))}, 2R + 1)", x.shape)
 
 
-def _check_per_head(name: str, x: Tensor, heads: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_per_head(name: str, x: Tensor, heads: int, dtype: torch.dtype, device: torch.device) -> None:
     _check_accumulator(name, x, dtype)
-    _check_device(name, x, device)
+    check_device(name, x, device)
     if x.shape != (heads,):
         wrong_value(name, f"shape (heads,) = ({heads},)", x.shape)
 
@@ -297,7 +304,7 @@ def _check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) 
         wrong_value("seed", "an int64 tensor (1,) with dropout", None)
     if seed.dtype != torch.int64:
         wrong_type("seed", "int64", seed.dtype)
-    _check_device("seed", seed, device)
+    check_device("seed", seed, device)
     if seed.shape != (1,):
         wrong_value("seed", "shape (1,)", seed.shape)
 

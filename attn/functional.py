@@ -152,23 +152,16 @@ def _arguments(
     deterministic, batch_invariant, backend,
 ):  # fmt: skip
     """The operator's arguments."""
-    if not isinstance(mask, Mask):
-        wrong_type("mask", "a Mask (full, causal, prefix_lm, sliding_window)", type(mask).__name__)
-    prefix: Any = mask.prefix
-    left, right, align = mask[1:]
-    if align not in ("bottom_right", "top_left"):
-        wrong_value("mask", 'align "bottom_right" or "top_left"', align)
+    prefix, left, right, top_left = named_mask(mask)
     if not isinstance(prefix, Tensor):
-        prefix = _prefix_tensor(prefix, q, cu_seqlens_q) if prefix else None
+        batch = q.shape[0] if cu_seqlens_q is None else max(cu_seqlens_q.shape[0] - 1, 0)
+        prefix = prefix_tensor(prefix, batch, q) if prefix else None
     table_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if bias is not None:
-        bias = _four_dims(bias)
-    if distance_bias is not None:
-        distance_bias = _table("distance_bias", distance_bias, table_dtype)
-    if alibi_slopes is not None:
-        alibi_slopes = _table("alibi_slopes", alibi_slopes, table_dtype)
-    if sink is not None:
-        sink = _table("sink", sink, table_dtype)
+        bias = four_dims(bias)
+    distance_bias = table("distance_bias", distance_bias, table_dtype)
+    alibi_slopes = table("alibi_slopes", alibi_slopes, table_dtype)
+    sink = table("sink", sink, table_dtype)
     if dropout_p == 0:
         seed = None
     elif not isinstance(seed, Tensor):
@@ -177,18 +170,22 @@ def _arguments(
         deterministic = torch.are_deterministic_algorithms_enabled()
     return (
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlens_q, seqlens_k, starts_q, starts_k,
-        prefix, left, right, align == "top_left", bias, distance_bias, alibi_slopes, row_distance_bias,
+        prefix, left, right, top_left, bias, distance_bias, alibi_slopes, row_distance_bias,
         col_distance_bias, sink, scale, softcap, dropout_p, seed, deterministic, batch_invariant, backend or "",
     )  # fmt: skip
 
 
 def _run(arguments: tuple[Any, ...], return_lse: bool) -> Any:
+    out, lse = run_operator(_operator, arguments)
+    return (out, lse) if return_lse else out
+
+
+def run_operator(operator: Any, arguments: Sequence[Any]) -> Any:
     try:
-        out, lse = _operator(*arguments)
+        return operator(*arguments)
     except RuntimeError as error:
         _raise_if_wrong_kind(error)
         raise
-    return (out, lse) if return_lse else out
 
 
 def _raise_if_wrong_kind(error: RuntimeError) -> None:
@@ -205,21 +202,32 @@ def _rows(name: str, x: Tensor) -> int:
     return x.shape[1] if x.dim() > 1 else 0
 
 
-def _prefix_tensor(prefix: Any, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor | None:
+def named_mask(mask: Mask) -> tuple[Any, int | None, int | None, bool]:
+    """prefix, left, right, and whether query 0 stands at key 0."""
+    if not isinstance(mask, Mask):
+        wrong_type("mask", "a Mask (full, causal, prefix_lm, sliding_window)", type(mask).__name__)
+    prefix, left, right, align = mask
+    if align not in ("bottom_right", "top_left"):
+        wrong_value("mask", 'align "bottom_right" or "top_left"', align)
+    return prefix, left, right, align == "top_left"
+
+
+def prefix_tensor(prefix: Any, batch: int, q: Tensor) -> Tensor:
     if not isinstance(prefix, int | torch.SymInt):
         wrong_type("prefix", "an int or an int32 tensor (batch,)", type(prefix).__name__)
-    batch = q.shape[0] if cu_seqlens_q is None else max(cu_seqlens_q.shape[0] - 1, 0)
     return torch.full((batch,), min(cast(int, prefix), MAX_DISTANCE), dtype=torch.int32, device=q.device)
 
 
-def _four_dims(bias: Tensor) -> Tensor:
+def four_dims(bias: Tensor) -> Tensor:
     if not isinstance(bias, Tensor):
         wrong_type("bias", "a tensor", type(bias).__name__)
     return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
 
 
-def _table(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+def table(name: str, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """In the dtype of the softmax; the cast is outside the operator, so autograd casts the gradient back."""
+    if x is None:
+        return None
     if not isinstance(x, Tensor):
         wrong_type(name, "a tensor", type(x).__name__)
     if not x.is_floating_point():

@@ -28,6 +28,26 @@ struct BiasView {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// How the pages of a cache hold numbers: in the dtype of the queries, or quantised.
+enum class Storage : int32_t { AS_QUERIES, INT8, FLOAT8_E4M3 };
+
+// What a stored number is worth, float32 by (page, slot, head); strides are 0 where it is broadcast.
+struct ScaleView {
+  const float* data = nullptr;
+  int64_t page = 0, slot = 0, head = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Keys and values in pages: a View's batch is a page, its row a slot of the page.
+struct Pages {
+  View k, v;
+  ScaleView k_scales, v_scales;
+  Storage storage;
+  const int32_t* table;  // (batch, table_row): key j lies in slot j % page_size of page table[b][j / page_size]
+  int64_t table_row, page_size;
+};
+
 struct Problem {
   DType dtype;
   int64_t batch, heads_q, heads_kv, head_dim, head_dim_v;
@@ -35,6 +55,10 @@ struct Problem {
   View q, k, v, out;
   float* lse;
   int64_t lse_batch, lse_head;  // row stride is 1
+
+  View parts;  // float32 partial results by slot and head, of a call whose keys are split
+  float* parts_lse;
+  int64_t parts_lse_head;
 
   const int32_t *cu_q, *cu_k, *len_q, *len_k, *start_q, *start_k, *prefix;  // each may be null
   int64_t left, right;

@@ -40,6 +40,13 @@ struct Span {
     return first(i1 - 1) <= must_start && j1 - 1 <= last(i0) ? Cover::ALL : Cover::SOME;
   }
 
+  // Of the keys from `from` on, which some row of [i0, i1) may see, where the first run without a gap ends.
+  DUPLEX_HOST_DEVICE int64_t run_end(int64_t i0, int64_t i1, int64_t from) const {
+    const int64_t begin = first(i0), window_end = last(i1 - 1) + 1;
+    const int64_t end = from >= prefix || begin <= prefix ? (window_end < prefix ? prefix : window_end) : prefix;
+    return end < len_k ? end : len_k;
+  }
+
   // The smallest j >= from that some row of [i0, i1) may see, or len_k.
   DUPLEX_HOST_DEVICE int64_t next(int64_t i0, int64_t i1, int64_t from) const {
     if (from < prefix) return from;

@@ -70,6 +70,33 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 Tensor new_float(std::initializer_list<int64_t> sizes) { return empty(sizes, aoti_torch_dtype_float32()); }
 
+Tensor new_int(std::initializer_list<int64_t> sizes) { return empty(sizes, aoti_torch_dtype_int32()); }
+
+int64_t element_size(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return 8;
+    case ScalarType::Float: return 4;
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Char:
+    case ScalarType::Float8_e4m3fn: return 1;
+    default: throw std::invalid_argument("pages are float64, float32, float16, bfloat16, int8 or float8_e4m3fn");
+  }
+}
+
+void set_scores(Problem& p, const OptionalTensor& bias, const OptionalTensor& distance_bias,
+                const OptionalTensor& alibi_slopes, const OptionalTensor& sink, std::optional<double> scale,
+                double softcap) {
+  p.bias = bias_view(bias);
+  p.distance_bias = data<float>(distance_bias);
+  p.radius = distance_bias ? distance_bias->size(1) / 2 : 0;
+  p.alibi_slopes = data<float>(alibi_slopes);
+  p.sink = data<float>(sink);
+  p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
+  p.softcap = float(softcap);
+  p.keep_scale = 1;
+}
+
 Problem problem_of(const CallArguments& call, const Tensor& out, const Tensor& lse) {
   if (call.row_distance_bias || call.col_distance_bias)
     throw std::invalid_argument("row_distance_bias, col_distance_bias: not in the CPU kernels");
@@ -100,13 +127,7 @@ Problem problem_of(const CallArguments& call, const Tensor& out, const Tensor& l
   p.left = clamp(call.left.value_or(UNBOUNDED), -UNBOUNDED, UNBOUNDED);
   p.right = clamp(call.right.value_or(UNBOUNDED), -UNBOUNDED, UNBOUNDED);
   p.top_left = call.top_left;
-  p.bias = bias_view(call.bias);
-  p.distance_bias = data<float>(call.distance_bias);
-  p.radius = call.distance_bias ? call.distance_bias->size(1) / 2 : 0;
-  p.alibi_slopes = data<float>(call.alibi_slopes);
-  p.sink = data<float>(call.sink);
-  p.scale = float(call.scale ? *call.scale : 1.0 / std::sqrt(double(p.head_dim)));
-  p.softcap = float(call.softcap);
+  set_scores(p, call.bias, call.distance_bias, call.alibi_slopes, call.sink, call.scale, call.softcap);
   p.dropout = call.dropout_p > 0;
   p.drop_below = uint64_t(std::floor(call.dropout_p * 4294967296.0));
   p.keep_scale = call.dropout_p < 1 ? float(1.0 / (1.0 - call.dropout_p)) : 0.0f;

@@ -1,6 +1,7 @@
 // attention_forward: allocates the outputs, cuts the queries into tasks, hands them to the kernel in use.
 #include "cpu/forward.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -11,26 +12,29 @@
 namespace duplex {
 namespace {
 
-std::vector<ForwardTask> forward_tasks(const Problem& p, int64_t block) {
+// Query heads that share a kv head share its packed keys too, as far as a task holds them.
+std::vector<ForwardTask> forward_tasks(const Problem& p, const ForwardKernel& kernel, int64_t tiles) {
+  const int64_t heads = std::min(p.group(), tiles), block = tiles / heads * kernel.tile;
   std::vector<ForwardTask> tasks;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t rows = sequence(p, b).len_q;
-    const int64_t blocks = (rows + block - 1) / block;
-    for (int64_t h = 0; h < p.heads_q; ++h)
+    const Sequence s = sequence(p, b);
+    const int64_t blocks = (s.len_q + block - 1) / block;
+    for (int64_t h = 0; h < p.heads_q; h += std::min(heads, p.group() - h % p.group()))
       for (int64_t x = blocks; x-- > 0;)  // a causal block costs most at the end: start there
-        tasks.push_back({int32_t(b), int32_t(h), x * block, int32_t(std::min(block, rows - x * block))});
+        tasks.push_back({s, int32_t(b), int32_t(h), int32_t(std::min(heads, p.group() - h % p.group())),
+                         int32_t(std::min(block, s.len_q - x * block)), x * block, 0, s.len_k, -1});
   }
   return tasks;
 }
 
-// The largest block that still gives every thread several tasks.
-int64_t block_of_queries(const Problem& p, const ForwardKernel& kernel) {
+// The largest number of tiles in a task that still gives every thread several tasks.
+int64_t tiles_of_task(const Problem& p, const ForwardKernel& kernel) {
   const int64_t enough = 4 * torch::stable::get_num_threads();
   int64_t rows = 0;
   for (int64_t b = 0; b < p.batch; ++b) rows += sequence(p, b).len_q;
-  int64_t block = kernel.queries;
-  while (block > kernel.tile && rows * p.heads_q < enough * block) block -= kernel.tile;
-  return block;
+  int64_t tiles = kernel.tiles;
+  while (tiles > 1 && rows * p.heads_q < enough * tiles * kernel.tile) --tiles;
+  return tiles;
 }
 
 // Rows that belong to no sequence: 0 and -inf.
@@ -68,9 +72,9 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   const Problem p = problem_of(call, out, lse);
   const ForwardKernel& kernel = *current_isa().forward;
   clear_padding(p, packed ? q.size(0) : q.size(1));
-  const std::vector<ForwardTask> tasks = forward_tasks(p, block_of_queries(p, kernel));
+  const std::vector<ForwardTask> tasks = forward_tasks(p, kernel, tiles_of_task(p, kernel));
   parallel_tasks(int64_t(tasks.size()), kernel.scratch(p),
-                 [&](int64_t index, void* scratch) { kernel.run(p, tasks[index], scratch); });
+                 [&](int64_t index, void* scratch) { kernel.run(p, nullptr, tasks[index], scratch); });
   return {std::move(out), std::move(lse)};
 }
 

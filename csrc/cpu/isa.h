@@ -15,6 +15,9 @@ struct Isa {
   const BackwardKernel* backward;
   const BiasKernel* bias;
   const MergeKernel* merge;
+  const DecodeKernel* decode;
+  const PartsKernel* parts;
+  const AppendKernel* append;
 };
 
 // Those this CPU can run, narrowest first.

@@ -4,12 +4,13 @@
 // work across lanes, keys and values enter the products as broadcasts of rows as they lie in memory, and only the
 // queries are transposed, once a block.
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/keys.h"
 #include "cpu/kernels/score.h"
 
 namespace duplex::DUPLEX_ISA {
 namespace {
 
-constexpr int TILES = 8;  // tiles of queries that share one packed block of keys
+constexpr int TILES = 8;  // tiles of queries, of one head or several, that share one packed block of keys
 
 template <class P>
 struct Layout {
@@ -27,15 +28,16 @@ template <class P>
 struct Scratch {
   Carver carver;
   typename P::unit *queries, *keys, *values, *weights;
-  float *out, *scores, *peak, *total, *rescale;
+  float *out, *scores, *peak, *total, *rescale, *k_scales, *v_scales;
   ScoreScratch* score;
+  void* stage;
 
   Scratch(const Problem& p, void* base) : carver{(char*)base} {
     const Layout<P> at(p);
-    const int64_t stage = TILE > KEYS ? TILE : KEYS;
+    const int64_t taller = TILE > KEYS ? TILE : KEYS;
     const int64_t rows = round_up(p.head_dim_v, LANES) * TILE;  // of the output, on their way out
     queries = carver.take<typename P::unit>(TILES * at.query_tile > rows ? TILES * at.query_tile : rows);
-    keys = carver.take<typename P::unit>(stage * at.units);
+    keys = carver.take<typename P::unit>(taller * at.units);
     values = carver.take<typename P::unit>(KEYS / P::STEP * at.units_v + LANES);
     weights = carver.take<typename P::unit>(P::STEP > 1 ? KEYS / P::STEP * TILE : 0);
     out = carver.take<float>(TILES * at.out_tile);
@@ -44,13 +46,25 @@ struct Scratch {
     total = carver.take<float>(TILES * TILE);
     rescale = carver.take<float>(TILE);
     score = carver.take<ScoreScratch>(1);
+    k_scales = carver.take<float>(KEYS);
+    v_scales = carver.take<float>(KEYS);
+    stage = carver.take<float>(KEYS * (p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v));
   }
 };
 
+// Multiplies each key's scores, or weights, by what its stored numbers are worth.
+void rescale_keys(float* scores, const TileRange& t, const float* scales, int keys) {
+  for (int n = 0; n < keys; ++n)
+    for (int m = 0; m < t.lanes(); m += LANES) {
+      float* at = scores + n * TILE + m;
+      store(at, load<vfloat>(at) * scales[n]);
+    }
+}
+
 // Exponentials of one tile against the running peak; the sums go to `total`, the weights to the units of the product.
 template <class P>
-void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s, float* peak, float* total,
-             bool first) {
+void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s, float* peak, float* total, bool first,
+             const float* v_scales) {
   const float unit = head.unit() * LOG2E;
   const int vectors = t.vectors();
   vfloat base[VECS], sum[VECS];
@@ -65,7 +79,7 @@ void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s
     store(s.rescale + x * LANES, factor);
     sum[x] = first ? vfloat{} : load<vfloat>(total + x * LANES) * factor;
   }
-  const bool dropout = head.problem.dropout;
+  const bool dropout = head.problem.dropout, later = dropout || v_scales;  // weights change once more
   for (int n = 0; n < keys; n += 2)
     for (int x = 0; x < vectors; ++x) {
       float* at = s.scores + n * TILE + x * LANES;
@@ -73,7 +87,7 @@ void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s
       const vfloat odd = exp2<P::EXACT>((load<vfloat>(at + TILE) - base[x]) * unit);
       sum[x] += even + odd;
       if constexpr (P::STEP == 2) {
-        if (!dropout) {
+        if (!later) {
           store_pairs(s.weights + n / 2 * TILE + x * LANES, even, odd);
           continue;
         }
@@ -82,8 +96,9 @@ void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s
       store(at + TILE, odd);
     }
   for (int x = 0; x < vectors; ++x) store(total + x * LANES, sum[x]);
-  if (!dropout) return;
-  head.drop(t, s.scores);
+  if (!later) return;
+  if (dropout) head.drop(t, s.scores);
+  if (v_scales) rescale_keys(s.scores, t, v_scales, keys);
   if constexpr (P::STEP == 2)
     for (int n = 0; n < keys; n += 2)
       for (int m = 0; m < t.lanes(); m += LANES)
@@ -91,20 +106,19 @@ void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s
                     load<vfloat>(s.scores + (n + 1) * TILE + m));
 }
 
-// Divides by the sums and writes rows; a row that saw nothing is 0 with lse -inf.
-template <class P, class E>
+// Divides by the sums and writes rows from `out_row` on; a row that saw nothing is 0 with lse -inf.
+template <class P, class O>
 void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float* peak, float* total, bool empty,
-                 float* rows) {
+                 float* rows, const View& out, int64_t out_row, float* lse, const float* sink_of_head) {
   const Problem& p = head.problem;
   const int64_t dims = round_up(p.head_dim_v, LANES), units_v = Layout<P>(p).units_v;
   if (empty) memset(out_t, 0, Layout<P>(p).out_tile * sizeof(float));
   alignas(64) float factor[TILE];
-  float* lse = p.lse + head.b * p.lse_batch + head.h * p.lse_head + head.seq.row_q + t.i0;
   for (int m = 0; m < t.rows; ++m) {
     float top = empty ? -INF : peak[m] * head.unit(), sum = empty ? 0 : total[m], shrink = 1;
     if (top == -INF) sum = 0;
-    if (p.sink) {
-      const float sink = p.sink[head.h], higher = sink > top ? sink : top;
+    if (sink_of_head) {
+      const float sink = *sink_of_head, higher = sink > top ? sink : top;
       if (higher == -INF) {
         sum = 0;
       } else {
@@ -118,10 +132,10 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
   }
   transpose_units((uint32_t*)rows, dims, (const uint32_t*)out_t, TILE, int(units_v), t.lanes());
   for (int m = 0; m < t.rows; ++m) {
-    E* to = p.out.at<E>(head.b, head.seq.row_q + t.i0 + m, head.h);
+    O* to = out.at<O>(head.b, out_row + m, head.h);
     const float* from = rows + m * dims;
     if (factor[m] == 0) {  // not by multiplication: 0 * NaN
-      memset(to, 0, p.head_dim_v * sizeof(E));
+      memset(to, 0, p.head_dim_v * sizeof(O));
       continue;
     }
     int x = 0;
@@ -130,48 +144,53 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
   }
 }
 
-template <class P, class E>
-void forward_rows(const Problem& p, const ForwardTask& task, void* memory) {
+template <class P, class E, class Keys>
+void forward_rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, const Keys& source) {
   const Layout<P> at(p);
-  Scratch<P> s(p, memory);
-  const HeadScores head{p, sequence(p, task.b), task.b, task.h};
-  const Span& span = head.seq.span;
-  const int64_t kv = task.h / p.group();
-  const int tiles = (task.rows + TILE - 1) / TILE;
+  const Span& span = task.seq.span;
+  const int blocks = (task.rows + TILE - 1) / TILE, tiles = blocks * task.heads;
   bool empty[TILES];
   TileRange ranges[TILES];
+  const auto head_of = [&](int t) { return HeadScores{p, task.seq, task.b, task.h + t / blocks}; };
   for (int t = 0; t < tiles; ++t) {
-    const int64_t i0 = task.row + t * TILE;
-    ranges[t] = {i0, 0, int(clamp(task.row + task.rows - i0, 0, TILE)), 0};
+    const int64_t first = t % blocks * TILE, i0 = task.row + first;
+    ranges[t] = {i0, 0, int(clamp(task.rows - first, 0, TILE)), 0};
     empty[t] = true;
-    pack_transposed<P>(s.queries + t * at.query_tile, TILE, p.q.at<E>(task.b, head.seq.row_q + i0, task.h), p.q.row,
-                       ranges[t].rows, ranges[t].lanes(), int(p.head_dim), int(at.units), s.keys);
+    pack_transposed<P>(s.queries + t * at.query_tile, TILE,
+                       p.q.at<E>(task.b, task.seq.row_q + i0, task.h + t / blocks), p.q.row, ranges[t].rows,
+                       ranges[t].lanes(), int(p.head_dim), int(at.units), s.keys);
   }
 
-  const int64_t row_end = task.row + task.rows;
-  for (int64_t j = span.next(task.row, row_end, 0); j < span.len_k; j = span.next(task.row, row_end, j)) {
+  const int64_t row_end = task.row + task.rows, key_end = clamp(task.key_end, 0, span.len_k);
+  const auto next = [&](int64_t j) { return span.next(task.row, row_end, j); };
+  for (int64_t j = next(task.key_begin); j < key_end; j = next(j)) {
     const int64_t j0 = j / KEYS * KEYS;
     j = j0 + KEYS;
-    const int count = int(clamp(span.len_k - j0, 0, KEYS)), keys = int(round_up(count, ROWS));
-    Pack<P>::rows(s.keys, at.units, p.k.at<E>(task.b, head.seq.row_k + j0, kv), p.k.row, count, keys, int(p.head_dim));
-    Pack<P>::pairs(s.values, at.units_v, p.v.at<E>(task.b, head.seq.row_k + j0, kv), p.v.row, count, keys,
-                   int(p.head_dim_v));
+    const int count = int(clamp(key_end - j0, 0, KEYS)), keys = int(round_up(count, ROWS));
+    source.pack_keys(s.keys, at.units, j0, count, keys);
+    source.pack_values(s.values, at.units_v, j0, count, keys);
+    const float* v_scales = nullptr;
+    if constexpr (Keys::SCALED) {
+      source.scales(source.pages.k_scales, s.k_scales, j0, count, keys);
+      source.scales(source.pages.v_scales, s.v_scales, j0, count, keys);
+      v_scales = s.v_scales;
+    }
     for (int t = 0; t < tiles; ++t) {
       const int64_t soon = j0 + KEYS + int64_t(t) * KEYS / tiles, until = j0 + KEYS + int64_t(t + 1) * KEYS / tiles;
-      const int fetch = int(clamp(until < span.len_k ? until - soon : span.len_k - soon, 0, KEYS));
-      prefetch_rows(p.k.at<E>(task.b, head.seq.row_k + soon, kv), p.k.row, fetch, p.head_dim);
-      prefetch_rows(p.v.at<E>(task.b, head.seq.row_k + soon, kv), p.v.row, fetch, p.head_dim_v);
+      source.prefetch(soon, int(clamp((until < key_end ? until : key_end) - soon, 0, KEYS)));
       TileRange& range = ranges[t];
       range.j0 = j0;
       range.keys = count;
       Cover cover = span.cover(range.i0, range.i0 + range.rows, j0, j0 + count);
       if (cover == Cover::NONE) continue;
-      if (keys > count) cover = Cover::SOME;
+      const HeadScores head = head_of(t);
+      if (keys > count || j0 < task.key_begin) cover = Cover::SOME;
       product<P, Start::ZERO>(keys, range.vectors(), int(at.units), s.keys, at.units, 1, s.queries + t * at.query_tile,
                               TILE, s.scores, TILE);
+      if constexpr (Keys::SCALED) rescale_keys(s.scores, range, s.k_scales, keys);
       if (!head.is_scaled_product()) head.finish(range, s.scores, *s.score);
-      if (cover == Cover::SOME) head.hide(range, s.scores, keys);
-      softmax<P>(head, range, keys, s, s.peak + t * TILE, s.total + t * TILE, empty[t]);
+      if (cover == Cover::SOME) head.hide(range, s.scores, keys, task.key_begin);
+      softmax<P>(head, range, keys, s, s.peak + t * TILE, s.total + t * TILE, empty[t], v_scales);
       const typename P::unit* weights = P::STEP > 1 ? s.weights : (typename P::unit*)s.scores;
       float* out = s.out + t * at.out_tile;
       if (empty[t])
@@ -183,24 +202,57 @@ void forward_rows(const Problem& p, const ForwardTask& task, void* memory) {
       empty[t] = false;
     }
   }
-  for (int t = 0; t < tiles; ++t)
-    finish_tile<P, E>(head, ranges[t], s.out + t * at.out_tile, s.peak + t * TILE, s.total + t * TILE, empty[t],
-                      (float*)s.queries);
+  for (int t = 0; t < tiles; ++t) {
+    const HeadScores head = head_of(t);
+    float *out = s.out + t * at.out_tile, *peak = s.peak + t * TILE, *total = s.total + t * TILE;
+    const int64_t first = t % blocks * TILE, row = task.seq.row_q + task.row + first;
+    if (task.slot < 0)
+      finish_tile<P, E>(head, ranges[t], out, peak, total, empty[t], (float*)s.queries, p.out, row,
+                        p.lse + task.b * p.lse_batch + head.h * p.lse_head + row, p.sink ? p.sink + head.h : nullptr);
+    else
+      finish_tile<P, float>(head, ranges[t], out, peak, total, empty[t], (float*)s.queries, p.parts, task.slot + first,
+                            p.parts_lse + head.h * p.parts_lse_head + task.slot + first, nullptr);
+  }
+}
+
+template <class P, class E>
+void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task, void* memory) {
+  Scratch<P> s(p, memory);
+  const int64_t kv = task.h / p.group();
+  if (!pages) return forward_rows<P, E>(p, task, s, DenseKeys<P, E>{p, task.b, task.seq.row_k, kv});
+  const Span& span = task.seq.span;
+  const auto run = [&]<class S>(S) {
+    const int32_t* table = pages->table + task.b * pages->table_row;
+    const PagedKeys<P, E, S> keys{p,
+                                  *pages,
+                                  table,
+                                  kv,
+                                  static_cast<E*>(s.stage),
+                                  span.prefix,
+                                  span.first(task.row),
+                                  span.last(task.row + task.rows - 1) + 1};
+    forward_rows<P, E>(p, task, s, keys);
+  };
+  switch (pages->storage) {
+    case Storage::AS_QUERIES: return run(E{});
+    case Storage::INT8: return run(int8_t{});
+    case Storage::FLOAT8_E4M3: return run(f8{});
+  }
 }
 
 }  // namespace
 
-const ForwardKernel forward = {TILE, TILES * TILE,
+const ForwardKernel forward = {TILE, TILES,
                                [](const Problem& p) {
                                  const size_t narrow = Scratch<Bf16Product>(p, nullptr).carver.bytes,
                                               wide = Scratch<Float32>(p, nullptr).carver.bytes;
                                  return narrow > wide ? narrow : wide;
                                },
-                               [](const Problem& p, const ForwardTask& task, void* scratch) {
+                               [](const Problem& p, const Pages* pages, const ForwardTask& task, void* scratch) {
                                  switch (p.dtype) {
-                                   case DType::FLOAT32: return forward_rows<Float32, float>(p, task, scratch);
-                                   case DType::FLOAT16: return forward_rows<Float32, f16>(p, task, scratch);
-                                   case DType::BFLOAT16: return forward_rows<Bf16Product, bf16>(p, task, scratch);
+                                   case DType::FLOAT32: return forward_task<Float32, float>(p, pages, task, scratch);
+                                   case DType::FLOAT16: return forward_task<Float32, f16>(p, pages, task, scratch);
+                                   case DType::BFLOAT16: return forward_task<Bf16Product, bf16>(p, pages, task, scratch);
                                    case DType::BOOL: return;
                                  }
                                }};

@@ -8,17 +8,56 @@
 
 namespace duplex {
 
+// Queries of some heads, all of one kv head, against keys [key_begin, key_end) of their sequence.
 struct ForwardTask {
-  int32_t b, h;
-  int64_t row;  // first query, counted in the sequence
-  int32_t rows;
+  Sequence seq;
+  int32_t b, h, heads;
+  int32_t rows;  // of each head
+  int64_t row;   // first query, counted in the sequence
+  int64_t key_begin, key_end;
+  int64_t slot;  // where its partial results begin in the problem's parts; -1: they are final
 };
 
 struct ForwardKernel {
-  int tile;     // queries in a tile
-  int queries;  // queries in a task at most: a multiple of tile
+  int tile;   // queries of one head in a tile
+  int tiles;  // in a task at most
   size_t (*scratch)(const Problem&);
-  void (*run)(const Problem&, const ForwardTask&, void* scratch);
+  void (*run)(const Problem&, const Pages*, const ForwardTask&, void* scratch);  // no pages: keys are the problem's
+};
+
+// Few queries of every head: reads each page once, in order. It takes up to `queries` rows x heads of one kv head, and
+// head dims that are multiples of `dims`.
+struct DecodeKernel {
+  int queries, dims;
+  size_t (*scratch)(const Problem&, const Pages&, int64_t rows);
+  void (*run)(const Problem&, const Pages&, const ForwardTask&, void* scratch);  // task.h 0, task.heads all
+};
+
+// One row of final results from `count` partial ones; the sink joins here.
+struct PartsKernel {
+  void (*run)(const Problem&, int64_t row, const int64_t* slots, int count);
+};
+
+struct Rope {
+  const float *cos = nullptr, *sin = nullptr;  // (positions, reach): pair x of the first 2 * reach dimensions turns
+  int64_t positions = 0, reach = 0;
+  bool interleaved = false;  // pairs are (2x, 2x + 1), else (x, x + reach)
+
+  explicit operator bool() const { return cos != nullptr; }
+};
+
+struct AppendProblem {
+  DType dtype;
+  Pages pages;
+  View k, v;  // of the new tokens
+  int64_t heads, head_dim, head_dim_v;
+  Rope rope;
+  bool set_k_scales, set_v_scales;  // a scale for each token and head: set here, not read
+};
+
+struct AppendKernel {
+  void (*run)(const AppendProblem&, int64_t token, int64_t position, int64_t page, int64_t slot);
+  void (*rotate)(const Rope&, DType, const void* from, void* to, int64_t head_dim, int64_t position);  // one head
 };
 
 struct Gradients {
@@ -81,6 +120,9 @@ struct MergeKernel {
   extern const BackwardKernel backward; \
   extern const BiasKernel bias;         \
   extern const MergeKernel merge;       \
+  extern const DecodeKernel decode;     \
+  extern const PartsKernel parts;       \
+  extern const AppendKernel append;     \
   }
 DUPLEX_DECLARE_ISA(portable)
 DUPLEX_DECLARE_ISA(avx2)

@@ -107,11 +107,11 @@ struct HeadScores {
       }
   }
 
-  // -inf where the span hides the key; needed only where Span::cover says SOME.
-  void hide(const TileRange& t, float* scores, int keys) const {
+  // -inf where the span hides the key, and before key_begin; needed only where Span::cover says SOME.
+  void hide(const TileRange& t, float* scores, int keys, int64_t key_begin = 0) const {
     const Span& span = seq.span;
     const auto relative = [&](int64_t j) { return int32_t(clamp(j - t.j0, -4 * KEYS, 4 * KEYS)); };
-    const int32_t prefix = relative(span.prefix), end = relative(span.len_k);
+    const int32_t prefix = relative(span.prefix), begin = relative(key_begin), end = relative(t.j0 + t.keys);
     int32_t first[TILE], last[TILE];
     for (int m = 0; m < t.lanes(); ++m) {
       first[m] = relative(span.first(t.i0 + m));
@@ -121,7 +121,7 @@ struct HeadScores {
       for (int m = 0; m < t.lanes(); m += LANES) {
         float* at = scores + n * TILE + m;
         const vint in_window = (load<vint>(first + m) <= n) & (n <= load<vint>(last + m));
-        const vint seen = n >= end ? vint{} : n < prefix ? ~vint{} : in_window;
+        const vint seen = n >= end || n < begin ? vint{} : n < prefix ? ~vint{} : in_window;
         store(at, select(seen, load<vfloat>(at), splat(-INF)));
       }
   }

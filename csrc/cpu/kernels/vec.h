@@ -38,6 +38,9 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct f8 {
+  uint8_t bits;  // float8_e4m3fn
+};
 
 template <class V, class T>
 inline V load(const T* from) {
@@ -185,6 +188,43 @@ inline vuint bf16_bits(vfloat v) {
   const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return v != v ? (bits >> 16) | 0x40 : rounded;
 }
+
+// float8_e4m3fn read as float16 is 2^8 too small, subnormals included; its one NaN comes out as 480.
+inline vfloat float8_value(vfloat as_half) {
+  const vfloat v = as_half * 256.0f;
+  return select(abs(v) > 448.0f, splat(__builtin_nanf("")), v);
+}
+#if defined(__AVX512F__)
+inline vfloat widen(const int8_t* from) {
+  return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+inline vfloat widen(const f8* from) {
+  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(short(0xBFFF)));
+  return float8_value((vfloat)_mm512_cvtph_ps(halves));
+}
+#elif defined(__AVX2__)
+inline vfloat widen(const int8_t* from) {
+  return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
+inline vfloat widen(const f8* from) {
+  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)from));
+  const __m128i halves = _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(short(0xBFFF)));
+  return float8_value((vfloat)_mm256_cvtph_ps(halves));
+}
+#else
+inline vfloat widen(const int8_t* from) {
+  vfloat v{};
+  for (int i = 0; i < LANES; ++i) v[i] = from[i];
+  return v;
+}
+inline vfloat widen(const f8* from) {
+  vfloat v{};
+  for (int i = 0; i < LANES; ++i)
+    v[i] = to_float(f16{uint16_t((from[i].bits & 0x80) << 8 | (from[i].bits & 0x7f) << 7)});
+  return float8_value(v);
+}
+#endif
 
 inline vfloat widen(const float* from) { return load<vfloat>(from); }
 inline void narrow(float* to, vfloat v) { store(to, v); }

@@ -1,0 +1,139 @@
+"""The paged calls of the package: each argument is given its meaning here and handed to the operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import wrong_type
+from ..functional import four_dims, named_mask, prefix_tensor, run_operator, table
+from ..mask import Mask, causal
+from .ops import copy_pages as _copy
+from .ops import paged_append as _append
+from .ops import paged_attention as _operator
+
+_CAUSAL = causal()
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    seqlens_k: Tensor,
+    mask: Mask = _CAUSAL,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    rope_interleaved: bool = False,
+    plan: Tensor | None = None,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    row_distance_bias: Tensor | None = None,
+    col_distance_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    batch_invariant: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of new tokens over the pages that hold their sequences' keys and values (PagedAttention, SOSP 2023).
+
+    q (total, Hq, D): one token a sequence (decode), or with cu_seqlens_q int32 (B+1,) and max_seqlen_q several (chunked
+        prefill), or both mixed. A sequence's last query stands at its last key.
+    k_pages (num_pages, page_size, Hkv, D), v_pages (num_pages, page_size, Hkv, Dv): q's dtype, int8 or float8_e4m3fn;
+        any strides with a contiguous last dimension. Slots past a sequence's length may hold anything.
+    k_scales, v_scales: float32, broadcast to (num_pages, page_size, Hkv): what a stored number is worth.
+    block_table int32 (B, max_pages): key j of sequence b lies in slot j % page_size of page
+        block_table[b, j // page_size]. seqlens_k int32 (B,): keys of each sequence, those appended in this step included.
+    rope_cos, rope_sin: float32 (max_positions, R): rotates the first 2R dimensions of q by its position in the
+        sequence (RoFormer, Su et al. 2021), pairs (x, x + R), or (2x, 2x + 1) where rope_interleaved.
+    plan: the step's division of work, from `PagedKVCache.batch(...).plan(mask)`; None makes one for this call.
+    out: (total, Hq, Dv), written and returned; None makes one.
+    bias broadcasts to (B, Hq, max_seqlen_q, max_pages * page_size), indexed by i and j. All else as in `attention`, without
+    gradients and dropout; a row that sees nothing has out 0 and lse -inf.
+
+    Returns out, and with return_lse also lse (Hq, total) float32. Raises ValueError or TypeError, naming the argument.
+    """
+    if not isinstance(q, Tensor):
+        wrong_type("q", "a tensor", type(q).__name__)
+    prefix, left, right, top_left = named_mask(mask)
+    if not isinstance(prefix, Tensor):
+        prefix = prefix_tensor(prefix, block_table.shape[0], q) if prefix else None
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if cu_seqlens_q is None:
+        max_seqlen_q = 1
+    elif max_seqlen_q is None:
+        wrong_type("max_seqlen_q", "an int with cu_seqlens_q", None)
+    if out is None:
+        out = q.new_empty(*q.shape[:-1], v_pages.shape[-1])
+    lse = q.new_empty(q.shape[1::-1], dtype=exact)
+    arguments = (
+        q, k_pages, v_pages, block_table, seqlens_k, cu_seqlens_q, max_seqlen_q, prefix, left, right, top_left,
+        None if bias is None else four_dims(bias), table("distance_bias", distance_bias, exact),
+        table("alibi_slopes", alibi_slopes, exact), row_distance_bias, col_distance_bias, table("sink", sink, exact),
+        k_scales, v_scales, rope_cos, rope_sin, rope_interleaved, scale, softcap, batch_invariant, plan, out, lse,
+        backend or "",
+    )  # fmt: skip
+    run_operator(_operator, arguments)
+    return (out, lse) if return_lse else out
+
+
+def paged_append(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    rope_interleaved: bool = False,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Writes new keys and values into the pages, in place: rotated, then quantised, where asked for.
+
+    k (total, Hkv, D), v (total, Hkv, Dv): float32, float16 or bfloat16; pages as in `paged_attention`.
+    positions int32 (total,): where in its sequence each token stands; -1 skips it. Token t belongs to sequence b with
+        cu_seqlens[b] <= t < cu_seqlens[b + 1], int32 (B+1,); None: one token a sequence.
+    rope_cos, rope_sin, rope_interleaved: as in `paged_attention`, of k.
+    k_scales, v_scales: float32, for int8 and float8_e4m3fn pages. Of the full shape (num_pages, page_size, Hkv), each
+        token's is set here to its largest magnitude over 127 or 448; one that broadcasts is read.
+    Raises ValueError or TypeError, naming the argument; nothing is written then.
+    """
+    arguments = (
+        k, v, k_pages, v_pages, block_table, positions, cu_seqlens, rope_cos, rope_sin, rope_interleaved, k_scales,
+        v_scales, backend or "",
+    )  # fmt: skip
+    run_operator(_append, arguments)
+
+
+def copy_pages(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Copies page src[n] to page dst[n], in place: what a copy-on-write fork needs.
+
+    k_pages, v_pages: (num_pages, page_size, Hkv, D), any dtype. src, dst int32 (n,): no page is written twice, and none
+    is both read and written. Scales of the full shape are copied along. Raises ValueError or TypeError.
+    """
+    run_operator(_copy, (k_pages, v_pages, src, dst, k_scales, v_scales, backend or ""))

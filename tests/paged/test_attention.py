@@ -1,0 +1,147 @@
+"""paged_attention on every backend against the float64 oracle over the gathered keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+import torch
+
+from ..lanes import Lane
+from .pool import Case, make
+
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+INT8, FLOAT8 = torch.int8, torch.float8_e4m3fn
+
+CHOICES = {
+    "lengths": [
+        ((1, 1, 1), (37, 1, 130)),  # decoding
+        ((1, 1), (300, 1100)),
+        ((5, 17), (70, 33)),  # chunks of prefill
+        ((1, 60, 4, 1), (90, 60, 64, 5)),  # mixed
+        ((0, 3, 2, 0), (4, 3, 0, 0)),  # empty sequences, queries without keys
+        ((70,), (700,)),
+        ((2, 2, 2), (40, 20, 64)),
+    ],
+    "heads": [(2, 2), (4, 2), (3, 1), (8, 1), (12, 1)],
+    "head_dims": [(64, 64), (128, 128), (32, 96), (40, 24), (8, 256)],
+    "dtype": [FLOAT32, FLOAT16, BFLOAT16],
+    "stored": [None, None, INT8, FLOAT8],
+    "scales": ["token", "head", "tensor", "none"],
+    "page_size": [16, 1, 3, 64, 256],
+    "mask": [(0, None, 0), (0, None, None), (9, None, 0), (0, 20, 0), (3, 15, 0), (0, 6, 6), "prefix_each"],
+    "top_left": [False, False, False, True],
+    "scale": [None, 0.3, -0.2],
+    "softcap": [0.0, 0.0, 2.0],
+    "distance_radius": [None, None, 5],
+    "alibi": [False, False, True],
+    "bias": ["none", "none", "full", "keys", "bool"],
+    "sink": [False, True],
+    "strided": [False, True],
+    "tail": [0, 0, 3],
+}
+
+
+def cases(count: int, seed: int) -> list[Case]:
+    """Random combinations in which every pair of choices of two fields comes up early."""
+    rng = random.Random(seed)
+    pairs = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(CHOICES, 2)
+        for x in range(len(CHOICES[a]))
+        for y in range(len(CHOICES[b]))
+    }
+    made = []
+    for n in range(count):
+        candidates = [{name: rng.randrange(len(values)) for name, values in CHOICES.items()} for _ in range(30)]
+
+        def new(c: dict[str, int]) -> int:
+            return sum(p in pairs for p in itertools.combinations(c.items(), 2))
+
+        best = max(candidates, key=new)
+        pairs -= set(itertools.combinations(best.items(), 2))
+        fields = {name: CHOICES[name][x] for name, x in best.items()}
+        if fields["mask"] == "prefix_each":
+            fields["mask"] = (tuple(rng.randrange(80) for _ in fields["lengths"][0]), None, 0)
+        made.append(Case(**fields, seed=n))
+    return made
+
+
+@pytest.mark.parametrize("case", cases(60, seed=0), ids=str)
+def test_call(lane: Lane, case: Case) -> None:
+    if lane.slow and case.seed % 6:
+        pytest.skip("the interpreter runs every sixth")
+    make(case).check(lane)
+
+
+@pytest.mark.parametrize("stored", [None, INT8, FLOAT8])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_a_shared_prefix(lane: Lane, heads: tuple[int, int], dtype: torch.dtype, stored: torch.dtype | None) -> None:
+    """Sixteen sequences that start with the same pages, some ending right behind them, and one that does not share."""
+    if lane.slow and (stored is not None or heads == (8, 1)):
+        pytest.skip("the interpreter runs a few")
+    tail = (0, 5, 16, 70) * 4
+    lens_k = tuple(400 + n for n in tail)
+    case = Case(((1,) * 16, lens_k), heads, (64, 64), dtype, stored, shared=400, sink=True)
+    pool = make(case)
+    pool.check(lane)
+    pool = make(dataclasses.replace(case, lengths=((1, 3) * 8, lens_k), mask=(0, None, 0)))
+    pool.check(lane)
+    pool = make(dataclasses.replace(case, mask=(0, 350, 0)))  # a window that hides some of the prefix
+    pool.check(lane)
+
+
+def test_one_batch_of_all_directions(lane: Lane) -> None:
+    """Encoding (prefix = length), prefix-LM and decoding in one call, each equal to a call of its own."""
+    lens_q, lens_k, prefix = (24, 30, 1), (24, 30, 90), (24, 11, 0)
+    whole = make(Case((lens_q, lens_k), (4, 2), (64, 64), mask=(prefix, None, 0)))
+    together = whole.check(lane)
+    for n in range(3):
+        rows = slice(*whole.cu_seqlens_q[n : n + 2].tolist())
+        one = dataclasses.replace(
+            whole,
+            q=whole.q[rows],
+            block_table=whole.block_table[n : n + 1],
+            seqlens_k=whole.seqlens_k[n : n + 1],
+            cu_seqlens_q=torch.tensor([0, lens_q[n]], dtype=torch.int32),
+            packed=dataclasses.replace(whole.packed, prefix=prefix[n]),
+        )
+        alone = one.run(lane, cu_seqlens_q=one.cu_seqlens_q, max_seqlen_q=lens_q[n])
+        torch.testing.assert_close(alone["out"], together["out"][rows], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_batch_invariant_in_every_bit(lane: Lane, dtype: torch.dtype) -> None:
+    """A row's bits: alone, among others, one at a time and in chunks of any size."""
+    if lane.backend == "reference":
+        pytest.skip("the reference promises no bits")
+    length = 40 if lane.slow else 300
+    whole = make(Case(((length,), (length + 2100 * (not lane.slow),)), (4, 2), (64, 64), dtype, page_size=16))
+    bits = whole.run(lane, batch_invariant=True)["out"].clone()
+    for chunk in (1, 7, 64):
+        for end in range(chunk, length + 1, 37 if chunk == 1 else chunk):
+            q = whole.q[end - chunk : end]
+            other = torch.randn(1, *q.shape[1:], generator=torch.Generator().manual_seed(end)).to(dtype)
+            lengths = torch.tensor([end + int(whole.seqlens_k) - length, 33], dtype=torch.int32)
+            part = dataclasses.replace(
+                whole,
+                q=torch.cat([q, other]),
+                block_table=whole.block_table.expand(2, -1),
+                seqlens_k=lengths,
+                cu_seqlens_q=torch.tensor([0, chunk, chunk + 1], dtype=torch.int32),
+            )
+            got = part.run(lane, cu_seqlens_q=part.cu_seqlens_q, max_seqlen_q=chunk, batch_invariant=True)["out"]
+            assert torch.equal(got[:chunk], bits[end - chunk : end]), f"rows {end - chunk} to {end}"
+
+
+def test_the_same_bits_in_every_run(lane: Lane) -> None:
+    pool = make(Case(((1,) * 5, (30, 2900, 700, 1, 64)), (4, 2), (64, 64)))
+    first = pool.run(lane)
+    for _ in range(3):
+        again = pool.run(lane)
+        assert torch.equal(first["out"], again["out"]) and torch.equal(first["lse"], again["lse"])
