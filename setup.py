@@ -100,10 +100,17 @@ class BuildNative(build_ext):
             return super().get_ext_filename(fullname)
         return os.path.join(*fullname.split(".")) + ".so"
 
+    # An editable install links what there is.
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {built: kept for built, kept in super().get_output_mapping().items() if Path(built).exists()}
+
     def build_extension(self, ext: Extension) -> None:
         cxx, torch, reason = compiler(), torch_folder(), missing(ext.name)
         if reason is not None or cxx is None:
-            ext.optional = True  # an editable install links what there is
+            ext.optional = True
             self.warn(f"{reason}")
         elif ext.name == "duplex_attn._runtime":
             self.build_library(cxx, ext, RUNTIME, runtime_jobs(), [])

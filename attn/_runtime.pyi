@@ -1,6 +1,7 @@
 # Types of csrc/runtime/module.cpp. What its calls mean is written in cache.py.
 
 from collections.abc import Sequence as Many
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ _Tokens = list[int] | tuple[int, ...] | NDArray[np.integer]
 
 class OutOfPages(RuntimeError): ...
 
+@final
 class Sequence:
     @property
     def length(self) -> int: ...
@@ -28,8 +30,6 @@ class Sequence:
     def freed(self) -> bool: ...
 
 class Batch:
-    @property
-    def seqs(self) -> list[Sequence]: ...
     @property
     def max_pages(self) -> int: ...
     @property

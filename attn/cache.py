@@ -70,7 +70,7 @@ class PagedBatch:
     positions: Tensor  # int32 (new tokens,)
     max_seqlen_q: int
     max_seqlen_k: int
-    seqs: Many[Sequence]
+    seqs: tuple[Sequence, ...]
     _memory: _Memory  # holds the four tensors
     _rows: _runtime.Batch | None  # None of buffers that no batch has filled
 
@@ -218,6 +218,7 @@ class PagedKVCache:
         Makes the copies that forks left to be made, so all writing of keys and values comes after a call of this.
         `out`, from `buffers`, receives the arrays in place of new ones.
         """
+        seqs = tuple(seqs)
         rows = self._runtime.batch(seqs, new_tokens)
         memory = _Memory.of(len(seqs), rows.max_pages, rows.new_tokens, self.device) if out is None else out._memory
         memory.fill(self._runtime, rows)
@@ -234,7 +235,7 @@ class PagedKVCache:
         """
         memory = _Memory.of(batch, max_pages, tokens, self.device)
         memory.fill(self._runtime, self._runtime.batch([]))
-        return PagedBatch(*memory.parts(memory.flat), 0, 0, [], memory, None)
+        return PagedBatch(*memory.parts(memory.flat), 0, 0, (), memory, None)
 
     def swap_out(self, seq: Sequence) -> None:
         """Moves what the sequence has committed to host memory and gives its pages back. It can only wait or be freed."""

@@ -276,6 +276,11 @@ Stats Cache::stats() const {
   return s;
 }
 
+void Cache::require_room(int64_t length) const {
+  check_growth(Sequence{}, length);
+  require(pages_of(length), pool_.available());
+}
+
 void Cache::require(int64_t pages, int64_t available) const {
   if (pages > available)
     throw OutOfPages("expected " + std::to_string(pages) + " pages, " + std::to_string(available) + " of " +
@@ -285,7 +290,7 @@ void Cache::require(int64_t pages, int64_t available) const {
 void Cache::check_growth(const Sequence& seq, int64_t count) const {
   if (count > MAX_LENGTH - seq.length())
     wrong("tokens", "a sequence of at most " + std::to_string(MAX_LENGTH) + " tokens",
-          std::to_string(count) + " more than " + std::to_string(seq.length()));
+          std::to_string(seq.length()) + " and " + std::to_string(count) + " more");
 }
 
 // The next token goes into a page that others read.

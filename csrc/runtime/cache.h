@@ -70,7 +70,7 @@ class Cache {
   Stats stats() const;
   std::vector<std::string> check() const;  // every inconsistency, in words
   int32_t page_size() const { return page_size_; }
-  void require_room(int64_t length) const { require(pages_of(length), pool_.available()); }
+  void require_room(int64_t length) const;  // OutOfPages unless a sequence of so many tokens fits now
   int32_t available_pages() const { return pool_.available(); }
 
  private:

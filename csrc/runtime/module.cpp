@@ -5,7 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "runtime/cache.h"
-#include "runtime/tokens.h"
+#include "runtime/python_arguments.h"
 
 namespace py = pybind11;
 
@@ -81,7 +81,7 @@ PYBIND11_MODULE(_runtime, m) {
   py::register_exception<OutOfPages>(m, "OutOfPages", PyExc_RuntimeError).doc() =
       "The cache has too few pages for a call, which has changed nothing.";
 
-  py::class_<Sequence, SequencePtr>(m, "Sequence",
+  py::class_<Sequence, SequencePtr>(m, "Sequence", py::is_final(),
                                     "A sequence of a cache. Once freed, all but `freed` raises ValueError.")
       .def_property_readonly(
           "length", [](const Sequence& s) { return alive(s).length(); }, "Tokens, those to be computed too.")
@@ -102,7 +102,6 @@ PYBIND11_MODULE(_runtime, m) {
       .def("__repr__", &in_words);
 
   py::class_<Batch>(m, "Batch")
-      .def_readonly("seqs", &Batch::seqs)
       .def_readonly("max_pages", &Batch::max_pages)
       .def_readonly("new_tokens", &Batch::new_tokens)
       .def_readonly("max_seqlen_q", &Batch::max_seqlen_q)
@@ -127,15 +126,19 @@ PYBIND11_MODULE(_runtime, m) {
       .def("add", &add, "tokens"_a, "bidirectional_prefix"_a = 0, "salt"_a = py::none())
       .def("extend", &extend, "seq"_a.none(false), "tokens"_a)
       .def(
-          "append",
-          [](Cache& c, const std::vector<SequencePtr>& seqs, py::handle tokens) { c.append(seqs, ids_of(tokens)); },
+          "append", [](Cache& c, py::handle seqs, py::handle tokens) { c.append(sequences_of(seqs), ids_of(tokens)); },
           "seqs"_a, "tokens"_a)
       .def("fork", &Cache::fork, "seq"_a.none(false))
       .def("truncate", &Cache::truncate, "seq"_a.none(false), "length"_a)
       .def("free", &Cache::free, "seq"_a.none(false))
       .def("commit", py::overload_cast<Sequence&, int64_t>(&Cache::commit), "seq"_a.none(false), "length"_a)
       .def("commit_batch", py::overload_cast<const Batch&>(&Cache::commit), "batch"_a)
-      .def("batch", &Cache::batch, "seqs"_a, "new_tokens"_a = py::none())
+      .def(
+          "batch",
+          [](Cache& c, py::handle seqs, const std::optional<std::vector<int64_t>>& new_tokens) {
+            return c.batch(sequences_of(seqs), new_tokens);
+          },
+          "seqs"_a, "new_tokens"_a = py::none())
       .def("written_pages", &written_pages, "seq"_a.none(false))
       .def("swap_out", &Cache::swap_out, "seq"_a.none(false))
       .def("swap_in", &Cache::swap_in, "seq"_a.none(false))
