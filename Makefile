@@ -48,20 +48,24 @@ INSTALL = echo "Building and installing duplex-attn$(1) into $(VENV)" \
     && $(BIN)/pip install --quiet --constraint $(STAMPS)/torch --no-build-isolation --config-settings editable_mode=strict \
     --editable ".$(1)"
 
-$(STAMPS)/demo: $(STAMPS)/torch $(SOURCES)
+$(STAMPS)/demo: $(STAMPS)/torch $(STAMPS)/build $(SOURCES)
 	@$(call INSTALL)
 	@touch $@
 
-$(STAMPS)/dev: $(STAMPS)/torch $(SOURCES)
+$(STAMPS)/dev: $(STAMPS)/torch $(STAMPS)/build $(SOURCES)
 	@$(call INSTALL,[dev])
 	@touch $@ $(STAMPS)/demo
+
+# What the build needs besides torch; not isolated, it finds these here.
+$(STAMPS)/build: $(STAMPS)/torch
+	$(BIN)/pip install --quiet "setuptools>=77" wheel "pybind11>=2.13"
+	@touch $@
 
 # The local version +cpu is asked for by name: the general index has none, so its gigabytes of CUDA libraries are
 # never taken, and a wheel from pip's configured find-links is. Only after that is PyTorch's own index asked.
 $(STAMPS)/torch:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@find $(VENV)/.duplex-attn -mindepth 1 -maxdepth 1 -exec rm -r {} + 2>/dev/null; mkdir -p $(STAMPS)
-	$(BIN)/pip install --quiet "setuptools>=77" wheel
 	$(BIN)/python -c "import torch" 2>/dev/null \
 	  || $(BIN)/pip install "torch==$(TORCH_VERSION)+cpu" \
 	  || $(BIN)/pip install "torch==$(TORCH_VERSION)+cpu" --extra-index-url $(TORCH_INDEX) \

@@ -1,7 +1,8 @@
-"""Maps the source folders to the package and builds the native CPU library.
+"""Maps the source folders to the package and builds the native libraries.
 
-The library uses torch's stable ABI only (no Python, no ATen header), so one build serves every Python and every
-torch >= 2.10. Without a C++ compiler the package is still complete, less its CPU backend, and the build says so once.
+The CPU library uses torch's stable ABI only (no Python, no ATen header), so one build serves every Python and every
+torch >= 2.10. The runtime is bound with pybind11, for one Python, and knows nothing of torch. Without a C++ compiler
+the package is still complete, less its CPU backend and its cache, and the build says so once.
 """
 
 import os
@@ -9,14 +10,18 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CPU = ROOT / "csrc" / "cpu"
+CSRC = ROOT / "csrc"
+CPU = CSRC / "cpu"
+RUNTIME = CSRC / "runtime"
 TORCH_ABI = "0x020a000000000000"  # 2.10
 
 # One object per instruction set from the same kernel sources; csrc/cpu/isa.cpp chooses among them at run time.
@@ -47,53 +52,92 @@ def torch_folder() -> Path | None:
     return Path(torch.__file__).parent
 
 
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{CSRC}"]
+# Of kernels alone: what lets them vectorise.
+CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One object file to compile."""
+
+    source: Path
+    variant: str
+    flags: list[str]
+
+
+def cpu_jobs(torch: Path) -> list[Job]:
+    flags = [*FLAGS, *CPU_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-isystem", str(torch / "include")]
+    kernels = [
+        Job(s, isa, [*flags, *march, f"-DDUPLEX_ISA={isa}", f"-DDUPLEX_ISA_{isa.upper()}"])
+        for s in KERNEL_SOURCES
+        for isa, march in ISAS.items()
+    ]
+    return kernels + [Job(s, "host", flags + [f"-DDUPLEX_HAVE_{isa.upper()}" for isa in ISAS]) for s in HOST_SOURCES]
+
+
+def runtime_jobs() -> list[Job]:
+    try:
+        import pybind11
+    except ImportError:
+        raise RuntimeError("pybind11 is needed to build the runtime: pip install pybind11 first") from None
+    include = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    return [Job(s, "host", [*FLAGS, *include]) for s in sorted(RUNTIME.glob("*.cpp"))]
+
+
+def missing(name: str) -> str | None:
+    """What of the package is not built on this machine, and why."""
+    if name == "duplex_attn.libduplex_cpu":
+        return "no C++ compiler found: no CPU backend (Triton and reference remain)" if compiler() is None else None
+    if compiler() is None:
+        return "no C++ compiler found: no PagedKVCache"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if headers.exists() else f"no {headers}, which Python's development package has: no PagedKVCache"
+
+
 class BuildNative(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
+        if fullname.split(".")[-1] == "_runtime":
+            return super().get_ext_filename(fullname)
         return os.path.join(*fullname.split(".")) + ".so"
 
+    # An editable install links what there is.
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {built: kept for built, kept in super().get_output_mapping().items() if Path(built).exists()}
+
     def build_extension(self, ext: Extension) -> None:
-        cxx, torch = compiler(), torch_folder()
-        if cxx is None:
-            self.warn("no C++ compiler found: building without the CPU backend (Triton and reference remain)")
-            return
-        if torch is None:
+        cxx, torch, reason = compiler(), torch_folder(), missing(ext.name)
+        if reason is not None or cxx is None:
+            ext.optional = True
+            self.warn(f"{reason}")
+        elif ext.name == "duplex_attn._runtime":
+            self.build_library(cxx, ext, RUNTIME, runtime_jobs(), [])
+        elif torch is None:
             raise RuntimeError("torch >= 2.10 is needed to build the CPU backend: pip install torch first")
-        folder = ROOT / "build" / "objects"  # kept from build to build, unlike pip's temporary folder
+        else:
+            self.build_library(cxx, ext, CPU, cpu_jobs(torch), [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"])
+
+    def build_library(self, cxx: str, ext: Extension, sources: Path, jobs: list[Job], links: list[str]) -> None:
+        folder = ROOT / "build" / "objects" / sources.name  # kept from build to build, unlike pip's temporary folder
         folder.mkdir(parents=True, exist_ok=True)
-        flags = [
-            "-std=c++20",
-            "-O3",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-ffp-contract=fast",
-            "-fno-math-errno",
-            "-Wall",
-            "-Wno-maybe-uninitialized",
-        ]
-        flags += [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch / "include")]
-        headers = [*(ROOT / "csrc/common").glob("*.h"), *CPU.rglob("*.h"), Path(__file__)]
+        headers = [*(CSRC / "common").glob("*.h"), *sources.rglob("*.h"), Path(__file__)]
         newest_header = max(header.stat().st_mtime for header in headers)
 
-        def compile_one(job: tuple[Path, str, list[str]]) -> str:
-            source, name, extra = job
-            target = folder / f"{source.stem}.{name}.o"
-            if not target.exists() or target.stat().st_mtime < max(source.stat().st_mtime, newest_header):
-                subprocess.run([cxx, *flags, *extra, "-c", str(source), "-o", str(target)], check=True)
+        def compile_one(job: Job) -> str:
+            how = zlib.crc32(" ".join([cxx, *job.flags]).encode())
+            target = folder / f"{job.source.stem}.{job.variant}.{how:08x}.o"
+            if not target.exists() or target.stat().st_mtime < max(job.source.stat().st_mtime, newest_header):
+                subprocess.run([cxx, *job.flags, "-c", str(job.source), "-o", str(target)], check=True)
             return str(target)
 
-        jobs = [
-            (s, isa, [*march, f"-DDUPLEX_ISA={isa}", f"-DDUPLEX_ISA_{isa.upper()}"])
-            for s in KERNEL_SOURCES
-            for isa, march in ISAS.items()
-        ]
-        jobs += [(s, "host", [f"-DDUPLEX_HAVE_{isa.upper()}" for isa in ISAS]) for s in HOST_SOURCES]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             objects = list(pool.map(compile_one, jobs))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [cxx, "-shared", *objects, "-o", str(library), f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"], check=True
-        )
+        subprocess.run([cxx, "-shared", *objects, "-o", str(library), *links], check=True)
 
 
 setup(
@@ -104,8 +148,8 @@ setup(
         "duplex_attn.kernels",
         *(f"duplex_attn.kernels.{p}" for p in find_packages("kernels")),
     ],
-    package_data={"duplex_attn": ["py.typed", "*.txt", "*.so"], "duplex_attn.kernels": ["tuning/*.json"]},
-    ext_modules=[Extension("duplex_attn.libduplex_cpu", [])],
+    package_data={"duplex_attn": ["py.typed", "*.pyi", "*.txt", "*.so"], "duplex_attn.kernels": ["tuning/*.json"]},
+    ext_modules=[Extension("duplex_attn.libduplex_cpu", []), Extension("duplex_attn._runtime", [])],
     cmdclass={"build_ext": BuildNative},
     setup_requires=[] if torch_folder() or compiler() is None else ["torch>=2.10"],
 )

@@ -1,0 +1,333 @@
+"""A paged KV cache: keys and values of many sequences in one pool of pages, shared where they are the same.
+
+Which sequence has which pages is decided in C++ (csrc/runtime); here are the tensors, and what moves their contents.
+A step of generation reads: `append` or `extend` the new tokens, make a `batch`, run the model over it, `commit` it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import MAX_HEAD_DIM, wrong_type, wrong_value
+
+try:
+    from . import _runtime
+except ImportError as error:
+    raise ImportError(
+        "PagedKVCache needs duplex_attn._runtime, which this installation was built without: install a C++ compiler "
+        f"and Python's development headers, then duplex-attn again ({error})"
+    ) from error
+
+from ._runtime import OutOfPages, Sequence
+
+__all__ = ["CacheStats", "OutOfPages", "PagedBatch", "PagedKVCache", "Sequence"]
+
+MAX_PAGE_SIZE = 256
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_QUANTIZATIONS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """A cache at one moment. Pages are used, cached or free, and these sum up to `pages_total`."""
+
+    pages_total: int
+    pages_used: int  # by sequences
+    pages_shared: int  # of the used ones, by more than one sequence
+    pages_cached: int  # by none, kept for prompts to come; taken when no page is free
+    pages_free: int
+    slots_wasted: int  # allocated and unused: of used pages, those of no token
+    waste: float  # of all slots of used pages
+    sequences: int
+    swapped: int  # of the sequences, those in host memory
+    lookup_tokens: int  # of all prompts since the cache was made
+    hit_tokens: int  # of those, found in the cache
+    bytes: int  # of all pages and scales
+    bytes_used: int  # of the used pages
+    bytes_swapped: int  # in host memory
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hit_tokens / self.lookup_tokens if self.lookup_tokens else 0.0
+
+
+@dataclass(eq=False)
+class PagedBatch:
+    """What every layer of a step reads. Row b computes tokens positions[cu_seqlens_q[b] : cu_seqlens_q[b + 1]].
+
+    A batch in fixed buffers (`PagedKVCache.buffers`) may be smaller than they are: sequences past it have no keys and
+    no queries, positions past it are -1, and `max_seqlen_q` and `max_seqlen_k` are those of the batch.
+    """
+
+    block_table: Tensor  # int32 (B, pages of the longest sequence); past a sequence's own pages, 0
+    seqlens_k: Tensor  # int32 (B,), the new tokens included
+    cu_seqlens_q: Tensor  # int32 (B + 1,)
+    positions: Tensor  # int32 (new tokens,)
+    max_seqlen_q: int
+    max_seqlen_k: int
+    seqs: tuple[Sequence, ...]
+    _memory: _Memory  # holds the four tensors
+    _rows: _runtime.Batch | None  # None of buffers that no batch has filled
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The arrays of a batch in one allocation, so that one copy brings them to a device."""
+
+    batch: int
+    max_pages: int
+    tokens: int
+    flat: Tensor
+
+    @classmethod
+    def of(cls, batch: int, max_pages: int, tokens: int, device: torch.device) -> _Memory:
+        size = batch * max_pages + batch + batch + 1 + tokens
+        return cls(batch, max_pages, tokens, torch.empty(size, dtype=torch.int32, device=device))
+
+    def parts(self, flat: Any) -> tuple[Any, Any, Any, Any]:
+        """block_table, seqlens_k, cu_seqlens_q and positions in `flat`, a tensor or an array."""
+        table = self.batch * self.max_pages
+        lengths, offsets = table + self.batch, table + 2 * self.batch + 1
+        block_table = flat[:table].reshape(self.batch, self.max_pages)
+        return block_table, flat[table:lengths], flat[lengths:offsets], flat[offsets:]
+
+    def fill(self, cache: _runtime.Cache, rows: _runtime.Batch) -> None:
+        if self.flat.is_cpu:
+            rows.fill(cache, *self.parts(self.flat.numpy()))
+            return
+        staged = torch.empty(self.flat.shape, dtype=torch.int32, pin_memory=self.flat.is_cuda)
+        rows.fill(cache, *self.parts(staged.numpy()))
+        self.flat.copy_(staged, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _HostPages:
+    """What a swapped-out sequence had committed: as `PagedKVCache._contents`, of its pages alone."""
+
+    parts: list[Tensor]
+
+
+class PagedKVCache:
+    """Keys and values of many sequences, in pages of `page_size` tokens that sequences of equal beginnings share.
+
+    k_pages (num_layers, num_pages, page_size, num_kv_heads, head_dim), v_pages with head_dim_v: in `dtype`, or in the
+    dtype that `quantization` ("int8" or "float8_e4m3fn") names, then with k_scales and v_scales, float32
+    (num_layers, num_pages, page_size, num_kv_heads), which are None otherwise. `k_pages[layer]` is what
+    `paged_attention` and `paged_append` take.
+
+    A page is shared between sequences of equal tokens, equal salt and equal bidirectional prefix, once its content is
+    committed; it is copied before one of them writes into it. Every call does all of what it says or raises and
+    changes nothing: ValueError or TypeError for arguments, for a sequence that was freed, is swapped out or belongs
+    to another cache, and OutOfPages where the pool is too small now. Calls from several threads need a lock.
+
+    The method is that of vLLM (Kwon et al. 2023, arXiv 2309.06180), with a prefix tree as in SGLang (Zheng et al.
+    2023, arXiv 2312.07104).
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        head_dim_v: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        quantization: str | None = None,
+    ):
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        _check_size("num_layers", num_layers)
+        _check_size("num_pages", num_pages, 2**31 - 1)
+        _check_size("page_size", page_size, MAX_PAGE_SIZE)
+        _check_size("num_kv_heads", num_kv_heads)
+        _check_size("head_dim", head_dim, MAX_HEAD_DIM)
+        _check_size("head_dim_v", head_dim_v, MAX_HEAD_DIM)
+        if dtype not in _DTYPES:
+            wrong_type("dtype", "float32, float16 or bfloat16", dtype)
+        if quantization is not None and quantization not in _QUANTIZATIONS:
+            wrong_value("quantization", f"None or one of {', '.join(_QUANTIZATIONS)}", quantization)
+        self.num_layers, self.num_pages, self.page_size = num_layers, num_pages, page_size
+        self.dtype, self.device, self.quantization = dtype, torch.device(device), quantization
+        slots = (num_layers, num_pages, page_size, num_kv_heads)
+        stored = dtype if quantization is None else _QUANTIZATIONS[quantization]
+        self.k_pages = torch.empty(*slots, head_dim, dtype=stored, device=device)
+        self.v_pages = torch.empty(*slots, head_dim_v, dtype=stored, device=device)
+        self.k_scales = None if quantization is None else torch.empty(slots, dtype=torch.float32, device=device)
+        self.v_scales = None if quantization is None else torch.empty(slots, dtype=torch.float32, device=device)
+        self._runtime = _runtime.Cache(num_pages, page_size)
+        self._swapped: dict[Sequence, _HostPages] = {}
+
+    def add(
+        self, tokens: int | Many[int] | Tensor, bidirectional_prefix: int = 0, salt: str | bytes | None = None
+    ) -> Sequence:
+        """A new sequence of `tokens`: ids from 0 to 2^31 - 1 as a list, array or tensor, or how many that are unknown.
+
+        Its leading `.cached` tokens were found in the cache and are committed already; the others are to be computed:
+        at least the last one, and a bidirectional prefix (of so many tokens) whole where not all of it was found.
+        Unknown tokens are never found or shared.
+        salt: sequences of other salts share nothing with it. It names a tenant, or what else but the tokens the keys
+            depend on, as an adapter or an image do.
+        """
+        return self._runtime.add(_on_host(tokens), bidirectional_prefix, salt)
+
+    def extend(self, seq: Sequence, n_or_tokens: int | Many[int] | Tensor) -> None:
+        """Adds tokens to be computed, or n slots for tokens that are unknown and so will never be shared."""
+        self._runtime.extend(seq, _on_host(n_or_tokens))
+
+    def append(self, seqs: Many[Sequence], tokens: Many[int] | Tensor) -> None:
+        """Adds one token to each of the sequences, to all of them or, where it raises, to none."""
+        self._runtime.append(seqs, _on_host(tokens))
+
+    def fork(self, seq: Sequence) -> Sequence:
+        """A second sequence of the same tokens and the same pages. All tokens of `seq` must be committed."""
+        return self._runtime.fork(seq)
+
+    def truncate(self, seq: Sequence, n: int) -> None:
+        """Keeps the first n tokens: at least the bidirectional prefix, at most all."""
+        self._runtime.truncate(seq, n)
+
+    def free(self, seq: Sequence) -> None:
+        """Gives the sequence's pages back. What it committed is kept for prompts to come until pages run short."""
+        self._runtime.free(seq)
+        self._swapped.pop(seq, None)
+
+    def commit(self, seq: Sequence, length: int) -> None:
+        """States that the keys and values of the first `length` tokens are written in all layers.
+
+        Full pages of them may be shared from now on. A bidirectional prefix is committed at once.
+        """
+        self._runtime.commit(seq, length)
+
+    def commit_batch(self, batch: PagedBatch) -> None:
+        """States that the batch was computed: commits each sequence to its seqlens_k."""
+        if batch._rows is not None:
+            self._runtime.commit_batch(batch._rows)
+
+    def batch(
+        self, seqs: Many[Sequence], new_tokens: Many[int] | None = None, *, out: PagedBatch | None = None
+    ) -> PagedBatch:
+        """The arrays of a step that computes the next new_tokens[b] uncommitted tokens of each sequence, by default all.
+
+        Makes the copies that forks left to be made, so all writing of keys and values comes after a call of this.
+        `out`, from `buffers`, receives the arrays in place of new ones.
+        """
+        seqs = tuple(seqs)
+        rows = self._runtime.batch(seqs, new_tokens)
+        memory = _Memory.of(len(seqs), rows.max_pages, rows.new_tokens, self.device) if out is None else out._memory
+        memory.fill(self._runtime, rows)
+        self._make_pending_copies()
+        table, seqlens_k, cu_seqlens_q, positions = memory.parts(memory.flat) if out is None else _tensors(out)
+        return PagedBatch(
+            table, seqlens_k, cu_seqlens_q, positions, rows.max_seqlen_q, rows.max_seqlen_k, seqs, memory, rows
+        )
+
+    def buffers(self, batch: int, max_pages: int, tokens: int) -> PagedBatch:
+        """An empty batch whose tensors later ones are written to: what a CUDA graph was captured with.
+
+        They have room for so many sequences of at most max_pages pages, with so many new tokens together.
+        """
+        memory = _Memory.of(batch, max_pages, tokens, self.device)
+        memory.fill(self._runtime, self._runtime.batch([]))
+        return PagedBatch(*memory.parts(memory.flat), 0, 0, (), memory, None)
+
+    def swap_out(self, seq: Sequence) -> None:
+        """Moves what the sequence has committed to host memory and gives its pages back. It can only wait or be freed."""
+        self._make_pending_copies()
+        pages = self._page_ids(self._runtime.written_pages(seq))
+        saved = _HostPages([_to_host(x[:, pages]) for x in self._contents()])
+        self._runtime.swap_out(seq)
+        self._swapped[seq] = saved
+
+    def swap_in(self, seq: Sequence) -> None:
+        """Brings it back as it was. Pages of it that are still in the cache are taken from there."""
+        found = self._runtime.swap_in(seq)
+        try:
+            pages = self._page_ids(self._runtime.written_pages(seq)[found:])
+            for x, saved in zip(self._contents(), self._swapped[seq].parts, strict=True):
+                x[:, pages] = saved[:, found:].to(self.device)
+        except BaseException:
+            self._runtime.swap_out(seq)
+            raise
+        self._runtime.commit(seq, seq.committed)
+        del self._swapped[seq]
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that new tokens can take: free ones, and cached ones that no sequence uses."""
+        return self._runtime.available_pages
+
+    def stats(self) -> CacheStats:
+        """What the pool holds at this moment, counted anew."""
+        counted = self._runtime.stats()
+        held = [x for x in (self.k_pages, self.v_pages, self.k_scales, self.v_scales) if x is not None]
+        total = sum(x.nbytes for x in held)
+        in_sequences = counted.pages_used * self.page_size
+        return CacheStats(
+            pages_total=counted.pages_total,
+            pages_used=counted.pages_used,
+            pages_shared=counted.pages_shared,
+            pages_cached=counted.pages_cached,
+            pages_free=counted.pages_free,
+            slots_wasted=counted.slots_wasted,
+            waste=counted.slots_wasted / in_sequences if in_sequences else 0.0,
+            sequences=counted.sequences,
+            swapped=counted.swapped,
+            lookup_tokens=counted.lookup_tokens,
+            hit_tokens=counted.hit_tokens,
+            bytes=total,
+            bytes_used=total // self.num_pages * counted.pages_used,
+            bytes_swapped=sum(x.nbytes for saved in self._swapped.values() for x in saved.parts),
+        )
+
+    def check(self) -> None:
+        """Raises RuntimeError, naming every fault, unless the whole bookkeeping is consistent. Costs time; for tests."""
+        faults = self._runtime.check()
+        if len(self._swapped) != self._runtime.stats().swapped:
+            faults.append("the host memory belongs to other sequences than those swapped out")
+        if faults:
+            raise RuntimeError("the cache is inconsistent: " + "; ".join(faults))
+
+    def _make_pending_copies(self) -> None:
+        if self._runtime.has_pending_copies:
+            src, dst = map(self._page_ids, self._runtime.pending_copies())
+            self._copy_pages(src, dst)
+            self._runtime.copies_made()
+
+    def _copy_pages(self, src: Tensor, dst: Tensor) -> None:
+        """Copies whole pages in all layers; no page is among both src and dst, int64 (copies,)."""
+        for x in self._contents():
+            x[:, dst] = x[:, src]
+
+    def _contents(self) -> list[Tensor]:
+        """Everything that belongs to a page, each (num_layers, num_pages, ...); fp8 as bytes, which every device moves."""
+        held = [x for x in (self.k_pages, self.v_pages, self.k_scales, self.v_scales) if x is not None]
+        return [x.view(torch.uint8) if x.element_size() == 1 else x for x in held]
+
+    def _page_ids(self, pages: list[int]) -> Tensor:
+        return torch.tensor(pages, dtype=torch.int64, device=self.device)
+
+
+def _tensors(batch: PagedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return batch.block_table, batch.seqlens_k, batch.cu_seqlens_q, batch.positions
+
+
+def _to_host(x: Tensor) -> Tensor:
+    return x if x.is_cpu else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x)
+
+
+def _on_host(tokens: Any) -> Any:
+    return tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
+
+
+def _check_size(name: str, size: Any, most: int | None = None) -> None:
+    if not isinstance(size, int) or isinstance(size, bool):
+        wrong_type(name, "an int", type(size).__name__)
+    if size < 1 or (most is not None and size > most):
+        wrong_value(name, "1 or more" if most is None else f"1 to {most}", size)
