@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -242,13 +243,13 @@ def _check_cu(name: str, cu: Tensor, rows: int, longest: int) -> None:
     entries = cu.tolist()
     if entries[0] != 0:
         wrong_value(name, "0 first", entries[0])
-    for before, after in zip(entries, entries[1:], strict=False):
+    if entries[-1] > rows:
+        wrong_value(name, f"a last entry up to the rows given ({rows})", entries[-1])
+    for before, after in pairwise(entries):
         if after < before:
             wrong_value(name, "entries that never decrease", f"{before} then {after}")
         if after - before > longest:
-            wrong_value(f"max_seqlen_{name[-1]}", f"at least the longest sequence ({after - before})", longest)
-    if entries[-1] > rows:
-        wrong_value(name, f"a last entry up to the rows given ({rows})", entries[-1])
+            wrong_value("max_seqlen_q", f"at least the longest sequence ({after - before})", longest)
 
 
 def _check_pages_named(block_table: Tensor, lengths: Tensor, k_pages: Tensor) -> None:
