@@ -109,7 +109,9 @@ def compare_all(
     for case in inputs:
         tensors = [x for x in case if isinstance(x, Tensor)]
         others = [x for x in case if not isinstance(x, Tensor)]
-        expected, got = (results(lambda *x, f=f: f(*x, *others), tensors, gradients) for f in (function, compiled))
+        expected, got = (
+            results(lambda *x, f=f, others=others: f(*x, *others), tensors, gradients) for f in (function, compiled)
+        )
         assert all(map(torch.equal, got, expected))
 
 
