@@ -263,10 +263,27 @@ def test_a_wrong_argument_is_named(call: Any, good: dict[str, Any], bad: Bad) ->
     assert_says(error.value, bad)
 
 
-@pytest.mark.parametrize(("call", "good", "_"), CALLS)
-def test_the_calls_that_are_made_wrong_are_right(call: Any, good: dict[str, Any], _: Any) -> None:
+AT_THE_ENDS = [
+    {},
+    *({"mask": da.prefix_lm(x)} for x in (-(2**40), 2**40)),
+    *({"mask": da.sliding_window(x, x)} for x in (0, 2**30)),
+    *({"dropout_p": p, "seed": x} for p in (0.0, 0.999) for x in (-(2**63), 2**63 - 1, torch.tensor([0]))),
+    *({"scale": x, "softcap": abs(x)} for x in (0.0, -1.0, torch.finfo(torch.float32).max)),
+    {"bias": torch.tensor(True), "distance_bias": zeros(HEADS, 1)},
+    {"backend": ""},
+]
+
+
+@pytest.mark.parametrize("change", AT_THE_ENDS, ids=str)
+@pytest.mark.parametrize(("call", "good", "_"), CALLS[:2])
+def test_values_at_the_ends_of_what_is_right_reach_a_kernel(call: Any, good: Any, _: Any, change: Any) -> None:
     with pytest.raises(AssertionError, match="a kernel ran"):
-        call(**good)
+        call(**good | change)
+
+
+def test_the_merge_that_is_made_wrong_is_right() -> None:
+    with pytest.raises(AssertionError, match="a kernel ran"):
+        da.merge_attention(**MERGE)
 
 
 @pytest.mark.parametrize(("call", "good", "bad"), [case for case in EVERY if case.values[0] is not da.merge_attention])
@@ -302,11 +319,13 @@ SEEN_WHEN_RUN = [
 ]  # fmt: skip
 
 
-def compiled(call: Any, names: list[str]) -> Any:
+def must_not_compile(*_: Any) -> None:
+    raise AssertionError("traced to the end")
+
+
+def compiled(call: Any, names: list[str], backend: Any) -> Any:
     torch.compiler.reset()
-    return torch.compile(
-        lambda *values: call(**dict(zip(names, values, strict=True))), fullgraph=True, backend="aot_eager"
-    )
+    return torch.compile(lambda *values: call(**dict(zip(names, values, strict=True))), fullgraph=True, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -315,20 +334,20 @@ def compiled(call: Any, names: list[str]) -> Any:
 def test_a_wrong_shape_is_named_while_tracing(call: Any, good: dict[str, Any], bad: Bad) -> None:
     arguments = good | bad[0]
     with pytest.raises(Exception) as raised:
-        compiled(call, list(arguments))(*arguments.values())
+        compiled(call, list(arguments), must_not_compile)(*arguments.values())
     chain: list[str] = []
     error: BaseException | None = raised.value
     while error is not None:
         chain.append(str(error))
         error = error.__cause__ or error.__context__
     assert any(bad[2] in message for message in chain), chain
-    assert not any("a kernel ran" in message for message in chain)
+    assert not any("traced to the end" in message for message in chain)
 
 
 @pytest.mark.parametrize(("call", "good", "bad"), SEEN_WHEN_RUN, ids=lambda x: x[2] if isinstance(x, tuple) else None)
 def test_wrong_contents_are_named_when_compiled_code_runs(call: Any, good: dict[str, Any], bad: Bad) -> None:
     arguments = good | bad[0]
-    function = compiled(call, list(arguments))
+    function = compiled(call, list(arguments), "aot_eager")
     for _ in range(2):  # the second time nothing is traced
         with pytest.raises(ValueError) as error:
             function(*arguments.values())

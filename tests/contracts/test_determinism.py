@@ -139,6 +139,8 @@ class TestDropout:
         call, dout = self.one_hot_call(seed)
         got, expected = run(call, lane, dout), run(call, Lane("reference"), dout)
         kept, kept_back = got["out"].cpu() != 0, got["dv"].cpu() != 0
+        invariant = run(call, lane, batch_invariant=True)["out"].cpu() != 0
+        assert torch.equal(invariant, kept)
         assert torch.equal(kept, expected["out"] != 0) and torch.equal(kept_back, expected["dv"] != 0)
         assert torch.equal(kept[0, :, :, :9], kept_back[0, :, :, :9].transpose(0, 2))
         assert 0 < kept[0].sum() < (9 * 9 - 21) * 2
