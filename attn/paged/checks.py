@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
@@ -14,6 +13,7 @@ from ..checks import (
     check_heads,
     check_per_head,
     check_per_sequence,
+    check_scores,
     check_table,
     check_window,
     wrong_type,
@@ -59,10 +59,7 @@ def check_attention(call: PagedCall, out: Tensor, lse: Tensor) -> None:
     if call.sink is not None:
         check_per_head("sink", call.sink, heads, q.dtype, device)
     _check_rope(call.rope_cos, call.rope_sin, head_dim, device)
-    if call.scale is not None and not -math.inf < call.scale < math.inf:
-        wrong_value("scale", "a finite number", call.scale)
-    if not 0 <= call.softcap < math.inf:
-        wrong_value("softcap", "a finite number >= 0", call.softcap)
+    check_scores(call.scale, call.softcap)
     if call.plan is not None:
         if call.plan.dtype != torch.int32:
             wrong_type("plan", "int32", call.plan.dtype)

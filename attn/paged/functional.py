@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..checks import wrong_type, wrong_value
-from ..functional import four_dims, named_mask, prefix_tensor, run_operator, table
+from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, run_operator, table
 from ..mask import Mask, causal
 from .ops import copy_pages as _copy
 from .ops import paged_append as _append
@@ -65,13 +65,12 @@ def paged_attention(
 
     Returns out, and with return_lse also lse (Hq, total) float32. Raises ValueError or TypeError, naming the argument.
     """
-    if not isinstance(q, Tensor):
-        wrong_type("q", "a tensor", type(q).__name__)
+    check_tensor("q", q)
     if torch.is_grad_enabled() and (q.requires_grad or k_pages.requires_grad or v_pages.requires_grad):
         wrong_value("q", "no gradients over pages: call it under torch.no_grad()", "a tensor that requires one")
     prefix, left, right, top_left = named_mask(mask)
     if not isinstance(prefix, Tensor):
-        prefix = prefix_tensor(prefix, block_table.shape[0], q) if prefix else None
+        prefix = None if prefix == 0 else prefix_tensor(prefix, block_table.shape[0], q)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     if cu_seqlens_q is None:
         max_seqlen_q = 1
