@@ -13,6 +13,7 @@ namespace {
 constexpr int QUERIES = 8;  // rows x heads of one kv head
 constexpr int BLOCK = 64;   // keys
 constexpr int ROWS_OF_VALUES = 8;
+constexpr int AHEAD = 16;  // rows between what is computed and what is asked for: enough for memory, within L2
 static_assert(BLOCK % (2 * LANES) == 0 && BLOCK % ROWS_OF_VALUES == 0);
 
 // A vector of the product's units from stored elements.
@@ -32,9 +33,36 @@ template <>
 struct Units<BFloat16, int8_t> {
   static vuint load(const int8_t* from) { return bf16_pairs(widen(from), widen(from + LANES)); }
 };
+// float8_e4m3fn as bfloat16, by magnitude: a table costs fewer instructions than the arithmetic and knows the NaN.
+struct Float8Table {
+  alignas(64) uint16_t bits[128];
+
+  constexpr Float8Table() : bits{} {
+    for (int code = 0; code < 128; ++code) {
+      int exponent = code >> 3, mantissa = code & 7;
+      if (exponent == 0) {  // mantissa * 2^-9: shifted until its leading bit is implied
+        if (mantissa == 0) continue;
+        for (exponent = 1; mantissa < 8; mantissa <<= 1) --exponent;
+        mantissa &= 7;
+      }
+      bits[code] = code == 127 ? 0x7fc0 : uint16_t((exponent - 7 + 127) << 7 | mantissa << 4);
+    }
+    bits[0] = 0;
+  }
+};
+constexpr Float8Table FLOAT8;
+
 template <>
 struct Units<BFloat16, f8> {
-  static vuint load(const f8* from) { return bf16_pairs(widen(from), widen(from + LANES)); }
+  static vuint load(const f8* from) {
+    const __m512i codes = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
+    const auto part = [](int n) { return _mm512_load_si512(FLOAT8.bits + 32 * n); };
+    const __m512i low = _mm512_permutex2var_epi16(part(0), codes, part(1));
+    const __mmask32 is_high = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
+    const __m512i value = _mm512_mask_mov_epi16(low, is_high, _mm512_permutex2var_epi16(part(2), codes, part(3)));
+    return (vuint)_mm512_ternarylogic_epi32(value, codes, _mm512_set1_epi16(short(0x8000)),
+                                            0xf8);  // value | codes & sign
+  }
 };
 #endif
 
@@ -198,7 +226,6 @@ struct DecodeScratch {
   typename P::unit* queries;            // [kv head][query][units]
   float *out, *peak, *total, *factor;   // [kv head][query] ([dims])
   float *scores, *k_scales, *v_scales;  // [kv head][query][BLOCK], [kv head][BLOCK]
-  const void **k_rows, **v_rows;        // [BLOCK]
 
   DecodeScratch(const Problem& p, int64_t queries_a_kv, void* base) : carver{(char*)base} {
     const int64_t count = p.heads_kv * queries_a_kv;
@@ -210,8 +237,6 @@ struct DecodeScratch {
     scores = carver.take<float>(count * BLOCK);
     k_scales = carver.take<float>(p.heads_kv * BLOCK);
     v_scales = carver.take<float>(p.heads_kv * BLOCK);
-    k_rows = carver.take<const void*>(BLOCK);
-    v_rows = carver.take<const void*>(BLOCK);
   }
 };
 
@@ -317,10 +342,17 @@ inline void in_fours(int64_t count, const Act& act) {
   for (; m < count; ++m) act.template operator()<1>(m);
 }
 
+// Asks for one head of a row that comes soon while this one's is computed: a few lines at a time overlap with the work,
+// a burst of them would be dropped.
+template <class S>
+inline void ask_for(const S* row, int64_t dim) {
+  for (int64_t x = 0; x < dim; x += int64_t(64 / sizeof(S))) __builtin_prefetch(row + x, 0, 2);
+}
+
 // Products of a block: four rows at a time with all of their heads. Scores past the last key are junk.
 template <class P, class S>
 void dot_block(const typename P::unit* queries, int64_t heads, int64_t count, int64_t units, const S* const* rows,
-               int64_t head_stride, int keys, float* scores) {
+               const S* const* soon, int64_t head_stride, int keys, float* scores) {
   const auto some = [&]<int H, int Q>(int64_t kv, int64_t m, int n) {
     constexpr int GROUP = LANES / (H * Q);
     const S* at[GROUP];
@@ -330,16 +362,17 @@ void dot_block(const typename P::unit* queries, int64_t heads, int64_t count, in
   };
   constexpr int FEW = LANES < 4 ? LANES : 4;
   for (int n0 = 0; n0 < keys; n0 += FEW)
-    for (int64_t kv = 0; kv < heads;) {
+    for (int64_t kv = 0, step; kv < heads; kv += step) {
       // Queries of several heads fill a vector where those of one do not.
-      if (LANES == 16 && count == 1 && kv + 4 <= heads) {
+      step = LANES == 16 && count == 1 && kv + 4 <= heads ? 4 : LANES == 16 && count == 2 && kv + 2 <= heads ? 2 : 1;
+      for (int64_t h = kv; h < kv + step; ++h)
+        for (int n = n0; n < n0 + FEW; ++n) ask_for(soon[n] + h * head_stride, units * P::STEP);
+      if (step == 4) {
         some.template operator()<LANES == 16 ? 4 : 1, 1>(kv, 0, n0);
-        kv += 4;
         continue;
       }
-      if (LANES == 16 && count == 2 && kv + 2 <= heads) {
+      if (step == 2) {
         some.template operator()<LANES == 16 ? 2 : 1, 2>(kv, 0, n0);
-        kv += 2;
         continue;
       }
       in_fours(count, [&]<int Q>(int64_t m) {
@@ -349,7 +382,6 @@ void dot_block(const typename P::unit* queries, int64_t heads, int64_t count, in
         else if (n0 % GROUP == 0)
           some.template operator()<1, Q>(kv, m, n0);
       });
-      ++kv;
     }
 }
 
@@ -363,7 +395,6 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
   const Span& span = task.seq.span;
   const int32_t* table = pages.table + task.b * pages.table_row;
   const float unit = first_head.unit();
-  const S **k_rows = (const S**)s.k_rows, **v_rows = (const S**)s.v_rows;
   for (int64_t kv = 0; kv < heads; ++kv)
     for (int64_t m = 0; m < count; ++m)
       pack_query<P, E>(s.queries + (kv * count + m) * units,
@@ -374,17 +405,28 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
     s.total[n] = 0;
   }
 
+  const S *k_rows[BLOCK], *v_rows[BLOCK], *k_soon[BLOCK], *v_soon[BLOCK];
+  const auto row_at = [&](const View& view, int64_t j) {
+    return view.at<S>(table[j / pages.page_size], j % pages.page_size, 0);
+  };
   const int64_t row_end = task.row + task.rows, key_end = clamp(task.key_end, 0, span.len_k);
+  const auto find_rows = [&](int64_t j0, int64_t keys) {
+    for (int64_t n = 0; n < BLOCK; ++n) {  // past the end: the last key again, with weight 0, not what lies there
+      k_rows[n] = n < keys ? row_at(pages.k, j0 + n) : k_rows[n - 1];
+      v_rows[n] = n < keys ? row_at(pages.v, j0 + n) : v_rows[n - 1];
+    }
+    for (int64_t n = 0; n < BLOCK; ++n) {  // after the block's keys come its values, then the next block's keys
+      k_soon[n] = n + AHEAD < BLOCK ? k_rows[n + AHEAD] : v_rows[n + AHEAD - BLOCK];
+      const int64_t j = j0 + n + AHEAD;
+      v_soon[n] = n + AHEAD < BLOCK ? v_rows[n + AHEAD] : row_at(pages.k, j < key_end ? j : key_end - 1);
+    }
+  };
   const auto next = [&](int64_t from) { return span.next(task.row, row_end, from); };
   for (int64_t j0 = next(task.key_begin), keys; j0 < key_end; j0 = next(j0 + keys)) {
     const int64_t run_end = span.run_end(task.row, row_end, j0);
     keys = clamp((run_end < key_end ? run_end : key_end) - j0, 1, BLOCK);
-    for (int64_t n = 0; n < BLOCK; ++n) {  // past the end: the last key again, with weight 0, not what lies there
-      const int64_t j = j0 + (n < keys ? n : keys - 1), page = table[j / pages.page_size], slot = j % pages.page_size;
-      k_rows[n] = pages.k.at<S>(page, slot, 0);
-      v_rows[n] = pages.v.at<S>(page, slot, 0);
-    }
-    dot_block<P, S>(s.queries, heads, count, units, k_rows, pages.k.head, int(keys), s.scores);
+    find_rows(j0, keys);
+    dot_block<P, S>(s.queries, heads, count, units, k_rows, k_soon, pages.k.head, int(keys), s.scores);
 
     const bool scaled_keys = QUANTISED<S> && pages.k_scales, scaled_values = QUANTISED<S> && pages.v_scales;
     const bool plain =
@@ -405,13 +447,15 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
       });
     }
     for (int64_t n = 0; n < keys; n += ROWS_OF_VALUES)
-      for (int64_t kv = 0; kv < heads; ++kv)
+      for (int64_t kv = 0; kv < heads; ++kv) {
+        for (int r = 0; r < ROWS_OF_VALUES; ++r) ask_for(v_soon[n + r] + kv * pages.v.head, dims);
         in_fours(count, [&]<int Q>(int64_t m) {
           static constexpr float ones[4] = {1, 1, 1, 1};
           const int64_t at = kv * count + m;
           Accumulate<P, S, Q>::run((const unit_t*)s.scores + at * BLOCK + n / P::STEP, v_rows + n, kv * pages.v.head,
                                    dims, s.out + at * dims, n == 0 ? s.factor + at : ones);
         });
+      }
   }
 
   const bool is_final = task.slot < 0;
