@@ -29,6 +29,11 @@ class Lane:
         """The interpreter takes milliseconds for a tile, so large shapes are not for it."""
         return self.backend == "triton" and self.device == "cpu"
 
+    @property
+    def examples(self) -> int:
+        """How many a random test tries. Interpreted, a call and its gradients take two seconds of a free core: 100 ran into the time limit."""
+        return 12 if self.slow else 100
+
 
 CPU_LANES = [Lane("reference"), *(Lane("cpu", isa) for isa in ISAS), Lane("triton")]
 GPU_LANES = [Lane("reference", device="cuda"), Lane("triton", device="cuda")] if torch.cuda.is_available() else []
