@@ -161,9 +161,8 @@ class TritonBackend(Backend):
         return "interpreted" if _interpreted() else torch.cuda.get_device_name()
 
     def tile(self, call: Call) -> str:
-        tuning = importlib.import_module(f"{__package__}.kernels.tuning")
-        bits, head_dim = 8 * call.q.element_size(), max(call.q.shape[-1], call.v.shape[-1])
-        return str(tuning.config("forward", tuning.table_for(call.q.device), bits, head_dim))
+        kernels = self._kernels()
+        return str(kernels.forward_tile(call, kernels.tuning.table_for(call.q.device)))
 
     def _kernels(self) -> Any:
         return importlib.import_module(

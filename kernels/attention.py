@@ -48,29 +48,9 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tens
     made = [wanted[0], *[wanted[1] or wanted[2]] * 2, *wanted[3:]]  # k and v share their kernel
     inputs = (c.q, c.k, c.v, c.bias, c.distance_bias, None, None, c.sink)
     grads = [x.new_empty(x.shape) if want and x is not None else None for x, want in zip(inputs, made, strict=True)]
-    dq, dk, dv, dbias, ddistance, _, _, dsink = grads
-
-    plan = None if ddistance is None else diagonals(c, table)
-    workspace = lse.new_empty(lse.numel() + (0 if plan is None else plan.size))
-    delta, partial = workspace[: lse.numel()].view(lse.shape), workspace[lse.numel() :]
-    given = (view(dout), row_view(lse), row_view(delta))
-    launches = [delta_of(dout, dlse, out, lse, delta)]
-    if c.batch == 0 or c.max_seqlen_q == 0 or c.max_seqlen_k == 0:  # no score, but a sink may still have a gradient
-        for grad in (dq, dk, dv, dbias, ddistance):
-            if grad is not None:
-                grad.zero_()
-    else:
-        if dq is not None:
-            launches.append(dq_of(c, given, dq, table))
-        if dk is not None and dv is not None:
-            launches.append(dkdv_of(c, given, dk, dv, table))
-        if dbias is not None:
-            launches.append(dbias_of(c, given, dbias, table))
-        if ddistance is not None and plan is not None:
-            launches += ddistance_of(c, given, plan, partial, ddistance, table)
-    if dsink is not None:
-        launches.append(dsink_of(c, lse, delta, dsink))
-    run(c.q.device, *launches)
+    partial = 0 if grads[4] is None else diagonals(c, table).size
+    workspace = lse.new_empty(lse.numel() + partial)
+    run(c.q.device, *backward(c, dout, dlse, out, lse, grads, workspace, table))
     return tuple(
         grad if grad is not None and want else c.q.new_empty(0, dtype=torch.float32)
         for grad, want in zip(grads, wanted, strict=True)
@@ -85,7 +65,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 
 
 def forward(c: Call, out: Tensor, lse: Tensor, table: str) -> Launch:
-    tile = _tile("forward", c, table)
+    tile = forward_tile(c, table)
     blocks = triton.cdiv(c.max_seqlen_q, tile.block_m)
     return Launch(
         forward_kernel, c.batch * c.q.shape[-2] * blocks,
@@ -93,6 +73,33 @@ def forward(c: Call, out: Tensor, lse: Tensor, table: str) -> Launch:
          *_shared(c), *_query_heads(c), blocks),
         _constants(c, tile), options(tile),
     )  # fmt: skip
+
+
+def backward(
+    c: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
+    grads: Sequence[Tensor | None], workspace: Tensor, table: str,
+) -> list[Launch]:  # fmt: skip
+    """Fills those of `grads` that are there; without a single score at once, with zeroes."""
+    dq, dk, dv, dbias, ddistance, _, _, dsink = grads
+    delta, partial = workspace[: lse.numel()].view(lse.shape), workspace[lse.numel() :]
+    given = (view(dout), row_view(lse), row_view(delta))
+    launches = [delta_of(dout, dlse, out, lse, delta)]
+    if c.batch == 0 or c.max_seqlen_q == 0 or c.max_seqlen_k == 0:  # no score, but a sink may still have a gradient
+        for grad in (dq, dk, dv, dbias, ddistance):
+            if grad is not None:
+                grad.zero_()
+    else:
+        if dq is not None:
+            launches.append(dq_of(c, given, dq, table))
+        if dk is not None and dv is not None:
+            launches.append(dkdv_of(c, given, dk, dv, table))
+        if dbias is not None:
+            launches.append(dbias_of(c, given, dbias, table))
+        if ddistance is not None:
+            launches += ddistance_of(c, given, diagonals(c, table), partial, ddistance, table)
+    if dsink is not None:
+        launches.append(dsink_of(c, lse, delta, dsink))
+    return launches
 
 
 def delta_of(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, delta: Tensor) -> Launch:
@@ -213,6 +220,11 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tens
 
 def _packed(c: Call) -> bool:
     return c.cu_seqlens_q is not None
+
+
+def forward_tile(c: Call, table: str) -> tuning.Config:
+    bare = problem.plain(problem.terms(c)) and c.dropout_p == 0
+    return _tile("forward" if bare else "forward_terms", c, table)
 
 
 def _tile(kernel: str, c: Call, table: str) -> tuning.Config:

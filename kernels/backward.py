@@ -142,7 +142,8 @@ def dkdv_kernel(
             dp = dot(tile_v, tl.trans(tile_dout), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
             dropped = p
             if dropout is not None:
-                keep = tl.trans(kept(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N))
+                # As bytes: the compiler cannot transpose booleans through shared memory (Triton 3.9).
+                keep = tl.trans(kept(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N).to(tl.int8)) != 0
                 dropped = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
             acc_v = dot(dropped.to(tile_dout.dtype), tile_dout, acc_v)

@@ -1,7 +1,8 @@
 """Which tile, how many warps and how deep a pipeline: read from tuning/*.json, one table an architecture.
 
 A table has an entry for every kind of kernel, width of the elements in bits and class of head_dim, so that looking one up is
-a dictionary access. `measured` says where its numbers come from.
+a dictionary access. `measured` says where its numbers come from. The forward has two kinds: what the other terms of a score and
+dropout need beside the tile would leave registers for a smaller one only (forward_terms).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 import triton
 
 FOLDER = Path(__file__).parent / "tuning"
-KERNELS = ("forward", "dq", "dkdv", "dbias", "ddistance")
 HEAD_DIMS = (64, 128, 256)  # a class holds what is at most so wide
 
 

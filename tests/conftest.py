@@ -7,11 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run on CPU tensors
 
 from .lanes import CPU_LANES, GPU_LANES, Lane, missing
+
+# Phase.explain has Python traced line by line, which makes the interpreter of Triton several times slower.
+settings.register_profile("untraced", phases=[phase for phase in Phase if phase is not Phase.explain])
+settings.load_profile("untraced")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -21,13 +26,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Lane:
+def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lane]:
     lane: Lane = request.param
     if reason := missing(lane):
         pytest.skip(f"{lane}: {reason}")
     if lane.isa:
         monkeypatch.setenv("DUPLEX_ATTN_ISA", lane.isa)
-    return lane
+    threads = torch.get_num_threads()
+    if lane.slow:  # the interpreter is one thread, and the oracle's tiny tensors leave a second one spinning
+        torch.set_num_threads(1)
+    yield lane
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -41,12 +41,21 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@given(cases())
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
-def test_random_call(lane: Lane, case: Case) -> None:
-    made = make(case)
-    exact, plain, floor = made.answers(gradients=True)
-    got = run(made.call, lane, made.dout, made.dlse, deterministic=case.deterministic)
-    # The contract speaks of largest errors; of a single number the plain formula's may happen to be none. Defects are far beyond this.
-    assert_accurate(got, exact, plain, {name: 8 * x for name, x in floor.items()}, f"{lane}: {case}")
-    made.guard.assert_untouched()
+def test_random_call(lane: Lane) -> None:
+    @given(cases())
+    @settings(
+        max_examples=lane.examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    def check(case: Case) -> None:
+        made = make(case)
+        exact, plain, floor = made.answers(gradients=True)
+        got = run(made.call, lane, made.dout, made.dlse, deterministic=case.deterministic)
+        # The contract speaks of largest errors; of a single number the plain formula's may happen to be none. Defects are far beyond this.
+        assert_accurate(got, exact, plain, {name: 8 * x for name, x in floor.items()}, f"{lane}: {case}")
+        made.guard.assert_untouched()
+
+    check()

@@ -1,0 +1,160 @@
+"""Compiles for a card that need not be there every kernel of two calls, as the package itself would launch them.
+
+    python compile_ahead.py TABLE     one line of JSON for each kernel on stdout
+
+A process of its own: ahead-of-time compilation fails where TRITON_INTERPRET is set. Triton's driver is replaced by one that only
+names the card, so that types, specialisations and constants come from the launches themselves.
+"""
+
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import triton
+from duplex_attn.call import Call
+from duplex_attn.kernels import attention
+from duplex_attn.kernels.launch import Launch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BATCH, ROWS, HEADS, HEADS_KV = 2, 512, 4, 2
+HALVES = {"plain": torch.bfloat16, "everything": torch.float16}
+
+
+class NamedCard(DriverBase):
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> None:
+        raise NotImplementedError
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+
+def plain_call(dtype: torch.dtype, head_dim: int) -> Call:
+    """Dense and causal, with nothing that a score or a span can do without."""
+    q, k, v = (torch.empty(BATCH, ROWS, heads, head_dim, dtype=dtype) for heads in (HEADS, HEADS_KV, HEADS_KV))
+    nothing = dict.fromkeys(Call._fields)
+    return Call(**nothing | {"q": q, "k": k, "v": v, "max_seqlen_q": ROWS, "max_seqlen_k": ROWS, "right": 0} | OFF)
+
+
+def full_call(dtype: torch.dtype, head_dim: int) -> Call:
+    """Packed, with a prefix for each sequence, and every term of a score."""
+    lengths = torch.empty(BATCH + 1, dtype=torch.int32)
+    terms = {
+        "prefix": lengths[1:],
+        "bias": torch.empty(BATCH, HEADS, ROWS, ROWS, dtype=dtype),
+        "distance_bias": torch.empty(HEADS, 257),
+        "alibi_slopes": torch.empty(HEADS),
+        "sink": torch.empty(HEADS),
+        "softcap": 30.0,
+        "dropout_p": 0.1,
+        "seed": torch.empty(1, dtype=torch.int64),
+    }
+    call = plain_call(dtype, head_dim)
+    packed = {name: getattr(call, name).flatten(0, 1) for name in "qkv"}
+    return call._replace(cu_seqlens_q=lengths, cu_seqlens_k=lengths, **packed, **terms)
+
+
+OFF = {"top_left": False, "softcap": 0.0, "dropout_p": 0.0, "deterministic": True, "batch_invariant": False}
+CONFIGURED_ALIKE = {"delta_kernel", "dq_kernel", "dkdv_kernel", "merge_kernel"}  # for both calls
+CALLS = {"plain": plain_call, "everything": full_call}
+
+
+def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
+    dtype = torch.float32 if bits == 32 else HALVES[kind]
+    c = CALLS[kind](dtype, head_dim)
+    out, dout = torch.empty_like(c.q), torch.empty_like(c.q)
+    lse = torch.empty((HEADS, BATCH * ROWS) if c.packed else (BATCH, HEADS, ROWS))
+    inputs = (c.q, c.k, c.v, c.bias, c.distance_bias, None, None, c.sink)
+    grads = [None if x is None else torch.empty_like(x) for x in inputs]
+    workspace = torch.empty(lse.numel() + (attention.diagonals(c, table).size if kind == "everything" else 0))
+    dlse = lse if kind == "everything" else None
+    return [
+        attention.forward(c, out, lse, table),
+        *attention.backward(c, dout, dlse, out, lse, grads, workspace, table),
+        attention.merge([out, out], [lse, lse], out, lse),
+    ]
+
+
+def jobs(table: str) -> list[tuple[str, str, int, int, int]]:
+    """Every configuration of the table; `everything` takes the compiler longest, so the kernels of one class alone repeat under it."""
+    found = []
+    for bits, repeated in ((32, 64), (16, 128)):
+        for head_dim in (256, 128, 64):
+            for kind in CALLS:
+                for n, launch in enumerate(launches(table, kind, bits, head_dim)):
+                    if kind == "plain" or head_dim == repeated or launch.kernel.__name__ not in CONFIGURED_ALIKE:
+                        found.append((table, kind, bits, head_dim, n))
+    return found
+
+
+def report(job: tuple[str, str, int, int, int]) -> dict:
+    table, kind, bits, head_dim, n = job
+    launch = launches(table, kind, bits, head_dim)[n]
+    begin = time.perf_counter()
+    binary = launch.kernel.warmup(
+        *launch.arguments, grid=(launch.programs,), **launch.constants, **launch.options
+    )  # launch.run, without the last step
+    seconds = time.perf_counter() - begin
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(binary.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+    ptx = binary.asm["ptx"]
+    return {
+        "kernel": launch.kernel.__name__.removesuffix("_kernel"),
+        "call": kind,
+        "bits": bits,
+        "head_dim": head_dim,
+        "tile": "x".join(
+            str(launch.constants[name]) for name in ("BLOCK_M", "BLOCK_N", "T") if name in launch.constants
+        ),
+        "warps": launch.options["num_warps"],
+        "stages": launch.options.get("num_stages", "-"),
+        "registers": registers,
+        "spilled": stack + local,  # bytes a thread
+        "shared": binary.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+        "bulk": ptx.count("cp.async.bulk.tensor"),
+        "descriptors": any(hasattr(x, "block_shape") for x in launch.arguments),
+        "products": "HEAD_DIM_V" in launch.constants and "BLOCK_D" in launch.constants,
+        "seconds": round(seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    table = sys.argv[1]
+    driver.set_active(NamedCard(int(table.removeprefix("sm_"))))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for line in pool.imap_unordered(report, jobs(table)):
+            print(json.dumps(line), flush=True)

@@ -1,0 +1,47 @@
+"""Every configuration of the tuning tables compiles for its card, fits it, and uses what the card has. No card is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia")
+
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one program can have
+CALL = ("kernel", "call", "bits", "head_dim")
+COLUMNS = (*CALL, "tile", "warps", "stages", "registers", "spilled", "shared", "wgmma", "mma", "bulk", "seconds")
+TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma"}
+# What the others spill is told in docs/kernel-notes.md.
+FREE_OF_SPILLS = {"forward", "delta", "dsink", "merge", "table"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # two minutes where nothing else runs
+@pytest.mark.parametrize("table", list(SHARED))
+def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> None:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    script = Path(__file__).with_name("compile_ahead.py")
+    done = subprocess.run([sys.executable, script, table], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = sorted(map(json.loads, done.stdout.splitlines()), key=lambda row: [row[name] for name in CALL])
+    lines = [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]
+    print(f"\n{table}", *(" ".join(f"{x:>10}" for x in line) for line in lines), sep="\n")
+
+    for row in rows:
+        what = f"{table}: {row}"
+        assert row["shared"] <= SHARED[table], what
+        if row["kernel"] in FREE_OF_SPILLS:
+            assert row["spilled"] == 0, what
+        if row["products"] and row["bits"] == 16:
+            assert row[TENSOR_CORES[table]] > 0, what
+        assert (row["bulk"] > 0) == row["descriptors"], what
+    compiled = {tuple(row[name] for name in ("kernel", "bits", "head_dim")) for row in rows}
+    names = {"forward", "dq", "dkdv", "dbias", "diagonals", "table", "delta", "dsink", "merge"}
+    assert compiled == {(name, bits, head_dim) for name in names for bits in (16, 32) for head_dim in (64, 128, 256)}
+    by_bulk_copy = {(row["kernel"], row["head_dim"]) for row in rows if row["descriptors"]}
+    expected = {(name, d) for name in ("forward", "dq", "dkdv") for d in (64, 128, 256)}
+    assert by_bulk_copy == (expected if table == "sm_90" else set())
