@@ -47,6 +47,19 @@ def test_bars_are_measured_and_recorded(tmp_path: Path) -> None:
     assert "MISSED" in ran.stdout or all(bar["target"]["met"] for bar in found["bars"])
 
 
+def test_the_readme_shows_what_was_measured() -> None:
+    """Its table is what benchmarks/summary.py prints of a committed results file, to the letter."""
+    readme = (ROOT / "README.md").read_text()
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    tables = []
+    for file in files:
+        found = json.loads(file.read_text())
+        assert found["schema"] == 1 and not found["commit"].endswith("+"), f"{file.name}: measured with local changes"
+        command = [sys.executable, str(ROOT / "benchmarks" / "summary.py"), str(file)]
+        tables.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    assert any(table in readme for table in tables)
+
+
 @pytest.fixture(scope="module")
 def exact() -> ModuleType:
     spec = importlib.util.spec_from_file_location("exact", ROOT / "benchmarks" / "exact.py")
