@@ -92,7 +92,12 @@ def check_contents(call: Call) -> None:
     """What lengths hold, after `check_attention`; reads them, so only where `contents_are_readable`."""
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         _check_cu_contents("q", call.cu_seqlens_q.tolist(), call.q.shape[0], call.max_seqlen_q)
-        _check_cu_contents("k", call.cu_seqlens_k.tolist(), call.k.shape[0], call.max_seqlen_k)
+        if (
+            call.cu_seqlens_k is not call.cu_seqlens_q
+            or call.k.shape[0] < call.q.shape[0]
+            or call.max_seqlen_k < call.max_seqlen_q
+        ):
+            _check_cu_contents("k", call.cu_seqlens_k.tolist(), call.k.shape[0], call.max_seqlen_k)
     if call.seqlens_q is not None:
         _check_length_contents("q", call.seqlens_q, call.starts_q, call.max_seqlen_q)
     if call.seqlens_k is not None:

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -60,6 +61,24 @@ void clear_padding(const Problem& p, int64_t rows_stored) {
   });
 }
 
+// A few queries of every sequence against a dense batch of keys: decoding, where each sequence is one page.
+bool is_decoding(const Problem& p, const CallArguments& call, const DecodeKernel& kernel) {
+  return !call.packed() && !call.batch_invariant && !p.dropout && !p.start_q && !p.start_k && p.rows_k > 0 &&
+         p.rows_q * p.group() <= kernel.queries && p.head_dim % kernel.dims == 0 && p.head_dim_v % kernel.dims == 0 &&
+         p.batch >= torch::stable::get_num_threads();
+}
+
+void decode(const Problem& p, const DecodeKernel& kernel) {
+  std::vector<int32_t> table(p.batch);
+  std::iota(table.begin(), table.end(), 0);
+  const Pages pages{p.k, p.v, {}, {}, Storage::AS_QUERIES, table.data(), 1, p.rows_k};
+  parallel_tasks(p.batch, kernel.scratch(p, pages, p.rows_q), [&](int64_t b, void* scratch) {
+    const Sequence s = sequence(p, b);
+    if (s.len_q > 0)
+      kernel.run(p, pages, {s, int32_t(b), 0, int32_t(p.heads_q), int32_t(s.len_q), 0, 0, s.len_k, -1}, scratch);
+  });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
@@ -70,8 +89,13 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   Tensor lse = packed ? new_float({heads, q.size(0)}) : new_float({q.size(0), heads, q.size(1)});
   if (heads == 0) return {std::move(out), std::move(lse)};
   const Problem p = problem_of(call, out, lse);
-  const ForwardKernel& kernel = *current_isa().forward;
+  const Isa& isa = current_isa();
+  const ForwardKernel& kernel = *isa.forward;
   clear_padding(p, packed ? q.size(0) : q.size(1));
+  if (is_decoding(p, call, *isa.decode)) {
+    decode(p, *isa.decode);
+    return {std::move(out), std::move(lse)};
+  }
   const std::vector<ForwardTask> tasks = forward_tasks(p, kernel, tiles_of_task(p, kernel));
   parallel_tasks(int64_t(tasks.size()), kernel.scratch(p),
                  [&](int64_t index, void* scratch) { kernel.run(p, nullptr, tasks[index], scratch); });

@@ -472,12 +472,12 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
       }
       const float lse = sum == 0 ? -INF : top + __builtin_logf(sum), scale = sum == 0 ? 0 : shrink / sum;
       const int64_t out_row = is_final ? task.seq.row_q + task.row + r : task.slot + r;
-      (is_final ? p.lse + h * p.lse_head : p.parts_lse + h * p.parts_lse_head)[out_row] = lse;
+      (is_final ? p.lse + task.b * p.lse_batch + h * p.lse_head : p.parts_lse + h * p.parts_lse_head)[out_row] = lse;
       const float* from = s.out + at * dims;
       for (int64_t x = 0; x < dims; x += LANES) {
         for (int c = 0; c < LANES; ++c) row[c] = scale == 0 ? 0.0f : from[place<P>(x + c)] * scale;
         if (is_final)
-          narrow(p.out.at<E>(0, out_row, h) + x, load<vfloat>(row));
+          narrow(p.out.at<E>(task.b, out_row, h) + x, load<vfloat>(row));
         else
           store(p.parts.at<float>(0, out_row, h) + x, load<vfloat>(row));
       }

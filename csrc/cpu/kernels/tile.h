@@ -40,23 +40,12 @@ typedef Float32 Bf16Product;
 enum class Start { ZERO, ADD, SCALE };
 
 // c[r][x] = start + sum over t of a[r * a_row + t * a_step] * b[t * b_step + x], for ROWS rows and V vectors of x.
-// Start: zero, c itself, or c times factor[x].
+// Start: zero, c itself, or c times factor[x]; added last, so that the sum over t rounds relative to itself.
 template <class P, int V, Start START>
 inline void product_tile(int steps, const typename P::unit* a, ptrdiff_t a_row, ptrdiff_t a_step,
                          const typename P::unit* b, ptrdiff_t b_step, float* c, ptrdiff_t c_row,
                          const float* factor = nullptr) {
-  vfloat sum[ROWS][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 3
-    for (int x = 0; x < V; ++x) {
-      if (START == Start::ZERO) {
-        sum[r][x] = vfloat{};
-      } else {
-        sum[r][x] = load<vfloat>(c + r * c_row + x * LANES);
-        if (START == Start::SCALE) sum[r][x] *= load<vfloat>(factor + x * LANES);
-      }
-    }
+  vfloat sum[ROWS][V] = {};
   for (int t = 0; t < steps; ++t) {
     typename P::vector right[V];
 #pragma GCC unroll 3
@@ -73,8 +62,15 @@ inline void product_tile(int steps, const typename P::unit* a, ptrdiff_t a_row, 
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 3
-    for (int x = 0; x < V; ++x) store(c + r * c_row + x * LANES, sum[r][x]);
+    for (int x = 0; x < V; ++x) {
+      float* to = c + r * c_row + x * LANES;
+      if (START == Start::ADD) sum[r][x] += load<vfloat>(to);
+      if (START == Start::SCALE) sum[r][x] += load<vfloat>(to) * load<vfloat>(factor + x * LANES);
+      store(to, sum[r][x]);
+    }
 }
+
+constexpr int CHAIN = 64;  // steps that are summed one after another; longer sums are sums of such
 
 // The same for any multiple of ROWS rows and any number of vectors.
 template <class P, Start START>
@@ -84,14 +80,19 @@ inline void product(int rows, int vectors, int steps, const typename P::unit* a,
   for (int x = 0; x < vectors;) {
     const int left = vectors - x;
     const int take = left >= VECS && left != VECS + 1 ? VECS : left >= 2 ? 2 : 1;  // 4 = 2 + 2, never 3 + 1
-    for (int r = 0; r < rows; r += ROWS) {
-      const auto* ar = a + r * a_row;
-      const auto* bx = b + x * LANES;
+    const auto tile = [&]<Start FROM>(int r, int first, int count) {
+      const auto* ar = a + r * a_row + first * a_step;
+      const auto* bx = b + first * b_step + x * LANES;
       float* cx = c + r * c_row + x * LANES;
-      const float* fx = START == Start::SCALE ? factor + x * LANES : nullptr;
-      if (take == 3) product_tile<P, 3, START>(steps, ar, a_row, a_step, bx, b_step, cx, c_row, fx);
-      if (take == 2) product_tile<P, 2, START>(steps, ar, a_row, a_step, bx, b_step, cx, c_row, fx);
-      if (take == 1) product_tile<P, 1, START>(steps, ar, a_row, a_step, bx, b_step, cx, c_row, fx);
+      const float* fx = FROM == Start::SCALE ? factor + x * LANES : nullptr;
+      if (take == 3) product_tile<P, 3, FROM>(count, ar, a_row, a_step, bx, b_step, cx, c_row, fx);
+      if (take == 2) product_tile<P, 2, FROM>(count, ar, a_row, a_step, bx, b_step, cx, c_row, fx);
+      if (take == 1) product_tile<P, 1, FROM>(count, ar, a_row, a_step, bx, b_step, cx, c_row, fx);
+    };
+    for (int r = 0; r < rows; r += ROWS) {
+      tile.template operator()<START>(r, 0, steps < CHAIN ? steps : CHAIN);
+      for (int t = CHAIN; t < steps; t += CHAIN)
+        tile.template operator()<Start::ADD>(r, t, steps - t < CHAIN ? steps - t : CHAIN);
     }
     x += take;
   }
