@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -297,7 +297,7 @@ class GPT(nn.Module):
             x = x + self.position(batch.positions.clamp(min=0))  # -1: a row of a buffer that no token is in
         x = self.dropout(x)
         for layer in self.layers:
-            x = layer.step(x, paged)
+            x = cast(GPTLayer, layer).step(x, paged)
         if rows is None:
             rows = batch.cu_seqlens_q[1:] - 1
         return paged.apply(lambda x: self.head(self.norm(x)), x.index_select(0, rows))

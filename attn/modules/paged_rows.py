@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class PagedRows:
         cache, batch = self.cache, self.batch
         pages = (cache.k_pages[layer], cache.v_pages[layer])
         cos, sin = self.rope
-        held = {
+        held: dict[str, Any] = {
             "k_scales": None if cache.k_scales is None else cache.k_scales[layer],
             "v_scales": None if cache.v_scales is None else cache.v_scales[layer],
         }
