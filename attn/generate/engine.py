@@ -249,8 +249,12 @@ class Engine:
             if self.tokenizer is None:
                 wrong_type("prompt", "token ids, for this engine has no tokenizer", "text")
             tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids
+        elif isinstance(prompt, Sequence):
+            tokens = list(prompt)
+        elif isinstance(prompt, Tensor):
+            tokens = prompt.tolist()
         else:
-            tokens = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+            wrong_type("prompt", "text or a list of token ids", type(prompt).__name__)
         vocab_size = self.model.config.vocab_size
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int):

@@ -60,7 +60,7 @@ class Sample:
     cumulative: float = 0.0
     seq: CachedSequence | None = None
     finish_reason: str | None = None
-    accepted: int = 0  # tokens that a verifier accepted
+    accepted: int = 0  # tokens that a verifier accepted; the others may not be shown yet
     rejections: int = 0
     banned: dict[int, set[int]] = field(default_factory=dict)  # by place
     lookup: Lookup = field(default_factory=Lookup)
@@ -103,7 +103,9 @@ class Sample:
         """Puts what may be shown, and was not yet, where a stream finds it."""
         text, done = self.text.text, self.finish_reason is not None
         whole = self.finish_reason in ("stop", "length")
-        ready = len(self.tokens) if whole or self.request.verifier is None else self.accepted
+        ready = len(self.tokens)
+        if not whole and (self.request.verifier is not None or self.request.params.beams):
+            ready = self.accepted
         end = len(text) if whole else min(self.text.ends[ready - 1] if ready else 0, len(text) - self.text.held_back())
         end = max(end, self.shown_text)
         ready = max(ready, self.shown_tokens)

@@ -22,6 +22,15 @@ PROMPTS = [[random.Random(n).randrange(VOCAB) for _ in range(length)] for n, len
 MakeEngine = Callable[..., Engine]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tensors of this size a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def seeded(config: GPTConfig) -> GPT:
     torch.manual_seed(0)
     model = GPT(config).eval()

@@ -14,7 +14,7 @@ from duplex_attn.checkpoint import load_checkpoint
 from duplex_attn.generate import Engine, SamplingParams
 from duplex_attn.modules import GPT
 
-from .conftest import PROMPTS, VOCAB, MakeEngine
+from .conftest import CONFIGS, PROMPTS, VOCAB, MakeEngine, seeded
 
 KINDS = {
     "greedy": SamplingParams(max_tokens=12),
@@ -205,8 +205,6 @@ def exhaustive(model: GPT, prompt: list[int], length: int, eos: int, penalty: fl
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, -1.0])
 def test_wide_beams_find_the_best_of_all(engine: MakeEngine, penalty: float) -> None:
-    from .conftest import CONFIGS, seeded
-
     tiny = seeded(replace(CONFIGS["learned"], vocab_size=5))
     prompt, eos, length = [1, 2, 3, 4, 0, 1], 3, 4
     expected = exhaustive(tiny, prompt, length, eos, penalty)

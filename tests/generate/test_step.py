@@ -69,28 +69,24 @@ def test_decoding_after_truncation_and_fork(model: GPT) -> None:
 @pytest.mark.parametrize("threads", [1, 5])
 def test_batch_invariant_logits(model: GPT, dtype: torch.dtype, threads: int) -> None:
     """No bit depends on the batch, the chunks, the pages, or whether tokens came one by one."""
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     model = GPT(model.config).eval().to(dtype) if dtype != torch.float32 else model
-    try:
-        alone = []
-        for line in LINES:
-            cache = cache_for(model, dtype=dtype)
-            seq = cache.add(line)
-            alone.append(step(model, cache, [seq], [len(line)], every=True, batch_invariant=True))
+    alone = []
+    for line in LINES:
         cache = cache_for(model, dtype=dtype)
-        seqs = [cache.add(line) for line in reversed(LINES)]
-        found: dict[Sequence, list[Tensor]] = {seq: [] for seq in seqs}
-        rng = random.Random(1)
-        while left := [seq for seq in seqs if seq.committed < seq.length]:
-            counts = [min(rng.choice((1, 1, 2, 7)), seq.length - seq.committed) for seq in left]
-            rows = step(model, cache, left, counts, every=True, batch_invariant=True).split(counts)
-            for seq, part in zip(left, rows, strict=True):
-                found[seq].append(part)
-        for expected, seq in zip(reversed(alone), seqs, strict=True):
-            assert torch.cat(found[seq]).equal(expected)
-    finally:
-        torch.set_num_threads(before)
+        seq = cache.add(line)
+        alone.append(step(model, cache, [seq], [len(line)], every=True, batch_invariant=True))
+    cache = cache_for(model, dtype=dtype)
+    seqs = [cache.add(line) for line in reversed(LINES)]
+    found: dict[Sequence, list[Tensor]] = {seq: [] for seq in seqs}
+    rng = random.Random(1)
+    while left := [seq for seq in seqs if seq.committed < seq.length]:
+        counts = [min(rng.choice((1, 1, 2, 7)), seq.length - seq.committed) for seq in left]
+        rows = step(model, cache, left, counts, every=True, batch_invariant=True).split(counts)
+        for seq, part in zip(left, rows, strict=True):
+            found[seq].append(part)
+    for expected, seq in zip(reversed(alone), seqs, strict=True):
+        assert torch.cat(found[seq]).equal(expected)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "float8_e4m3fn"])
