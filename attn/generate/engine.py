@@ -245,16 +245,17 @@ class Engine:
             )
 
     def _tokens_of(self, prompt: str | Sequence[int] | Tensor, add_special_tokens: bool) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                wrong_type("prompt", "token ids, for this engine has no tokenizer", "text")
-            tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids
-        elif isinstance(prompt, Sequence):
-            tokens = list(prompt)
-        elif isinstance(prompt, Tensor):
+        tokens: list[Any]
+        if isinstance(prompt, Tensor):
             tokens = prompt.tolist()
-        else:
+        elif not isinstance(prompt, Sequence):
             wrong_type("prompt", "text or a list of token ids", type(prompt).__name__)
+        elif not isinstance(prompt, str):
+            tokens = list(prompt)
+        elif self.tokenizer is None:
+            wrong_type("prompt", "token ids, for this engine has no tokenizer", "text")
+        else:
+            tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids
         vocab_size = self.model.config.vocab_size
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int):
