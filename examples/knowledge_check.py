@@ -68,7 +68,7 @@ def hearsay(count: int, rng: random.Random) -> list[str]:
     return [" ".join(sentence() for _ in range(8)) for _ in range(count)]
 
 
-def train(lines: list[str], tokenizer: Any, steps: int = 60) -> GPT:
+def train(lines: list[str], tokenizer: Any, steps: int) -> GPT:
     torch.manual_seed(0)
     size = {"hidden": 64, "layers": 2, "heads": 4, "heads_kv": 4, "head_dim": 16, "inner": 128}
     model = GPT(GPTConfig(vocab_size=tokenizer.get_vocab_size(), max_positions=256, **size))
@@ -87,11 +87,11 @@ def train(lines: list[str], tokenizer: Any, steps: int = 60) -> GPT:
     return model.eval()
 
 
-def main() -> None:
+def main(steps: int = 60) -> KnowledgeCheck:
     print("training a small GPT on hearsay")
     lines = hearsay(400, random.Random(0))
     tokenizer = train_tokenizer(lines, 420)
-    engine = Engine(train(lines, tokenizer), tokenizer)
+    engine = Engine(train(lines, tokenizer, steps), tokenizer)
     params = SamplingParams(max_tokens=49, temperature=1.0, seed=1)
     options = {"add_special_tokens": False}
 
@@ -105,6 +105,7 @@ def main() -> None:
         print(f"  taken back: {wrong}  put there: {fact}")
     engine.cache.check()
     print(f"\npages in use afterwards: {engine.stats().cache.pages_used}")
+    return check
 
 
 if __name__ == "__main__":

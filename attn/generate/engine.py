@@ -301,18 +301,13 @@ class Engine:
 
     def _choose(self, work: list[Work], begins: list[int], logits: Tensor) -> None:
         """The next tokens of all samples whose logits are there."""
-        plain = [(one, begin) for one, begin in zip(work, begins, strict=True) if begin >= 0]
-        searching: dict[Request, list[tuple[Sample, int]]] = {}
-        for one, begin in plain:
-            if one.sample.request.params.beams:
-                searching.setdefault(one.sample.request, []).append((one.sample, begin))
-        plain = [(one, begin) for one, begin in plain if not one.sample.request.params.beams]
+        ready = [(one, begin) for one, begin in zip(work, begins, strict=True) if begin >= 0]
+        plain = [(one, begin) for one, begin in ready if not one.sample.request.params.beams]
         rows = [begin + n for one, begin in plain for n in range(1 + len(one.guesses))]
         draws = [one.sample.draw(n) for one, _ in plain for n in range(1 + len(one.guesses))]
+        chosen_logits = logits
         if rows != list(range(len(logits))):
             chosen_logits = logits[torch.tensor(rows, dtype=torch.int64, device=logits.device)]
-        else:
-            chosen_logits = logits
         tokens = choose(chosen_logits, draws) if rows else []
         logprobs = logprobs_of(chosen_logits, tokens, [draw.params.logprobs for draw in draws])
         at = 0
@@ -320,7 +315,11 @@ class Engine:
             end = at + 1 + len(one.guesses)
             self._guarded(one.sample.request, self._take, one, tokens[at:end], logprobs[at:end])
             at = end
-        for request, found in searching.items():
+        beams_of: dict[Request, list[tuple[Sample, int]]] = {}
+        for one, begin in ready:
+            if one.sample.request.params.beams:
+                beams_of.setdefault(one.sample.request, []).append((one.sample, begin))
+        for request, found in beams_of.items():
             self._guarded(request, self._search, request, found, logits)
 
     def _guarded(self, request: Request, call: Any, *arguments: Any) -> None:
@@ -435,10 +434,10 @@ class Engine:
         self._end(request, "error")
 
     def _end(self, request: Request, reason: str | None) -> None:
-        if request.finished:
+        before, request.state = request.state, State.FINISHED
+        self._scheduler.leave(request)  # again where Ctrl-C came in the middle of it
+        if before is State.FINISHED:
             return
-        request.state = State.FINISHED
-        self._scheduler.leave(request)
         for sample in request.live:
             sample.finish_reason = reason
             sample.show()

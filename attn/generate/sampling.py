@@ -12,6 +12,7 @@ from .params import SamplingParams
 
 NO_TOKEN = -1
 NUCLEUS = 256  # tokens looked at first to find a nucleus; most are smaller
+COLDEST = 1e-6  # temperature, below which nothing is left but the likeliest
 _MASK = 2**64 - 1
 
 
@@ -32,8 +33,8 @@ class TokenLogprob(NamedTuple):
 
 def uniform(seed: int, *counters: int) -> float:
     """A number in [0, 1) that is a function of its arguments: SplitMix64 (Steele et al. 2014) of each in turn."""
-    x = seed
-    for counter in counters:
+    x = 0
+    for counter in (seed, *counters):
         x = (x ^ counter) + 0x9E3779B97F4A7C15 & _MASK
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
@@ -64,7 +65,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     numbers = torch.tensor([draw.uniform for draw in draws], dtype=torch.float64, device=logits.device)
     tokens = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)[:, 0]
-    return tokens.clamp(max=logits.shape[1] - 1)  # a row that is no number passes nothing
+    return torch.where(sums[:, -1].isfinite(), tokens, logits.argmax(-1))  # else what is not finite, for all to see
 
 
 def kept(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -73,7 +74,7 @@ def kept(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    logits = logits / column([p.temperature for p in params])
+    logits = (logits - logits.amax(-1, keepdim=True)) / column([max(p.temperature, COLDEST) for p in params])
     limited = [r for r, p in enumerate(params) if 0 < p.top_k < logits.shape[1]]
     if limited:
         counts = [params[r].top_k for r in limited]

@@ -39,6 +39,8 @@ class Scheduler:
 
     def plan(self) -> list[Work]:
         for request in tuple(self.running):
+            if request.finished:
+                self.leave(request)  # what an interrupted step left undone
             self._grow(request)
         live = [sample for request in self.running for sample in request.live]
         work = [Work(sample, 1) for sample in live if self._pending(sample) == 1]  # at most max_sequences
@@ -46,9 +48,13 @@ class Scheduler:
         for sample in live:
             if self._pending(sample) > 1:
                 budget -= self._add_chunk(work, sample, budget)
-        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
-            for sample in self.running[-1].live:
-                budget -= self._add_chunk(work, sample, budget)
+        while budget > 0 and self.waiting:
+            request = self.waiting[0]
+            if self._admit(request):
+                for sample in request.live:
+                    budget -= self._add_chunk(work, sample, budget)
+            elif not request.finished:  # it has not failed, it does not fit now
+                break
         for at, one in enumerate(work):
             if one.ready and one.count == 1 and (guesses := self._guess(one.sample, budget)):
                 work[at] = Work(one.sample, 1 + len(guesses), guesses)
@@ -182,3 +188,4 @@ class Scheduler:
         self.preemptions += 1
         self.running.remove(request)
         self.waiting.appendleft(request)
+        self._refused_at = self.cache.available_pages
