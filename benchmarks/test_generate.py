@@ -27,6 +27,7 @@ ROUNDS = 1  # of either side; one takes minutes
 CHECKED = 8  # tokens that both must agree on to the last; beyond, a tie of two logits may part them
 
 
+@pytest.mark.timeout(3600)  # a loaded machine takes minutes for either side
 @pytest.mark.parametrize("limits", LIMITS)
 def test_generate(bench: Bench, limits: str) -> None:
     transformers = pytest.importorskip("transformers")
