@@ -7,13 +7,15 @@ A step of generation reads: `append` or `extend` the new tokens, make a `batch`,
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import MAX_HEAD_DIM, wrong_type, wrong_value
+from .mask import Mask
+from .paged.functional import copy_pages, plan
 
 try:
     from . import _runtime
@@ -71,8 +73,27 @@ class PagedBatch:
     max_seqlen_q: int
     max_seqlen_k: int
     seqs: tuple[Sequence, ...]
+    page_size: int
     _memory: _Memory  # holds the four tensors
     _rows: _runtime.Batch | None  # None of buffers that no batch has filled
+    _plans: dict[Any, tuple[Mask, Tensor | None]] = field(default_factory=dict)
+
+    def plan(self, mask: Mask, batch_invariant: bool = False) -> Tensor | None:
+        """The division of the step's work for `mask`, made once and read by every layer: `paged_attention`'s `plan`.
+
+        Kept for each (left, right); a prefix tensor is read when its plan is made. None where tensors are on a GPU or
+        the C++ library is missing: a call then divides its own work.
+        """
+        if not self.block_table.is_cpu:
+            return None
+        key = (id(mask.prefix) if isinstance(mask.prefix, Tensor) else mask.prefix, *mask[1:], batch_invariant)
+        if key not in self._plans:
+            made = plan(
+                self.block_table, self.seqlens_k, self.page_size, mask, cu_seqlens_q=self.cu_seqlens_q,
+                batch_invariant=batch_invariant,
+            )  # fmt: skip
+            self._plans[key] = mask, made  # the mask too: its prefix keeps its id
+        return self._plans[key][1]
 
 
 @dataclass(frozen=True)
@@ -225,8 +246,9 @@ class PagedKVCache:
         self._make_pending_copies()
         table, seqlens_k, cu_seqlens_q, positions = memory.parts(memory.flat) if out is None else _tensors(out)
         return PagedBatch(
-            table, seqlens_k, cu_seqlens_q, positions, rows.max_seqlen_q, rows.max_seqlen_k, seqs, memory, rows
-        )
+            table, seqlens_k, cu_seqlens_q, positions, rows.max_seqlen_q, rows.max_seqlen_k, seqs,
+            self.page_size, memory, rows,
+        )  # fmt: skip
 
     def buffers(self, batch: int, max_pages: int, tokens: int) -> PagedBatch:
         """An empty batch whose tensors later ones are written to: what a CUDA graph was captured with.
@@ -235,7 +257,7 @@ class PagedKVCache:
         """
         memory = _Memory.of(batch, max_pages, tokens, self.device)
         memory.fill(self._runtime, self._runtime.batch([]))
-        return PagedBatch(*memory.parts(memory.flat), 0, 0, (), memory, None)
+        return PagedBatch(*memory.parts(memory.flat), 0, 0, (), self.page_size, memory, None)
 
     def swap_out(self, seq: Sequence) -> None:
         """Moves what the sequence has committed to host memory and gives its pages back. It can only wait or be freed."""
@@ -296,14 +318,21 @@ class PagedKVCache:
 
     def _make_pending_copies(self) -> None:
         if self._runtime.has_pending_copies:
-            src, dst = map(self._page_ids, self._runtime.pending_copies())
+            src, dst = (self._page_ids(pages).int() for pages in self._runtime.pending_copies())
             self._copy_pages(src, dst)
             self._runtime.copies_made()
 
     def _copy_pages(self, src: Tensor, dst: Tensor) -> None:
-        """Copies whole pages in all layers; no page is among both src and dst, int64 (copies,)."""
-        for x in self._contents():
-            x[:, dst] = x[:, src]
+        """Copies whole pages in all layers."""
+        for layer in range(self.num_layers):
+            k_scales, v_scales = self.scales(layer)
+            copy_pages(self.k_pages[layer], self.v_pages[layer], src, dst, k_scales=k_scales, v_scales=v_scales)
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """k_scales and v_scales of a layer."""
+        if self.k_scales is None or self.v_scales is None:
+            return None, None
+        return self.k_scales[layer], self.v_scales[layer]
 
     def _contents(self) -> list[Tensor]:
         """Everything that belongs to a page, each (num_layers, num_pages, ...); fp8 as bytes, which every device moves."""

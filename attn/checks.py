@@ -6,7 +6,6 @@ may be symbolic in a fake, which sees no contents.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from operator import add, sub
@@ -23,6 +22,7 @@ CHECK_ON_DEVICE = os.environ.get("DUPLEX_ATTN_CHECK", "0") not in ("", "0")  # c
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _BIAS_DTYPES = (torch.bool, *_DTYPES)
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # as kernels take numbers
 
 
 def wrong_value(name: str, expected: str, got: object) -> NoReturn:
@@ -83,10 +83,7 @@ def check_attention(call: Call) -> None:
         check_per_head("alibi_slopes", alibi_slopes, heads, dtype, device)
     if sink is not None:
         check_per_head("sink", sink, heads, dtype, device)
-    if scale is not None and not -math.inf < scale < math.inf:
-        wrong_value("scale", "a finite number", scale)
-    if not 0 <= softcap < math.inf:
-        wrong_value("softcap", "a finite number >= 0", softcap)
+    check_scores(scale, softcap)
     if dropout_p != 0 or seed is not None:
         _check_dropout(dropout_p, seed, device)
 
@@ -137,12 +134,12 @@ def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.dtype != first.dtype:
             wrong_type(f"outs[{n}]", f"the dtype of outs[0] ({first.dtype})", out.dtype)
-        check_device(f"outs[{n}]", out, first.device)
+        check_device(f"outs[{n}]", out, first.device, "outs[0]")
         if out.shape != first.shape:
             wrong_value(f"outs[{n}]", f"the shape of outs[0] {tuple(first.shape)}", out.shape)
         if lse.dtype != lse_dtype:
             wrong_type(f"lses[{n}]", str(lse_dtype), lse.dtype)
-        check_device(f"lses[{n}]", lse, first.device)
+        check_device(f"lses[{n}]", lse, first.device, "outs[0]")
         if lse.shape != lse_shape:
             wrong_value(f"lses[{n}]", f"shape {lse_shape}", lse.shape)
 
@@ -214,9 +211,16 @@ def check_window(left: int | None, right: int | None) -> None:
             wrong_value(name, f"a distance up to {MAX_DISTANCE}, or None for no bound", distance)
 
 
-def check_device(name: str, x: Tensor, device: torch.device) -> None:
+def check_scores(scale: float | None, softcap: float) -> None:
+    if scale is not None and not -_LARGEST <= scale <= _LARGEST:
+        wrong_value("scale", "a finite number (float32)", scale)
+    if softcap != 0 and not _SMALLEST <= softcap <= _LARGEST:
+        wrong_value("softcap", "0 for none, or a positive finite number (float32)", softcap)
+
+
+def check_device(name: str, x: Tensor, device: torch.device, whose: str = "q") -> None:
     if x.device != device:
-        wrong_value(name, f"q's device {device}", x.device)
+        wrong_value(name, f"{whose}'s device {device}", x.device)
 
 
 def check_per_sequence(name: str, x: Tensor, count: int, device: torch.device, of: str = "batch") -> None:

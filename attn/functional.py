@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .backends import Explanation, explain_call
 from .call import Call
-from .checks import MAX_DISTANCE, wrong_type, wrong_value
+from .checks import MAX_DISTANCE, check_contents, contents_are_readable, wrong_type, wrong_value
 from .mask import Mask, full
 from .ops import attention_forward as _operator
 from .ops import merge_attention as _merge_operator
@@ -68,7 +69,7 @@ def attention(
     Raises ValueError for shapes and values, TypeError for dtypes and kinds, naming the argument.
     """
     arguments = _arguments(
-        q, k, v, None, None, _rows("q", q), _rows("k", k), mask, seqlens_q, seqlens_k, starts_q, starts_k, bias,
+        q, k, v, None, None, _rows(q), _rows(k), mask, seqlens_q, seqlens_k, starts_q, starts_k, bias,
         distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
         deterministic, batch_invariant, backend,
     )  # fmt: skip
@@ -111,6 +112,7 @@ def varlen_attention(
 
     Returns out (total_q, Hq, Dv), and with return_lse also lse (Hq, total_q).
     """
+    check_tensor("cu_seqlens_q", cu_seqlens_q)  # without it the operator would take the call for a dense one
     arguments = _arguments(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, None, None, None, None, bias,
         distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
@@ -127,7 +129,7 @@ def merge_attention(
     outs: each (B, S, H, D) or (total, H, D); lses: each (B, H, S) or (H, total), float32. Returns out and lse of the
     same shapes. A sink belongs in one part only. Raises ValueError or TypeError, naming the argument.
     """
-    return _merge_operator(outs, lses, backend or "")
+    return run_operator(_merge_operator, (outs, lses, backend or ""))
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
@@ -136,14 +138,22 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     A call of `varlen_attention` is told from one of `attention` by its cu_seqlens. Nothing is computed; what the call
     would raise, this raises.
     """
-    packed = "cu_seqlens_q" in kwargs or len(args) > 4
+    packed = len(args) > 4 or "cu_seqlens_q" in kwargs or "cu_seqlens_k" in kwargs
     bound = inspect.signature(varlen_attention if packed else attention).bind(*args, **kwargs)
     bound.apply_defaults()
-    named = {name: x for name, x in bound.arguments.items() if name != "return_lse"}
-    if not packed:
-        named.update(max_seqlen_q=_rows("q", named["q"]), max_seqlen_k=_rows("k", named["k"]))
-    *call, backend = _arguments(*[named.get(name) for name in inspect.signature(_arguments).parameters])
-    return explain_call(Call._make(call), backend)
+    named = bound.arguments
+    if packed:
+        check_tensor("cu_seqlens_q", named["cu_seqlens_q"])
+    else:
+        named.update(max_seqlen_q=_rows(named["q"]), max_seqlen_k=_rows(named["k"]))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # every check of a call, without its kernels
+        arguments = _arguments(*[named.get(name) for name in inspect.signature(_arguments).parameters])
+        run_operator(_operator, arguments)
+    *call_arguments, backend = arguments
+    call = Call._make(call_arguments)
+    if contents_are_readable(call.q):
+        check_contents(call)
+    return explain_call(call, backend)
 
 
 def _arguments(
@@ -152,10 +162,12 @@ def _arguments(
     deterministic, batch_invariant, backend,
 ):  # fmt: skip
     """The operator's arguments."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_tensor(name, x)
     prefix, left, right, top_left = named_mask(mask)
     if not isinstance(prefix, Tensor):
-        batch = q.shape[0] if cu_seqlens_q is None else max(cu_seqlens_q.shape[0] - 1, 0)
-        prefix = prefix_tensor(prefix, batch, q) if prefix else None
+        prefix = None if prefix == 0 else prefix_tensor(prefix, _sequences(q, cu_seqlens_q), q)
     table_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if bias is not None:
         bias = four_dims(bias)
@@ -196,10 +208,19 @@ def _raise_if_wrong_kind(error: RuntimeError) -> None:
         raise TypeError(f"{name}: expected {expected}, got {got}") from None
 
 
-def _rows(name: str, x: Tensor) -> int:
+def check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         wrong_type(name, "a tensor", type(x).__name__)
-    return x.shape[1] if x.dim() > 1 else 0
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 0
+
+
+def _sequences(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
+    if cu_seqlens_q is not None:
+        return max(cu_seqlens_q.numel() - 1, 0)
+    return q.shape[0] if q.dim() > 0 else 0
 
 
 def named_mask(mask: Mask) -> tuple[Any, int | None, int | None, bool]:
@@ -215,12 +236,11 @@ def named_mask(mask: Mask) -> tuple[Any, int | None, int | None, bool]:
 def prefix_tensor(prefix: Any, batch: int, q: Tensor) -> Tensor:
     if not isinstance(prefix, int | torch.SymInt):
         wrong_type("prefix", "an int or an int32 tensor (batch,)", type(prefix).__name__)
-    return torch.full((batch,), min(cast(int, prefix), MAX_DISTANCE), dtype=torch.int32, device=q.device)
+    return torch.full((batch,), max(0, min(cast(int, prefix), MAX_DISTANCE)), dtype=torch.int32, device=q.device)
 
 
 def four_dims(bias: Tensor) -> Tensor:
-    if not isinstance(bias, Tensor):
-        wrong_type("bias", "a tensor", type(bias).__name__)
+    check_tensor("bias", bias)
     return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
 
 
@@ -228,8 +248,7 @@ def table(name: str, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """In the dtype of the softmax; the cast is outside the operator, so autograd casts the gradient back."""
     if x is None:
         return None
-    if not isinstance(x, Tensor):
-        wrong_type(name, "a tensor", type(x).__name__)
+    check_tensor(name, x)
     if not x.is_floating_point():
         wrong_type(name, "a floating dtype", x.dtype)
     return x.to(dtype).contiguous()

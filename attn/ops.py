@@ -62,7 +62,9 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest
     call = _checked_call(call_arguments)
     checks.check_gradients(dout, dlse, out, lse, call)
     dout = dout if _has_contiguous_rows(dout) else dout.contiguous()
+    out = out if _has_contiguous_rows(out) else out.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
+    lse = lse.contiguous()  # kernels lay out what they keep for a row as lse
     return tuple(choose(call, backend).attention_backward(dout, dlse, out, lse, *call, output_mask))
 
 
@@ -265,7 +267,7 @@ def _forward_autocast(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Casts q, k, v as autocast does for torch's own attention, and nothing else."""
     device_type = arguments[0].device.type
     dtype = torch.get_autocast_dtype(device_type)
-    qkv = [x if x.dtype == torch.float64 else x.to(dtype) for x in arguments[:3]]
+    qkv = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in arguments[:3]]
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         return attention_forward(*qkv, *arguments[3:])
 

@@ -105,8 +105,8 @@ def _row_of_sequence(table: Tensor, index: Tensor) -> Tensor:
     return table.take_along_dim(index.clamp(0, max(table.shape[2] - 1, 0))[:, None, :, None], 2)
 
 
-def _attend(c: Call) -> _Attention:
-    """Sections 2 and 3 for a dense call."""
+def _attend(c: Call, first: int = 0) -> _Attention:
+    """Sections 2 and 3 for a dense call; `first` is the place of its first sequence in the batch."""
     span = _span(c)
     distance, visible = span.distance[:, None], span.visible[:, None]  # (B, 1, Sq, Sk)
     q = torch.where(span.live_q[..., None, None], c.q, 0).to(c.accumulator)
@@ -142,20 +142,47 @@ def _attend(c: Call) -> _Attention:
     p = _softmax(s, -1)[..., : span.distance.shape[-1]]
     kept = None
     if c.dropout_p > 0 and c.seed is not None:
-        kept = dropout_kept(s.shape[1], span.i, span.j, c.dropout_p, c.seed) / (1 - c.dropout_p)
+        kept = dropout_kept(s.shape[1], span.i, span.j, c.dropout_p, c.seed, first) / (1 - c.dropout_p)
     return _Attention(q, k, v, span, p, lse, kept, cap_slope)
 
 
 def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     c = Call(*arguments)
-    a = _attend(_padded(c))
+    out, lse = (_one_by_one if c.batch_invariant else _output)(_padded(c))
+    if c.cu_seqlens_q is None:
+        return out.contiguous(), lse
+    lse = _pack(lse.transpose(1, 2), c.cu_seqlens_q, len(c.q), fill=-math.inf)
+    return _pack(out, c.cu_seqlens_q, len(c.q)), lse.T.contiguous()
+
+
+def _output(c: Call, first: int = 0) -> tuple[Tensor, Tensor]:
+    a = _attend(c, first)
     p = a.p if a.kept is None else a.p * a.kept
     p = p.unflatten(1, a.q.shape[2:4])  # (B, Hkv, G, Sq, Sk)
-    out = torch.einsum("bhgij,bjhd->bihgd", p, a.v).flatten(2, 3).to(c.q.dtype)
-    if c.cu_seqlens_q is None:
-        return out.contiguous(), a.lse
-    lse = _pack(a.lse.transpose(1, 2), c.cu_seqlens_q, len(c.q), fill=-math.inf)
-    return _pack(out, c.cu_seqlens_q, len(c.q)), lse.T.contiguous()
+    return torch.einsum("bhgij,bjhd->bihgd", p, a.v).flatten(2, 3).to(c.q.dtype), a.lse
+
+
+def _one_by_one(c: Call) -> tuple[Tensor, Tensor]:
+    """Each sequence apart, without its padding: a matrix product over more rows may sum in another order."""
+    out = c.q.new_zeros(*c.q.shape[:-1], c.v.shape[-1])
+    lse = c.q.new_full((c.batch, c.q.shape[2], c.q.shape[1]), -math.inf, dtype=c.accumulator)
+    no_lengths: dict[str, Any] = dict.fromkeys(("seqlens_q", "seqlens_k", "starts_q", "starts_k"))
+    for b in range(c.batch):
+        rows, keys = _stored(c.q, c.seqlens_q, c.starts_q, b), _stored(c.k, c.seqlens_k, c.starts_k, b)
+        one = slice(b, b + 1)
+        own: dict[str, Any] = {"q": c.q[one, rows], "k": c.k[one, keys], "v": c.v[one, keys]}
+        for name in ("prefix", "row_distance_bias", "col_distance_bias"):
+            x = getattr(c, name)
+            own[name] = None if x is None else x[one]
+        if c.bias is not None:
+            own["bias"] = c.bias.expand(c.batch, -1, c.q.shape[1], c.k.shape[1])[one, :, rows, keys]
+        (out[b, rows],), (lse[b, :, rows],) = _output(c._replace(**own, **no_lengths), first=b)
+    return out, lse
+
+
+def _stored(x: Tensor, lengths: Tensor | None, starts: Tensor | None, b: int) -> slice:
+    start = 0 if starts is None else int(starts[b])
+    return slice(start, start + (x.shape[1] if lengths is None else int(lengths[b])))
 
 
 def attention_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -228,9 +255,9 @@ def _to_row_of_sequence(by_stored_row: Tensor, index: Tensor) -> Tensor:
     return torch.zeros_like(by_stored_row).scatter_add_(2, index, by_stored_row)
 
 
-def dropout_kept(heads: int, i: Tensor, j: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """(B, H, Sq, Sk) bool: the probabilities that dropout keeps, for rows i (B, Sq) and keys j (B, Sk)."""
-    batch = torch.arange(len(i), device=i.device)[:, None, None, None]
+def dropout_kept(heads: int, i: Tensor, j: Tensor, dropout_p: float, seed: Tensor, first: int = 0) -> Tensor:
+    """(B, H, Sq, Sk) bool: the probabilities that dropout keeps, for rows i (B, Sq) and keys j (B, Sk) from sequence `first` on."""
+    batch = torch.arange(first, first + len(i), device=i.device)[:, None, None, None]
     head = torch.arange(heads, device=i.device)[:, None, None]
     i, j = i[:, None, :, None], j[:, None, None, :]
     word = torch.stack(torch.broadcast_tensors(*_philox(j // 4, i, head, batch, seed)), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..checks import (
     check_heads,
     check_per_head,
     check_per_sequence,
+    check_scores,
     check_table,
     check_window,
     wrong_type,
@@ -58,10 +59,7 @@ def check_attention(call: PagedCall, out: Tensor, lse: Tensor) -> None:
     if call.sink is not None:
         check_per_head("sink", call.sink, heads, q.dtype, device)
     _check_rope(call.rope_cos, call.rope_sin, head_dim, device)
-    if call.scale is not None and not -math.inf < call.scale < math.inf:
-        wrong_value("scale", "a finite number", call.scale)
-    if not 0 <= call.softcap < math.inf:
-        wrong_value("softcap", "a finite number >= 0", call.softcap)
+    check_scores(call.scale, call.softcap)
     if call.plan is not None:
         if call.plan.dtype != torch.int32:
             wrong_type("plan", "int32", call.plan.dtype)
@@ -242,13 +240,13 @@ def _check_cu(name: str, cu: Tensor, rows: int, longest: int) -> None:
     entries = cu.tolist()
     if entries[0] != 0:
         wrong_value(name, "0 first", entries[0])
-    for before, after in zip(entries, entries[1:], strict=False):
+    if entries[-1] > rows:
+        wrong_value(name, f"a last entry up to the rows given ({rows})", entries[-1])
+    for before, after in pairwise(entries):
         if after < before:
             wrong_value(name, "entries that never decrease", f"{before} then {after}")
         if after - before > longest:
-            wrong_value(f"max_seqlen_{name[-1]}", f"at least the longest sequence ({after - before})", longest)
-    if entries[-1] > rows:
-        wrong_value(name, f"a last entry up to the rows given ({rows})", entries[-1])
+            wrong_value("max_seqlen_q", f"at least the longest sequence ({after - before})", longest)
 
 
 def _check_pages_named(block_table: Tensor, lengths: Tensor, k_pages: Tensor) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import wrong_type
-from ..functional import four_dims, named_mask, prefix_tensor, run_operator, table
+from ..backends import BACKENDS
+from ..checks import wrong_type, wrong_value
+from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, run_operator, table
 from ..mask import Mask, causal
 from .ops import copy_pages as _copy
 from .ops import paged_append as _append
@@ -64,11 +65,12 @@ def paged_attention(
 
     Returns out, and with return_lse also lse (Hq, total) float32. Raises ValueError or TypeError, naming the argument.
     """
-    if not isinstance(q, Tensor):
-        wrong_type("q", "a tensor", type(q).__name__)
+    check_tensor("q", q)
+    if torch.is_grad_enabled() and (q.requires_grad or k_pages.requires_grad or v_pages.requires_grad):
+        wrong_value("q", "no gradients over pages: call it under torch.no_grad()", "a tensor that requires one")
     prefix, left, right, top_left = named_mask(mask)
     if not isinstance(prefix, Tensor):
-        prefix = prefix_tensor(prefix, block_table.shape[0], q) if prefix else None
+        prefix = None if prefix == 0 else prefix_tensor(prefix, block_table.shape[0], q)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     if cu_seqlens_q is None:
         max_seqlen_q = 1
@@ -86,6 +88,30 @@ def paged_attention(
     )  # fmt: skip
     run_operator(_operator, arguments)
     return (out, lse) if return_lse else out
+
+
+def plan(
+    block_table: Tensor,
+    seqlens_k: Tensor,
+    page_size: int,
+    mask: Mask = _CAUSAL,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor | None:
+    """How a step's work is divided, for every layer's `paged_attention` of this batch, mask and thread count.
+
+    int32 (rows, 8), from tensors on the CPU as `paged_attention` takes them; None where the C++ library is missing, and
+    each call then divides its own. Its layout is that of csrc/common/plan.h.
+    """
+    prefix, left, right, top_left = named_mask(mask)
+    if BACKENDS["cpu"].missing() is not None:
+        return None
+    if not isinstance(prefix, Tensor):
+        prefix = prefix_tensor(prefix, block_table.shape[0], seqlens_k) if prefix else None
+    return torch.ops.duplex_attn_cpu.plan(
+        block_table, seqlens_k, cu_seqlens_q, prefix, page_size, left, right, top_left, batch_invariant
+    )
 
 
 def paged_append(

@@ -33,9 +33,7 @@ def paged_attention(*arguments: Any) -> None:
     lse.copy_(found_lse)
 
 
-def gathered(
-    pages: Tensor, scales: Tensor | None, block_table: Tensor, lengths: Tensor, dtype: torch.dtype
-) -> Tensor:
+def gathered(pages: Tensor, scales: Tensor | None, block_table: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     """(sum of lengths, heads_kv, head_dim): the keys or values of all sequences, one after another."""
     position = torch.arange(block_table.shape[1] * pages.shape[1], device=pages.device)
     page, offset = block_table[:, position // pages.shape[1]].long(), position % pages.shape[1]

@@ -31,7 +31,10 @@ struct PlanMerge {
 // The first row of a plan.
 struct PlanHeader {
   int32_t tiles, merges, slots, rows;  // slots: rows of partial results; rows: packed queries that belong to a sequence
-  int32_t batch, unused[3];
+  int32_t batch;
+  int32_t shared;       // tiles of rows that see all of their keys: not for calls with a bias or distance terms
+  int32_t fixed_split;  // as in PlanOptions
+  int32_t fingerprint;  // of the lengths, prefixes and the window that it was made for
 };
 static_assert(sizeof(PlanTile) == 32 && sizeof(PlanMerge) == 32 && sizeof(PlanHeader) == 32);
 
@@ -56,6 +59,18 @@ struct PlanBatch {
   }
 };
 
+inline int32_t fingerprint(const PlanBatch& p) {
+  uint32_t hash = 2166136261u;  // FNV-1a over words
+  const auto add = [&](int64_t x) { hash = (hash ^ uint32_t(x) ^ uint32_t(x >> 32)) * 16777619u; };
+  for (int64_t x : {p.page_size, p.left, p.right, int64_t(p.top_left)}) add(x);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    add(p.seqlens_k[b]);
+    add(p.row(b + 1));
+    add(p.prefix ? p.prefix[b] : 0);
+  }
+  return int32_t(hash);
+}
+
 struct PlanOptions {
   int64_t block_rows;       // of a tile at most
   int64_t workers;          // tiles that run at once
@@ -63,8 +78,8 @@ struct PlanOptions {
   int64_t shared_rows = 0;  // rows from which a shared prefix is worth a tile of its own; 0: never
 };
 
-constexpr int64_t LEAST_SPLIT = 512;    // keys: below it, a merge costs more than it gains
-constexpr int64_t LEAST_SHARED = 256;   // keys of a prefix worth a tile of its own
+constexpr int64_t LEAST_SPLIT = 512;   // keys: below it, a merge costs more than it gains
+constexpr int64_t LEAST_SHARED = 256;  // keys of a prefix worth a tile of its own
 constexpr int64_t TILES_A_WORKER = 4;  // so that the longest leaves little idling at the end
 
 namespace plan_detail {
@@ -98,7 +113,8 @@ inline Group shared_prefix(const PlanBatch& p, int64_t b) {
     const int64_t limit = std::min(pages, all_seen(s) / p.page_size);
     const int64_t same = std::mismatch(first, first + limit, row).first - first;
     if (same * p.page_size < LEAST_SHARED) break;
-    if (same * (s - b) * p.page_size < best.keys * (best.count - 1)) break;  // one more sequence would cost the others more of their prefix than it gains
+    if (same * (s - b) * p.page_size < best.keys * (best.count - 1))
+      break;  // one more sequence would cost the others more of their prefix than it gains
     pages = same;
     best = {s - b + 1, same * p.page_size};
   }
@@ -190,8 +206,15 @@ inline Plan make_plan(const PlanBatch& p, const PlanOptions& options) {
   const auto cost = [](const PlanTile& t) { return int64_t(t.row_end - t.row_begin + 4) * (t.key_end - t.key_begin); };
   std::stable_sort(plan.tiles.begin(), plan.tiles.end(),
                    [&](const PlanTile& a, const PlanTile& b) { return cost(a) > cost(b); });
-  plan.header = {int32_t(plan.tiles.size()), int32_t(plan.merges.size()), int32_t(slots), int32_t(p.row(p.batch)),
-                 int32_t(p.batch), {}};
+  plan.header = {int32_t(plan.tiles.size()),
+                 int32_t(plan.merges.size()),
+                 int32_t(slots),
+                 int32_t(p.row(p.batch)),
+                 int32_t(p.batch),
+                 0,
+                 int32_t(options.fixed_split),
+                 fingerprint(p)};
+  for (const PlanTile& tile : plan.tiles) plan.header.shared += tile.shared;
   return plan;
 }
 

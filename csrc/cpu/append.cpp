@@ -28,8 +28,10 @@ std::vector<Place> places(const Pages& pages, int64_t num_pages, int64_t batch, 
       const int64_t position = positions[t];
       if (position == -1) continue;
       if (position < 0 || position >= max_pages * pages.page_size)
-        wrong_value("positions", "-1 or a position that the block table holds (up to " +
-                    std::to_string(max_pages * pages.page_size - 1) + ")", position);
+        wrong_value("positions",
+                    "-1 or a position that the block table holds (up to " +
+                        std::to_string(max_pages * pages.page_size - 1) + ")",
+                    position);
       if (position >= limit)
         wrong_value("positions", "a position of rope_cos (up to " + std::to_string(limit - 1) + ")", position);
       const int64_t page = row[position / pages.page_size];

@@ -8,7 +8,8 @@ namespace duplex {
 namespace {
 
 const Isa ISAS[] = {
-    {"portable", [] { return true; }, &portable::forward, &portable::backward, &portable::bias, &portable::merge, &portable::decode, &portable::parts, &portable::append},
+    {"portable", [] { return true; }, &portable::forward, &portable::backward, &portable::bias, &portable::merge,
+     &portable::decode, &portable::parts, &portable::append},
 #ifdef DUPLEX_HAVE_AVX2
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
@@ -18,9 +19,11 @@ const Isa ISAS[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     &avx512::forward, &avx512::backward, &avx512::bias, &avx512::merge, &avx512::decode, &avx512::parts, &avx512::append},
+     &avx512::forward, &avx512::backward, &avx512::bias, &avx512::merge, &avx512::decode, &avx512::parts,
+     &avx512::append},
     {"avx512_bf16", [] { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"); },
-     &avx512_bf16::forward, &avx512_bf16::backward, &avx512_bf16::bias, &avx512_bf16::merge, &avx512_bf16::decode, &avx512_bf16::parts, &avx512_bf16::append},
+     &avx512_bf16::forward, &avx512_bf16::backward, &avx512_bf16::bias, &avx512_bf16::merge, &avx512_bf16::decode,
+     &avx512_bf16::parts, &avx512_bf16::append},
 #endif
 };
 

@@ -14,13 +14,11 @@
 namespace duplex {
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 384;     // of a tile: what shares one packed block of keys, more or less
-constexpr int64_t FIXED_SPLIT = 2048;   // keys, where parts must not depend on the batch
-constexpr int64_t SHARED_ROWS = 12;     // below it, each sequence's own pass costs less than a common one
+constexpr int64_t BLOCK_ROWS = 384;    // of a tile: what shares one packed block of keys, more or less
+constexpr int64_t FIXED_SPLIT = 2048;  // keys, where parts must not depend on the batch
+constexpr int64_t SHARED_ROWS = 12;    // below it, each sequence's own pass costs less than a common one
 
-const int32_t* ints(const OptionalTensor& t) {
-  return t ? static_cast<const int32_t*>(t->const_data_ptr()) : nullptr;
-}
+const int32_t* ints(const OptionalTensor& t) { return t ? static_cast<const int32_t*>(t->const_data_ptr()) : nullptr; }
 
 PlanBatch plan_batch(const Tensor& block_table, const Tensor& seqlens_k, const OptionalTensor& cu_seqlens_q,
                      const OptionalTensor& prefix, int64_t page_size, std::optional<int64_t> left,
@@ -43,15 +41,19 @@ PlanOptions plan_options(bool batch_invariant, bool may_share) {
 }
 
 // The plan that the caller made, after checking that it belongs to this batch and stays inside it.
-Plan read_plan(const Tensor& t, const PlanBatch& batch) {
+Plan read_plan(const Tensor& t, const PlanBatch& batch, int64_t fixed_split) {
   const auto* rows = static_cast<const PlanHeader*>(t.const_data_ptr());
   const int64_t count = t.size(0);
-  const auto refuse = [&] { wrong_value("plan", "the plan of this batch of sequences", batch.batch); };
   Plan plan;
+  const auto refuse = [&] {
+    wrong_value("plan", "the one made for these lengths, this mask and batch_invariant, with sequences",
+                plan.header.batch);
+  };
   if (count < 1) refuse();
   plan.header = rows[0];
   const PlanHeader& h = plan.header;
-  if (h.batch != batch.batch || h.rows != batch.row(batch.batch) || h.tiles < 0 || h.merges < 0 || h.slots < 0 ||
+  if (h.batch != batch.batch || h.fixed_split != fixed_split || h.fingerprint != fingerprint(batch) ||
+      h.rows != batch.row(batch.batch) || h.tiles < 0 || h.merges < 0 || h.slots < 0 ||
       1 + int64_t(h.tiles) + h.merges > count)
     refuse();
   const auto* tiles = reinterpret_cast<const PlanTile*>(rows + 1);
@@ -77,15 +79,15 @@ Plan read_plan(const Tensor& t, const PlanBatch& batch) {
   return plan;
 }
 
-void check_contents(const PlanBatch& p, const Tensor& q, const Tensor& k_pages, int64_t max_pages,
-                    int64_t max_seqlen_q, const Rope& rope) {
+void check_contents(const PlanBatch& p, const Tensor& q, const Tensor& k_pages, int64_t max_pages, int64_t max_seqlen_q,
+                    const Rope& rope) {
   if (p.cu_q) check_cu("cu_seqlens_q", p.cu_q, p.batch, q.size(0), max_seqlen_q, "max_seqlen_q");
   const int64_t pages = k_pages.size(0);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t len_k = p.seqlens_k[b];
     if (len_k < 0 || len_k > max_pages * p.page_size)
-      wrong_value("seqlens_k", "a length up to what the block table holds (" +
-                  std::to_string(max_pages * p.page_size) + ")", len_k);
+      wrong_value("seqlens_k",
+                  "a length up to what the block table holds (" + std::to_string(max_pages * p.page_size) + ")", len_k);
     if (rope && len_k > rope.positions)
       wrong_value("seqlens_k", "a length up to the positions of rope_cos (" + std::to_string(rope.positions) + ")",
                   len_k);
@@ -111,7 +113,8 @@ struct Cut {
     ForwardTask task{};
     task.b = int32_t(b);
     if (tile.shared) {
-      task.seq = {tile.row_begin, rows, 0, tile.key_end, 0, 0, {tile.key_end, 0, tile.key_end - rows, UNBOUNDED, UNBOUNDED}};
+      task.seq = {
+          tile.row_begin, rows, 0, tile.key_end, 0, 0, {tile.key_end, 0, tile.key_end - rows, UNBOUNDED, UNBOUNDED}};
     } else {
       const Span span = batch.span(b);
       task.seq = {batch.row(b), batch.row(b + 1) - batch.row(b), 0, span.len_k, 0, 0, span};
@@ -143,7 +146,8 @@ struct Cut {
 void clear_rows(const Problem& p, int64_t begin, int64_t end, int64_t row_bytes) {
   for (int64_t r = begin; r < end; ++r)
     for (int64_t h = 0; h < p.heads_q; ++h) {
-      char* to = static_cast<char*>(p.out.data) + (r * p.out.row + h * p.out.head) * (p.dtype == DType::FLOAT32 ? 4 : 2);
+      char* to =
+          static_cast<char*>(p.out.data) + (r * p.out.row + h * p.out.head) * (p.dtype == DType::FLOAT32 ? 4 : 2);
       std::fill(to, to + row_bytes, 0);
       p.lse[h * p.lse_head + r] = -std::numeric_limits<float>::infinity();
     }
@@ -204,7 +208,10 @@ void paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tabl
   const Pages pages = pages_of(k_pages, v_pages, k_scales, v_scales, block_table);
 
   const bool may_share = !bias && !distance_bias && !alibi_slopes;
-  const Plan plan = given_plan ? read_plan(*given_plan, batch) : make_plan(batch, plan_options(batch_invariant, may_share));
+  const PlanOptions options = plan_options(batch_invariant, may_share);
+  Plan plan;
+  if (given_plan) plan = read_plan(*given_plan, batch, options.fixed_split);
+  if (!given_plan || (plan.header.shared > 0 && !may_share)) plan = make_plan(batch, options);
   Tensor parts = new_float({plan.header.slots, p.heads_q, p.head_dim_v});
   Tensor parts_lse = new_float({p.heads_q, plan.header.slots});
   p.parts = view(parts);
@@ -241,9 +248,8 @@ void paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tabl
   });
 }
 
-Tensor plan(Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor prefix,
-            int64_t page_size, std::optional<int64_t> left, std::optional<int64_t> right, bool top_left,
-            bool batch_invariant) {
+Tensor plan(Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor prefix, int64_t page_size,
+            std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, bool batch_invariant) {
   const PlanBatch batch = plan_batch(block_table, seqlens_k, cu_seqlens_q, prefix, page_size, left, right, top_left);
   const Plan made = make_plan(batch, plan_options(batch_invariant, true));
   Tensor t = new_int({1 + made.header.tiles + made.header.merges, 8});

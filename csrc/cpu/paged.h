@@ -11,8 +11,8 @@ void paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tabl
                      OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor row_distance_bias,
                      OptionalTensor col_distance_bias, OptionalTensor sink, OptionalTensor k_scales,
                      OptionalTensor v_scales, OptionalTensor rope_cos, OptionalTensor rope_sin, bool rope_interleaved,
-                     std::optional<double> scale, double softcap, bool batch_invariant, OptionalTensor plan,
-                     Tensor out, Tensor lse);
+                     std::optional<double> scale, double softcap, bool batch_invariant, OptionalTensor plan, Tensor out,
+                     Tensor lse);
 
 void paged_append(Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor positions,
                   OptionalTensor cu_seqlens, OptionalTensor rope_cos, OptionalTensor rope_sin, bool rope_interleaved,
@@ -22,8 +22,7 @@ void copy_pages(Tensor k_pages, Tensor v_pages, Tensor src, Tensor dst, Optional
                 OptionalTensor v_scales);
 
 // int32 (rows, 8): a header, then its tiles and merges (common/plan.h).
-Tensor plan(Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor prefix,
-            int64_t page_size, std::optional<int64_t> left, std::optional<int64_t> right, bool top_left,
-            bool batch_invariant);
+Tensor plan(Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor prefix, int64_t page_size,
+            std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, bool batch_invariant);
 
 }  // namespace duplex

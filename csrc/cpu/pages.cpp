@@ -50,7 +50,8 @@ void check_cu(const std::string& name, const int32_t* cu, int64_t count, int64_t
     if (cu[b + 1] - cu[b] > longest)
       wrong_value(longest_name, "at least the longest sequence (" + std::to_string(cu[b + 1] - cu[b]) + ")", longest);
   }
-  if (cu[count] > rows) wrong_value(name, "a last entry up to the rows given (" + std::to_string(rows) + ")", cu[count]);
+  if (cu[count] > rows)
+    wrong_value(name, "a last entry up to the rows given (" + std::to_string(rows) + ")", cu[count]);
 }
 
 }  // namespace duplex

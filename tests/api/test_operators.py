@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -51,6 +54,29 @@ def test_unwanted_gradients_are_not_computed() -> None:
     *shared, last = call.values()
     grads = BACKWARD(torch.ones_like(out), None, out, lse, *shared, [False] * 7 + [True], last)
     assert [grad.numel() for grad in grads] == [0] * 7 + [HEADS]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", [dense, packed], ids=["dense", "packed"])
+def test_backward_takes_its_inputs_in_any_strides(make: Callable[..., dict[str, Any]], backend: str) -> None:
+    """Among them an lse that repeats in memory, as vmap has it for a batch of one."""
+    torch.manual_seed(0)
+    call = make(right=0, sink=leaf(HEADS), backend=backend, deterministic=True)
+    *shared, last = call.values()
+    wanted = [call[name] is not None for name in GRADIENTS]
+    out, lse = (x.detach() for x in FORWARD(*call.values()))
+    given = [torch.randn_like(out), torch.randn_like(lse), out, lse]
+
+    def backward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return BACKWARD(*tensors, *shared, wanted, last)
+
+    def reversed_in_memory(x: torch.Tensor) -> torch.Tensor:
+        return x.permute(*range(x.dim())[::-1]).contiguous().permute(*range(x.dim())[::-1])
+
+    strided = backward(*map(reversed_in_memory, given))
+    assert all(map(torch.equal, strided, backward(*given)))
+    repeated = [x[:1].expand_as(x) for x in given]
+    assert all(map(torch.equal, backward(*repeated), backward(*(x.contiguous() for x in repeated))))
 
 
 EVERYTHING = {

@@ -66,8 +66,7 @@ class Pool:
         storage = torch.full((rows[0] + 2, rows[1] + 2, dim + 2), math.nan, dtype=case.dtype)
         out = storage[1:-1, 1:-1, 1:-1]
         given = {
-            name: getattr(call, name)
-            for name in ("bias", "distance_bias", "alibi_slopes", "sink", "scale", "softcap")
+            name: getattr(call, name) for name in ("bias", "distance_bias", "alibi_slopes", "sink", "scale", "softcap")
         } | {"k_scales": self.k_scales, "v_scales": self.v_scales, "out": out, "return_lse": True}
         if not self.decodes:
             longest = int(self.cu_seqlens_q.diff().max()) if len(self.cu_seqlens_q) > 1 else 0
@@ -133,7 +132,11 @@ def make(case: Case) -> Pool:
         scales, worth = None, values.double()
         if stored in QUANTISED:
             shape = {"token": values.shape[:3], "head": (1, 1, heads_kv), "tensor": (1, 1, 1), "none": (1, 1, 1)}
-            scales = torch.rand(shape[case.scales], generator=g) * 0.02 + 0.01 if case.scales != "none" else torch.ones(1, 1, 1)
+            scales = (
+                torch.rand(shape[case.scales], generator=g) * 0.02 + 0.01
+                if case.scales != "none"
+                else torch.ones(1, 1, 1)
+            )
             largest = QUANTISED[stored]
             numbers = (values / scales[..., None]).clamp(-largest, largest)
             numbers = numbers.round() if stored == torch.int8 else numbers

@@ -59,7 +59,9 @@ def test_tokens_land_in_their_slots(
     da.paged_append(k, v, k_pages, v_pages, block_table, positions, cu_seqlens, **options, backend=lane.backend)
 
     live = positions >= 0
-    place = [(int(block_table[s, p // page_size]), int(p % page_size)) for s, p in zip(sequence, positions, strict=True)]
+    place = [
+        (int(block_table[s, p // page_size]), int(p % page_size)) for s, p in zip(sequence, positions, strict=True)
+    ]
     turned = k.double()
     if rope is not None:
         turned = rotated(k, positions.clamp(min=0).long(), options["rope_cos"], options["rope_sin"], interleaved)
@@ -110,9 +112,7 @@ def test_every_float8_is_rounded_to_nearest_even(lane: Lane) -> None:
     pages = torch.zeros(2, 1, 1, 256).to(torch.float8_e4m3fn)
     one, table = torch.ones(1, 1, 1), torch.tensor([[0], [1]], dtype=torch.int32)
     positions = torch.zeros(2, dtype=torch.int32)
-    da.paged_append(
-        k, -k, pages, pages.clone(), table, positions, k_scales=one, v_scales=one, backend=lane.backend
-    )
+    da.paged_append(k, -k, pages, pages.clone(), table, positions, k_scales=one, v_scales=one, backend=lane.backend)
     assert torch.equal(pages[:, 0].float(), k.clamp(max=448).to(torch.float8_e4m3fn).float())
 
 

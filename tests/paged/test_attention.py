@@ -59,10 +59,7 @@ def cases(count: int, seed: int) -> list[Case]:
     for n in range(count):
         candidates = [{name: rng.randrange(len(values)) for name, values in CHOICES.items()} for _ in range(30)]
 
-        def new(c: dict[str, int]) -> int:
-            return sum(p in pairs for p in itertools.combinations(c.items(), 2))
-
-        best = max(candidates, key=new)
+        best = max(candidates, key=lambda c, left=pairs: len(left.intersection(itertools.combinations(c.items(), 2))))
         pairs -= set(itertools.combinations(best.items(), 2))
         fields = {name: CHOICES[name][x] for name, x in best.items()}
         if fields["mask"] == "prefix_each":

@@ -1,5 +1,6 @@
-// Attention of a few queries over pages: bound by reading the cache, so a task goes through its pages once, in the order
-// they lie in memory, with all heads, and asks for the next ones meanwhile.
+// Attention of a few queries over pages: bound by reading the cache, so a task reads each block of keys, then of
+// values, once, a few rows at a time with all of their heads, in the order in which they lie in memory. That is what
+// hardware prefetchers follow; software's are dropped by the processor when memory is busy (measured on Zen 4).
 //
 // Vectors lie along the head_dim for <q, k> and for the output, along the keys for the softmax between them.
 #include "cpu/kernels/kernels.h"
@@ -9,10 +10,10 @@
 namespace duplex::DUPLEX_ISA {
 namespace {
 
-constexpr int QUERIES = 8;                       // rows x heads of one kv head
-constexpr int64_t BLOCK_BYTES = 192 << 10;       // of keys and values of all heads: this block and the next fit in L2
-constexpr int MOST_KEYS = 64, FEWEST_KEYS = 16;  // of a block
-static_assert(FEWEST_KEYS % LANES == 0);
+constexpr int QUERIES = 8;  // rows x heads of one kv head
+constexpr int BLOCK = 64;   // keys
+constexpr int ROWS_OF_VALUES = 8;
+static_assert(BLOCK % (2 * LANES) == 0 && BLOCK % ROWS_OF_VALUES == 0);
 
 // A vector of the product's units from stored elements.
 template <class P, class S>
@@ -54,65 +55,75 @@ inline void fold_all(vfloat* v) {
   if constexpr (STRIDE > 1) fold_all<STRIDE / 2>(v);
 }
 
-inline float largest(vfloat v) {
-  float top = v[0];
-  for (int c = 1; c < LANES; ++c) top = v[c] > top ? v[c] : top;
-  return top;
+// Every lane becomes the largest, or the sum, of all; Q vectors at once hide each other's latency.
+template <int STRIDE, int Q, class Combine>
+inline void across_lanes(vfloat (&v)[Q], const Combine& combine) {
+  vint other;
+  for (int c = 0; c < LANES; ++c) other[c] = c ^ STRIDE;
+#pragma GCC unroll 4
+  for (int q = 0; q < Q; ++q) v[q] = combine(v[q], (vfloat)shuffle((vint)v[q], (vint)v[q], other));
+  if constexpr (STRIDE > 1) across_lanes<STRIDE / 2>(v, combine);
 }
 
-// scores[q * MOST_KEYS + n] = <q, k_n> for Q queries and `keys` keys, LANES products at a time.
-template <class P, class S, int Q>
-void dot_keys(const typename P::unit* queries, int64_t units, const S* const* rows, int64_t offset, int keys,
-              float* scores) {
-  constexpr int GROUP = LANES / Q;
-  for (int n = 0; n < keys; n += GROUP) {
-    vfloat sum[LANES] = {};
-    const S* at[GROUP];
-    for (int g = 0; g < GROUP; ++g) at[g] = rows[n + g] + offset;
+// scores[(h * queries + q) * BLOCK + n] = <q, k_n> for H kv heads, Q queries of each and GROUP keys: LANES products,
+// each summed over a vector of its own until the end.
+template <class P, class S, int H, int Q>
+void dot_keys(const typename P::unit* queries, int64_t queries_a_kv, int64_t units, const S* const* rows,
+              int64_t head_stride, float* scores) {
+  constexpr int GROUP = LANES / (H * Q);
+  vfloat sum[LANES] = {};
+#pragma GCC unroll 4
+  for (int h = 0; h < H; ++h) {
+    const auto* query = queries + h * queries_a_kv * units;
     for (int64_t x = 0; x < units; x += LANES) {
       typename P::vector key[GROUP];
 #pragma GCC unroll 16
-      for (int g = 0; g < GROUP; ++g) key[g] = Units<P, S>::load(at[g] + x * P::STEP);
+      for (int g = 0; g < GROUP; ++g) key[g] = Units<P, S>::load(rows[g] + h * head_stride + x * P::STEP);
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) {
-        const auto query = load<typename P::vector>(queries + q * units + x);
+        const auto one = load<typename P::vector>(query + q * units + x);
 #pragma GCC unroll 16
-        for (int g = 0; g < GROUP; ++g) sum[q * GROUP + g] = P::multiply_add(sum[q * GROUP + g], query, key[g]);
+        for (int g = 0; g < GROUP; ++g) {
+          vfloat& to = sum[(h * Q + q) * GROUP + g];
+          to = P::multiply_add(to, one, key[g]);
+        }
       }
     }
-    fold_all<LANES / 2>(sum);
-    alignas(64) float products[LANES];
-    store(products, sum[0]);
-    for (int q = 0; q < Q; ++q) memcpy(scores + q * MOST_KEYS + n, products + q * GROUP, GROUP * sizeof(float));
   }
+  fold_all<LANES / 2>(sum);
+  alignas(64) float products[LANES];
+  store(products, sum[0]);
+  for (int h = 0; h < H; ++h)
+    for (int q = 0; q < Q; ++q)
+      memcpy(scores + (h * queries_a_kv + q) * BLOCK, products + (h * Q + q) * GROUP, GROUP * sizeof(float));
 }
 
-// out[q * dims + x] = factor[q] * out + sum over keys of weights[q * MOST_KEYS + n] * v_n[x].
+// out[q * dims + x] = factor[q] * out + sum over ROWS_OF_VALUES keys of weights[q][n] * v_n[x].
 template <class P, class S, int Q>
 struct Accumulate {
-  static void run(const float* weights, const S* const* rows, int64_t offset, int keys, int64_t dims, float* out,
+  static void run(const typename P::unit* weights, const S* const* rows, int64_t offset, int64_t dims, float* out,
                   const float* factor) {
     constexpr int WIDE = 4;
     int64_t x = 0;
-    for (; x + WIDE * LANES <= dims; x += WIDE * LANES) part<WIDE>(weights, rows, offset, keys, dims, out, factor, x);
-    for (; x < dims; x += LANES) part<1>(weights, rows, offset, keys, dims, out, factor, x);
+    for (; x + WIDE * LANES <= dims; x += WIDE * LANES) part<WIDE>(weights, rows, offset, dims, out, factor, x);
+    for (; x < dims; x += LANES) part<1>(weights, rows, offset, dims, out, factor, x);
   }
   template <int WIDE>
-  static void part(const float* weights, const S* const* rows, int64_t offset, int keys, int64_t dims, float* out,
+  static void part(const float* weights, const S* const* rows, int64_t offset, int64_t dims, float* out,
                    const float* factor, int64_t x) {
     vfloat sum[Q][WIDE];
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
       for (int w = 0; w < WIDE; ++w) sum[q][w] = load<vfloat>(out + q * dims + x + w * LANES) * factor[q];
-    for (int n = 0; n < keys; ++n) {
+    for (int n = 0; n < ROWS_OF_VALUES; ++n) {
       const S* from = rows[n] + offset + x;
       vfloat value[WIDE];
 #pragma GCC unroll 4
       for (int w = 0; w < WIDE; ++w) value[w] = widen(from + w * LANES);
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) {
-        const vfloat weight = splat(weights[q * MOST_KEYS + n]);
+        const vfloat weight = splat(weights[q * BLOCK + n]);
 #pragma GCC unroll 4
         for (int w = 0; w < WIDE; ++w) sum[q][w] += weight * value[w];
       }
@@ -124,30 +135,19 @@ struct Accumulate {
   }
 };
 
-// Where element x of the output lies in the accumulator.
-template <class P>
-inline int64_t place(int64_t x) {
-  return x;
-}
-
 #if defined(__AVX512BF16__)
-// Neighbouring keys are one unit: their rows are interleaved within 128 bits, which orders the accumulator as `place` says.
+// Neighbouring keys are one unit: their rows are interleaved within 128 bits, which orders the accumulator as `place`
+// says.
 template <class S, int Q>
 struct Accumulate<BFloat16, S, Q> {
-  static void run(const float* weights, const S* const* rows, int64_t offset, int keys, int64_t dims, float* out,
+  static void run(const uint32_t* pairs, const S* const* rows, int64_t offset, int64_t dims, float* out,
                   const float* factor) {
-    alignas(64) uint32_t pairs[Q * MOST_KEYS / 2];
-    for (int q = 0; q < Q; ++q)
-      for (int n = 0; n < keys; n += 2 * LANES) {
-        const float* at = weights + q * MOST_KEYS + n;  // zero past the last key
-        store(pairs + q * MOST_KEYS / 2 + n / 2, bf16_pairs(load<vfloat>(at), load<vfloat>(at + LANES)));
-      }
     int64_t x = 0;
-    for (; x + 4 * LANES <= dims; x += 4 * LANES) part<2>(pairs, rows, offset, keys, dims, out, factor, x);
-    for (; x < dims; x += 2 * LANES) part<1>(pairs, rows, offset, keys, dims, out, factor, x);
+    for (; x + 4 * LANES <= dims; x += 4 * LANES) part<2>(pairs, rows, offset, dims, out, factor, x);
+    for (; x < dims; x += 2 * LANES) part<1>(pairs, rows, offset, dims, out, factor, x);
   }
   template <int CHUNKS>
-  static void part(const uint32_t* pairs, const S* const* rows, int64_t offset, int keys, int64_t dims, float* out,
+  static void part(const uint32_t* pairs, const S* const* rows, int64_t offset, int64_t dims, float* out,
                    const float* factor, int64_t x) {
     constexpr int WIDE = 2 * CHUNKS;
     vfloat sum[Q][WIDE];
@@ -155,7 +155,7 @@ struct Accumulate<BFloat16, S, Q> {
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
       for (int w = 0; w < WIDE; ++w) sum[q][w] = load<vfloat>(out + q * dims + x + w * LANES) * factor[q];
-    for (int n = 0; n < keys; n += 2) {
+    for (int n = 0; n < ROWS_OF_VALUES; n += 2) {
       vuint value[WIDE];
 #pragma GCC unroll 2
       for (int c = 0; c < CHUNKS; ++c) {
@@ -166,7 +166,7 @@ struct Accumulate<BFloat16, S, Q> {
       }
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) {
-        const vuint weight = BFloat16::splat_unit(pairs[q * MOST_KEYS / 2 + n / 2]);
+        const vuint weight = BFloat16::splat_unit(pairs[q * BLOCK + n / 2]);
 #pragma GCC unroll 4
         for (int w = 0; w < WIDE; ++w) sum[q][w] = BFloat16::multiply_add(sum[q][w], weight, value[w]);
       }
@@ -177,20 +177,28 @@ struct Accumulate<BFloat16, S, Q> {
       for (int w = 0; w < WIDE; ++w) store(out + q * dims + x + w * LANES, sum[q][w]);
   }
 };
+#endif
+
+// Where element x of the output lies in the accumulator.
+template <class P>
+inline int64_t place(int64_t x) {
+  return x;
+}
+
+#if defined(__AVX512BF16__)
 template <>
 inline int64_t place<BFloat16>(int64_t x) {
   return x / 32 * 32 + x % 8 / 4 * 16 + x % 32 / 8 * 4 + x % 4;
 }
-// Weight pairs in the order of the keys, where store_pairs of the products wants halves.
 #endif
 
 template <class P>
 struct DecodeScratch {
   Carver carver;
-  typename P::unit* queries;                   // [kv head][query][units]
-  float *out, *peak, *total;                   // [kv head][query] ([dims])
-  float *scores, *k_scales, *v_scales, *bias;  // [query][MOST_KEYS], [MOST_KEYS]
-  float* staged;                               // one query
+  typename P::unit* queries;            // [kv head][query][units]
+  float *out, *peak, *total, *factor;   // [kv head][query] ([dims])
+  float *scores, *k_scales, *v_scales;  // [kv head][query][BLOCK], [kv head][BLOCK]
+  const void **k_rows, **v_rows;        // [BLOCK]
 
   DecodeScratch(const Problem& p, int64_t queries_a_kv, void* base) : carver{(char*)base} {
     const int64_t count = p.heads_kv * queries_a_kv;
@@ -198,11 +206,12 @@ struct DecodeScratch {
     out = carver.take<float>(count * p.head_dim_v);
     peak = carver.take<float>(count);
     total = carver.take<float>(count);
-    scores = carver.take<float>(QUERIES * MOST_KEYS);
-    k_scales = carver.take<float>(MOST_KEYS);
-    v_scales = carver.take<float>(MOST_KEYS);
-    bias = carver.take<float>(MOST_KEYS);
-    staged = carver.take<float>(p.head_dim);
+    factor = carver.take<float>(count);
+    scores = carver.take<float>(count * BLOCK);
+    k_scales = carver.take<float>(p.heads_kv * BLOCK);
+    v_scales = carver.take<float>(p.heads_kv * BLOCK);
+    k_rows = carver.take<const void*>(BLOCK);
+    v_rows = carver.take<const void*>(BLOCK);
   }
 };
 
@@ -244,119 +253,165 @@ void finish_scores(const HeadScores& head, int64_t i, int64_t j0, int keys, floa
       if (!span.sees(i, j0 + n)) scores[n] = -INF;
 }
 
-// Exponentials of one query against its running peak; weights past the last key are 0. Returns the old sums' factor.
-template <bool EXACT>
-float softmax_row(float unit, int keys, float* scores, float& peak, float& total, const float* v_scales) {
+// Weights of keys n to n + 2 * LANES of a row of BLOCK units.
+template <class P>
+inline void store_weights(float* row, int n, vfloat first, vfloat second) {
+#if defined(__AVX512BF16__)
+  if constexpr (P::STEP == 2) return store((uint32_t*)row + n / 2, bf16_pairs(first, second));
+#endif
+  store(row + n, first);
+  store(row + n + LANES, second);
+}
+
+// Exponentials of Q queries against their running peaks, as units of the product in the scores' place; weights past the
+// last key are 0. `factor` is for the old sums.
+template <class P, int Q>
+void softmax_rows(float unit, int keys, float* scores, float* peak, float* total, const float* v_scales,
+                  float* factor) {
   const int padded = int(round_up(keys, 2 * LANES));  // a vector of pairs of keys
-  for (int n = keys; n < padded; ++n) scores[n] = -INF;
-  vfloat highest = splat(-INF);
-  for (int n = 0; n < padded; n += LANES) highest = max(load<vfloat>(scores + n), highest);
-  const float before = peak, now = max(splat(largest(highest)), splat(before))[0];
-  const float base = now == -INF ? 0 : now;
-  peak = now;
-  vfloat sum{};
-  for (int n = 0; n < padded; n += LANES) {
-    vfloat weight = exp2<EXACT>((load<vfloat>(scores + n) - base) * (unit * LOG2E));
-    sum += weight;
-    if (v_scales) weight *= load<vfloat>(v_scales + n);
-    store(scores + n, weight);
+  vfloat top[Q], sum[Q], base[Q];
+  for (int q = 0; q < Q; ++q) {
+    float* row = scores + q * BLOCK;
+    for (int n = keys; n < padded; ++n) row[n] = -INF;
+    top[q] = splat(-INF);
+    for (int n = 0; n < keys; n += LANES) top[q] = max(load<vfloat>(row + n), top[q]);
   }
-  const float factor = exp2<true>(splat((before - base) * unit * LOG2E))[0];
-  total = total * factor + DUPLEX_ISA::sum(sum);
-  return factor;
+  across_lanes<LANES / 2>(top, [](vfloat a, vfloat b) { return max(a, b); });
+  const float to_log2 = unit * LOG2E;
+  for (int q = 0; q < Q; ++q) {
+    const vfloat before = splat(peak[q]), now = max(top[q], before);
+    base[q] = select(now == -INF, splat(0.0f), now);
+    peak[q] = now[0];
+    factor[q] = exp2<true>((before - base[q]) * to_log2)[0];
+    sum[q] = vfloat{};
+  }
+  const auto weight = [&](int q, int n) {
+    const vfloat e = exp2<P::EXACT>((load<vfloat>(scores + q * BLOCK + n) - base[q]) * to_log2);
+    sum[q] += e;
+    return v_scales ? e * load<vfloat>(v_scales + n) : e;
+  };
+  for (int n = 0; n < padded; n += 2 * LANES)
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q) {
+      const vfloat first = weight(q, n), second = weight(q, n + LANES);
+      store_weights<P>(scores + q * BLOCK, n, first, second);
+    }
+  across_lanes<LANES / 2>(sum, [](vfloat a, vfloat b) { return a + b; });
+  for (int q = 0; q < Q; ++q) total[q] = total[q] * factor[q] + sum[q][0];
 }
 
 template <class P, class E>
-void pack_query(typename P::unit* to, const E* from, int64_t dim, float* staged) {
+void pack_query(typename P::unit* to, const E* from, int64_t dim) {
   if constexpr (P::STEP == 2)
     memcpy(to, from, dim * sizeof(E));
   else
     widen_rows((float*)to, dim, from, 0, 1, 1, int(dim));
 }
 
+// Calls act.template operator()<Q>(m) for queries m to m + Q that together are all of `count`.
+template <class Act>
+inline void in_fours(int64_t count, const Act& act) {
+  int64_t m = 0;
+  for (; m + 4 <= count; m += 4) act.template operator()<4>(m);
+  for (; m + 2 <= count; m += 2) act.template operator()<2>(m);
+  for (; m < count; ++m) act.template operator()<1>(m);
+}
+
+// Products of a block: four rows at a time with all of their heads. Scores past the last key are junk.
+template <class P, class S>
+void dot_block(const typename P::unit* queries, int64_t heads, int64_t count, int64_t units, const S* const* rows,
+               int64_t head_stride, int keys, float* scores) {
+  const auto some = [&]<int H, int Q>(int64_t kv, int64_t m, int n) {
+    constexpr int GROUP = LANES / (H * Q);
+    const S* at[GROUP];
+    for (int g = 0; g < GROUP; ++g) at[g] = rows[n + g] + kv * head_stride;
+    dot_keys<P, S, H, Q>(queries + (kv * count + m) * units, count, units, at, head_stride,
+                         scores + (kv * count + m) * BLOCK + n);
+  };
+  constexpr int FEW = LANES < 4 ? LANES : 4;
+  for (int n0 = 0; n0 < keys; n0 += FEW)
+    for (int64_t kv = 0; kv < heads;) {
+      // Queries of several heads fill a vector where those of one do not.
+      if (LANES == 16 && count == 1 && kv + 4 <= heads) {
+        some.template operator()<LANES == 16 ? 4 : 1, 1>(kv, 0, n0);
+        kv += 4;
+        continue;
+      }
+      if (LANES == 16 && count == 2 && kv + 2 <= heads) {
+        some.template operator()<LANES == 16 ? 2 : 1, 2>(kv, 0, n0);
+        kv += 2;
+        continue;
+      }
+      in_fours(count, [&]<int Q>(int64_t m) {
+        constexpr int GROUP = LANES / Q;
+        if (GROUP <= FEW)
+          for (int n = n0; n < n0 + FEW; n += GROUP) some.template operator()<1, Q>(kv, m, n);
+        else if (n0 % GROUP == 0)
+          some.template operator()<1, Q>(kv, m, n0);
+      });
+      ++kv;
+    }
+}
+
 template <class P, class E, class S>
 void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void* memory) {
+  typedef typename P::unit unit_t;
   const int64_t group = p.group(), count = task.rows * group;  // queries of a kv head: row by row, each with its heads
   DecodeScratch<P> s(p, count, memory);
-  const int64_t units = p.head_dim / P::STEP, dims = p.head_dim_v;
+  const int64_t units = p.head_dim / P::STEP, dims = p.head_dim_v, heads = p.heads_kv;
   const HeadScores first_head{p, task.seq, task.b, 0};
   const Span& span = task.seq.span;
   const int32_t* table = pages.table + task.b * pages.table_row;
   const float unit = first_head.unit();
-  for (int64_t kv = 0; kv < p.heads_kv; ++kv)
+  const S **k_rows = (const S**)s.k_rows, **v_rows = (const S**)s.v_rows;
+  for (int64_t kv = 0; kv < heads; ++kv)
     for (int64_t m = 0; m < count; ++m)
       pack_query<P, E>(s.queries + (kv * count + m) * units,
-                       p.q.at<E>(task.b, task.seq.row_q + task.row + m / group, kv * group + m % group), p.head_dim,
-                       s.staged);
-  memset(s.out, 0, p.heads_kv * count * dims * sizeof(float));
-  for (int64_t n = 0; n < p.heads_kv * count; ++n) {
+                       p.q.at<E>(task.b, task.seq.row_q + task.row + m / group, kv * group + m % group), p.head_dim);
+  memset(s.out, 0, heads * count * dims * sizeof(float));
+  for (int64_t n = 0; n < heads * count; ++n) {
     s.peak[n] = -INF;
     s.total[n] = 0;
   }
 
   const int64_t row_end = task.row + task.rows, key_end = clamp(task.key_end, 0, span.len_k);
-  const int64_t row_bytes = p.heads_kv * (p.head_dim + p.head_dim_v) * int64_t(sizeof(S));
-  const int block = int(clamp(BLOCK_BYTES / row_bytes / FEWEST_KEYS * FEWEST_KEYS, FEWEST_KEYS, MOST_KEYS));
-  const auto next = [&](int64_t j) { return span.next(task.row, row_end, j); };
-  const S *k_rows[MOST_KEYS], *v_rows[MOST_KEYS], *k_soon[MOST_KEYS], *v_soon[MOST_KEYS];
-  const auto find_rows = [&](int64_t j0, int keys, const S** k, const S** v) {
-    for (int n = 0; n < keys; ++n) {
-      const int64_t page = table[(j0 + n) / pages.page_size], slot = (j0 + n) % pages.page_size;
-      k[n] = pages.k.at<S>(page, slot, 0);
-      v[n] = pages.v.at<S>(page, slot, 0);
+  const auto next = [&](int64_t from) { return span.next(task.row, row_end, from); };
+  for (int64_t j0 = next(task.key_begin), keys; j0 < key_end; j0 = next(j0 + keys)) {
+    const int64_t run_end = span.run_end(task.row, row_end, j0);
+    keys = clamp((run_end < key_end ? run_end : key_end) - j0, 1, BLOCK);
+    for (int64_t n = 0; n < BLOCK; ++n) {  // past the end: the last key again, with weight 0, not what lies there
+      const int64_t j = j0 + (n < keys ? n : keys - 1), page = table[j / pages.page_size], slot = j % pages.page_size;
+      k_rows[n] = pages.k.at<S>(page, slot, 0);
+      v_rows[n] = pages.v.at<S>(page, slot, 0);
     }
-    for (int n = keys; n < MOST_KEYS; ++n) {  // read, with weight 0: the last key, not what lies past it
-      k[n] = k[keys - 1];
-      v[n] = v[keys - 1];
-    }
-  };
-  const auto block_at = [&](int64_t from) {
-    const int64_t run_end = span.run_end(task.row, row_end, from);
-    return int(clamp((run_end < key_end ? run_end : key_end) - from, 0, block));
-  };
-  int64_t j = next(task.key_begin);
-  int keys = block_at(j);
-  if (keys > 0) find_rows(j, keys, k_rows, v_rows);
-  while (keys > 0) {
-    const int64_t j0 = j;
-    j = next(j0 + keys);
-    const int soon = block_at(j);
-    if (soon > 0) find_rows(j, soon, k_soon, v_soon);
-    for (int64_t kv = 0; kv < p.heads_kv; ++kv) {
-      // The next block row by row, all heads of each: memory gives its best in order.
-      for (int64_t n = soon * kv / p.heads_kv; n < soon * (kv + 1) / p.heads_kv; ++n)
-        for (int64_t h = 0; h < p.heads_kv; ++h) {
-          prefetch_rows(k_soon[n] + h * pages.k.head, 0, 1, p.head_dim);
-          prefetch_rows(v_soon[n] + h * pages.v.head, 0, 1, p.head_dim_v);
-        }
-      const float *k_scales = nullptr, *v_scales = nullptr;
-      if constexpr (QUANTISED<S>) {
-        const PagedKeys<P, E, S> keys_of_head{p, pages, table, kv, nullptr, 0, j0, j0 + keys};
-        if (pages.k_scales) keys_of_head.scales(pages.k_scales, s.k_scales, j0, keys, MOST_KEYS);
-        if (pages.v_scales) keys_of_head.scales(pages.v_scales, s.v_scales, j0, keys, MOST_KEYS);
-        k_scales = pages.k_scales ? s.k_scales : nullptr;
-        v_scales = pages.v_scales ? s.v_scales : nullptr;
+    dot_block<P, S>(s.queries, heads, count, units, k_rows, pages.k.head, int(keys), s.scores);
+
+    const bool scaled_keys = QUANTISED<S> && pages.k_scales, scaled_values = QUANTISED<S> && pages.v_scales;
+    const bool plain =
+        !scaled_keys && first_head.is_scaled_product() && span.cover(task.row, row_end, j0, j0 + keys) == Cover::ALL;
+    for (int64_t kv = 0; kv < heads; ++kv) {
+      const PagedKeys<P, E, S> of_head{p, pages, table, kv, nullptr, 0, j0, j0 + keys};
+      if (scaled_keys) of_head.scales(pages.k_scales, s.k_scales, j0, int(keys), BLOCK);
+      if (scaled_values) of_head.scales(pages.v_scales, s.v_scales, j0, int(keys), BLOCK);
+      for (int64_t m = 0; m < count && !plain; ++m) {
+        const HeadScores head{p, task.seq, task.b, kv * group + m % group};
+        finish_scores(head, task.row + m / group, j0, int(keys), s.scores + (kv * count + m) * BLOCK,
+                      scaled_keys ? s.k_scales : nullptr);
       }
-      const auto several = [&]<int Q>(int64_t m) {
+      in_fours(count, [&]<int Q>(int64_t m) {
         const int64_t at = kv * count + m;
-        float factor[Q];
-        dot_keys<P, S, Q>(s.queries + at * units, units, k_rows, kv * pages.k.head, keys, s.scores);
-        for (int q = 0; q < Q; ++q) {
-          const HeadScores head{p, task.seq, task.b, kv * group + (m + q) % group};
-          float* scores = s.scores + q * MOST_KEYS;
-          finish_scores(head, task.row + (m + q) / group, j0, keys, scores, k_scales);
-          factor[q] = softmax_row<P::EXACT>(unit, keys, scores, s.peak[at + q], s.total[at + q], v_scales);
-        }
-        Accumulate<P, S, Q>::run(s.scores, v_rows, kv * pages.v.head, keys, dims, s.out + at * dims, factor);
-      };
-      int64_t m = 0;
-      for (; m + 4 <= count; m += 4) several.template operator()<4>(m);
-      for (; m + 2 <= count; m += 2) several.template operator()<2>(m);
-      for (; m < count; ++m) several.template operator()<1>(m);
+        softmax_rows<P, Q>(unit, int(keys), s.scores + at * BLOCK, s.peak + at, s.total + at,
+                           scaled_values ? s.v_scales : nullptr, s.factor + at);
+      });
     }
-    memcpy(k_rows, k_soon, sizeof k_rows);
-    memcpy(v_rows, v_soon, sizeof v_rows);
-    keys = soon;
+    for (int64_t n = 0; n < keys; n += ROWS_OF_VALUES)
+      for (int64_t kv = 0; kv < heads; ++kv)
+        in_fours(count, [&]<int Q>(int64_t m) {
+          static constexpr float ones[4] = {1, 1, 1, 1};
+          const int64_t at = kv * count + m;
+          Accumulate<P, S, Q>::run((const unit_t*)s.scores + at * BLOCK + n / P::STEP, v_rows + n, kv * pages.v.head,
+                                   dims, s.out + at * dims, n == 0 ? s.factor + at : ones);
+        });
   }
 
   const bool is_final = task.slot < 0;
@@ -420,19 +475,18 @@ void add_parts(const Problem& p, int64_t row, const int64_t* slots, int count) {
 
 }  // namespace
 
-const DecodeKernel decode = {
-    QUERIES, 2 * LANES,
-    [](const Problem& p, const Pages&, int64_t rows) {
-      return DecodeScratch<Float32>(p, rows * p.group(), nullptr).carver.bytes;
-    },
-    [](const Problem& p, const Pages& pages, const ForwardTask& task, void* scratch) {
-      switch (p.dtype) {
-        case DType::FLOAT32: return decode_stored<Float32, float>(p, pages, task, scratch);
-        case DType::FLOAT16: return decode_stored<Float32, f16>(p, pages, task, scratch);
-        case DType::BFLOAT16: return decode_stored<Bf16Product, bf16>(p, pages, task, scratch);
-        case DType::BOOL: return;
-      }
-    }};
+const DecodeKernel decode = {QUERIES, 2 * LANES,
+                             [](const Problem& p, const Pages&, int64_t rows) {
+                               return DecodeScratch<Float32>(p, rows * p.group(), nullptr).carver.bytes;
+                             },
+                             [](const Problem& p, const Pages& pages, const ForwardTask& task, void* scratch) {
+                               switch (p.dtype) {
+                                 case DType::FLOAT32: return decode_stored<Float32, float>(p, pages, task, scratch);
+                                 case DType::FLOAT16: return decode_stored<Float32, f16>(p, pages, task, scratch);
+                                 case DType::BFLOAT16: return decode_stored<Bf16Product, bf16>(p, pages, task, scratch);
+                                 case DType::BOOL: return;
+                               }
+                             }};
 
 const PartsKernel parts = {[](const Problem& p, int64_t row, const int64_t* slots, int count) {
   switch (p.dtype) {

@@ -156,9 +156,8 @@ void forward_rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, cons
     const int64_t first = t % blocks * TILE, i0 = task.row + first;
     ranges[t] = {i0, 0, int(clamp(task.rows - first, 0, TILE)), 0};
     empty[t] = true;
-    pack_transposed<P>(s.queries + t * at.query_tile, TILE,
-                       p.q.at<E>(task.b, task.seq.row_q + i0, task.h + t / blocks), p.q.row, ranges[t].rows,
-                       ranges[t].lanes(), int(p.head_dim), int(at.units), s.keys);
+    pack_transposed<P>(s.queries + t * at.query_tile, TILE, p.q.at<E>(task.b, task.seq.row_q + i0, task.h + t / blocks),
+                       p.q.row, ranges[t].rows, ranges[t].lanes(), int(p.head_dim), int(at.units), s.keys);
   }
 
   const int64_t row_end = task.row + task.rows, key_end = clamp(task.key_end, 0, span.len_k);
@@ -252,7 +251,8 @@ const ForwardKernel forward = {TILE, TILES,
                                  switch (p.dtype) {
                                    case DType::FLOAT32: return forward_task<Float32, float>(p, pages, task, scratch);
                                    case DType::FLOAT16: return forward_task<Float32, f16>(p, pages, task, scratch);
-                                   case DType::BFLOAT16: return forward_task<Bf16Product, bf16>(p, pages, task, scratch);
+                                   case DType::BFLOAT16:
+                                     return forward_task<Bf16Product, bf16>(p, pages, task, scratch);
                                    case DType::BOOL: return;
                                  }
                                }};

@@ -37,7 +37,7 @@ struct PagedKeys {
   const Pages& pages;
   const int32_t* table;  // of the sequence
   int64_t kv;
-  E* stage;                      // KEYS rows of the larger head_dim
+  E* stage;                    // KEYS rows of the larger head_dim
   int64_t prefix, begin, end;  // keys that some query sees: before prefix, and from begin to end
 
   static constexpr bool SCALED = QUANTISED<S>;
@@ -88,8 +88,8 @@ struct PagedKeys {
     for (int n = 0; n < padded; ++n) {
       const int64_t j = j0 + n, page = n < count ? table[j / pages.page_size] : 0;
       to[n] = n >= count || !seen(j) ? 0.0f
-              : view ? view.data[page * view.page + j % pages.page_size * view.slot + kv * view.head]
-                     : 1.0f;
+              : view                 ? view.data[page * view.page + j % pages.page_size * view.slot + kv * view.head]
+                                     : 1.0f;
     }
   }
 };

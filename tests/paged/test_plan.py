@@ -1,0 +1,118 @@
+"""A step's plan: every visible key of every row exactly once, and nothing taken from a plan of something else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import duplex_attn as da
+import pytest
+import torch
+from duplex_attn.paged.functional import plan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ..lanes import Lane
+from ..oracle import Call, visible
+from .pool import Case, make
+
+pytestmark = pytest.mark.skipif(not da.backends()["cpu"].available, reason="plans are made by the C++ library")
+CPU = Lane("cpu")
+
+
+def covered(made: torch.Tensor, rows: int, keys: int) -> torch.Tensor:
+    """How often each (row, key) is computed, and that each row's results are final once or merged from all its parts."""
+    header, *entries = made.tolist()
+    tiles, merges = entries[: header[0]], entries[header[0] : header[0] + header[1]]
+    count = torch.zeros(rows, keys, dtype=torch.int64)
+    parts: dict[int, tuple[int, int, int]] = {}  # slot -> row and keys of the tile
+    written = [0] * rows
+    for _, first, last, key_begin, key_end, slot, _, _ in tiles:
+        count[first:last, key_begin:key_end] += 1
+        for row in range(first, last):
+            if slot < 0:
+                written[row] += 1
+            else:
+                assert slot + row - first not in parts and slot + row - first < header[2]
+                parts[slot + row - first] = (row, key_begin, key_end)
+    merged: list[int] = []
+    for first, last, shared_slot, shared_count, stride, own_slot, own_count, _ in merges:
+        for row in range(first, last):
+            slots = [shared_slot + n * stride + row - first for n in range(shared_count)]
+            slots += [own_slot + n * (last - first) + row - first for n in range(own_count)]
+            assert all(parts[slot][0] == row for slot in slots)
+            merged += slots
+            written[row] += 1
+    assert sorted(merged) == sorted(parts), "a part that no merge reads, or one that two do"
+    assert written == [1] * rows
+    return count
+
+
+lengths = st.one_of(st.integers(0, 5), st.integers(0, 900), st.sampled_from([64, 512, 2048, 5000]))
+distances = st.one_of(st.none(), st.integers(0, 700))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(lengths, lengths), min_size=1, max_size=5),
+    st.integers(0, 900), distances, distances, st.booleans(), st.booleans(), st.integers(0, 40), st.sampled_from([1, 16, 48]),
+)  # fmt: skip
+def test_every_visible_key_once(lens, prefix, left, right, top_left, invariant, shared, page_size) -> None:
+    lens_q, lens_k = zip(*lens, strict=True)
+    width = max(-(-n // page_size) for n in lens_k) or 1
+    table = torch.arange(len(lens) * width, dtype=torch.int32).reshape(-1, width)
+    table[:, :shared] = table[0, :shared].clone()
+    cu = torch.tensor([0, *lens_q]).cumsum(0).int()
+    mask = da.Mask(prefix, left, right, "top_left" if top_left else "bottom_right")
+    made = plan(
+        table, torch.tensor(lens_k, dtype=torch.int32), page_size, mask, cu_seqlens_q=cu, batch_invariant=invariant
+    )
+    count = covered(made, int(cu[-1]), max(lens_k, default=0))
+    assert count.max() <= 1 if count.numel() else True
+    call = Call(torch.empty(0), torch.empty(0), torch.empty(0))
+    call.left, call.right, call.top_left, call.prefix = left, right, top_left, prefix
+    for b, (len_q, len_k) in enumerate(lens):
+        seen = visible(call, b, len_q, len_k)
+        assert (count[int(cu[b]) : int(cu[b + 1]), :len_k][seen] == 1).all(), f"sequence {b}"
+        assert (count[int(cu[b]) : int(cu[b + 1]), len_k:] == 0).all()
+    if invariant:
+        for tile in made[1 : 1 + int(made[0, 0])].tolist():
+            assert tile[3] // 2048 == max(tile[4] - 1, tile[3]) // 2048, "a part beyond its place counted from key 0"
+
+
+def test_a_shared_prefix_is_read_once() -> None:
+    table = torch.arange(20 * 40, dtype=torch.int32).reshape(20, 40)
+    table[:, :32] = table[0, :32].clone()
+    made = plan(table, torch.full((20,), 600, dtype=torch.int32), 16)
+    shared = [tile for tile in made[1 : 1 + int(made[0, 0])].tolist() if tile[6]]
+    assert sorted((t[3], t[4]) for t in shared)[-1][1] == 512 and all(t[1:3] == [0, 20] for t in shared)
+
+
+def test_the_same_numbers_with_a_plan_as_without() -> None:
+    pool = make(Case(((1,) * 13, tuple(300 + 40 * n for n in range(13))), (4, 2), (64, 64), shared=288))
+    made = plan(pool.block_table, pool.seqlens_k, 16)
+    assert made[0, 5] > 0
+    with_plan, without = pool.check(CPU, plan=made), pool.run(CPU)
+    assert torch.equal(with_plan["out"], without["out"])
+    biased = dataclasses.replace(pool, packed=dataclasses.replace(pool.packed, alibi_slopes=torch.rand(4)))
+    assert torch.equal(biased.run(CPU, plan=made)["out"], biased.run(CPU)["out"]), "distances in a shared tile"
+
+
+@pytest.mark.parametrize("change", ["longer", "window", "prefix", "invariant", "damaged", "cut"])
+def test_a_plan_of_something_else_is_refused(change: str) -> None:
+    pool = make(Case(((1, 1), (700, 2000)), (4, 2), (64, 64)))
+    made = plan(pool.block_table, pool.seqlens_k, 16)
+    options: dict[str, object] = {"plan": made}
+    if change == "longer":
+        pool.seqlens_k -= 1
+    elif change == "window":
+        pool.packed.left = 9
+    elif change == "prefix":
+        pool.packed.prefix = 5
+    elif change == "invariant":
+        options["batch_invariant"] = True
+    elif change == "damaged":
+        made[1, 4] = 10**6
+    else:
+        options["plan"] = made[:2].contiguous()
+    with pytest.raises(ValueError, match=r"^plan: expected"):
+        pool.run(CPU, **options)
