@@ -69,6 +69,7 @@ class PagedRows:
             max_seqlen_q=batch.max_seqlen_q,
             rope_cos=cos,
             rope_sin=sin,
+            plan=batch.plan(self.mask, self.batch_invariant),
             batch_invariant=self.batch_invariant,
             **held,
         )
