@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -123,6 +123,128 @@ def profile(
 
 
 @main.command()
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option(
+    "--file",
+    type=click.File(encoding="utf-8"),
+    help="Prompts, one a line; - is stdin, which is read too where no prompt is given.",
+)
+@click.option("--model", type=FOLDER, help="A GPT-2 or Llama checkpoint; else gpt2-small's shape, seeded weights.")
+@click.option("--max-tokens", type=int, default=64, show_default=True, help="New tokens of each at most.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the likeliest token.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Among the k likeliest; 0: all.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Among those that reach it together.")
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="At least so much of the likeliest one's.")
+@click.option("--seed", type=int, default=None, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, help="Text that ends it; may be given several times.")
+@click.option("-n", "samples", type=int, default=1, show_default=True, help="Samples of each prompt.")
+@click.option("--beam-width", type=int, default=1, show_default=True, help="Above 1: beam search.")
+@click.option("--speculate", type=int, default=0, show_default=True, help="Tokens guessed ahead by prompt lookup.")
+@click.option("--logprobs", type=int, default=None, help="In the JSON: of each token and so many likeliest ones.")
+@click.option("--bidirectional", is_flag=True, help="All tokens of a prompt see each other (prefix-LM).")
+@click.option("--batch-invariant", is_flag=True, help="No bit of the logits depends on the other prompts.")
+@click.option("--pages", type=click.IntRange(1), default=None, help="Of the cache; by default 1 GiB of them.")
+@click.option("--page-size", type=click.IntRange(1, 256), default=16, show_default=True, help="Tokens of a page.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--device", default=None, metavar="DEVICE", help="cpu, cuda or cuda:N; by default a card if there is any."
+)
+@click.option(
+    "--size", type=click.Choice(["base", "tiny"]), default="base", show_default=True, help="Without a checkpoint."
+)
+@click.option("--json", "output", type=OutputFile(), help="Where to write the same as JSON; - is stdout.")
+def generate(
+    prompts: tuple[str, ...],
+    file: TextIO | None,
+    model: Path | None,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    samples: int,
+    beam_width: int,
+    speculate: int,
+    logprobs: int | None,
+    bidirectional: bool,
+    batch_invariant: bool,
+    pages: int | None,
+    page_size: int,
+    dtype: str,
+    device: str | None,
+    size: str,
+    output: str | None,
+) -> None:
+    """Continues PROMPTs, all at once from one pool of pages, and shows their texts as they come.
+
+    Without PROMPT and --file, prompts are the lines of stdin.
+    """
+    lines = [*prompts, *read_prompts(file, bool(prompts))]
+    if not lines:
+        raise click.UsageError("a prompt is needed: as an argument, in --file, or on stdin")
+    import torch
+
+    from .generate import Engine, SamplingParams, cache_for
+    from .generate.terminal import as_json, load_model, run
+
+    try:
+        params = SamplingParams(
+            max_tokens, temperature, top_k, top_p, min_p, seed, stop, logprobs=logprobs, n=samples,
+            beam_width=beam_width, speculate=speculate,
+        )  # fmt: skip
+        where = pick_device(device)
+        with progress() as shown:
+            shown.add_task("reading weights and tokenizer", total=None)
+            loaded = load_model(model, size, getattr(torch, dtype), where)
+        widest = max(64, params.sequences)
+        cache = cache_for(loaded.gpt, pages, page_size, max_sequences=widest)
+        engine = Engine(
+            loaded.gpt,
+            loaded.tokenizer,
+            cache=cache,
+            eos=loaded.eos,
+            max_sequences=widest,
+            token_budget=max(512, widest),
+            batch_invariant=batch_invariant,
+        )
+        requests = []
+        for line in lines:
+            encoded = loaded.tokenizer.encode(line, add_special_tokens=loaded.trained).ids
+            prefix = len(encoded) if bidirectional else 0
+            requests.append(engine.submit(encoded, params, bidirectional_prefix=prefix))
+    except (OSError, ValueError) as error:
+        raise BadInput(str(error)) from error
+    told = console(sys.stderr)
+    if not loaded.trained:
+        told.print(f"{loaded.name}: the speed is a trained model's, the words are not; --model takes a checkpoint")
+    printed = told if output == "-" else console(sys.stdout)
+    try:
+        found = run(engine, requests, printed, live=printed.is_terminal)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell has it
+    told.print(found.summary(), style="dim")
+    if output is not None:
+        save(as_json(loaded, found, dtype=dtype, device=str(where)), output)
+    failed = [request for request in requests if request.error is not None]
+    if failed:
+        raise click.ClickException(f"{len(failed)} of {len(requests)} prompts: {failed[0].error}")
+
+
+def read_prompts(file: TextIO | None, given: bool) -> list[str]:
+    """Lines that are not blank; of stdin where there is nothing else and it is no terminal."""
+    if file is None:
+        if given or sys.stdin.isatty():
+            return []
+        file = sys.stdin
+    try:
+        return [line.rstrip("\n") for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--file: expected text in UTF-8 ({error})") from error
+
+
+@main.command()
 @click.option("--json", "output", type=OutputFile(), help="Where to write the same as JSON; - is stdout.")
 def doctor(output: str | None) -> None:
     """Tells what this machine has, each backend, and why a missing one is missing."""
@@ -160,10 +282,16 @@ def progress() -> Progress:
 def write(printed: RenderableType, data: dict[str, Any], output: str | None) -> None:
     """Prints on stdout and writes the data to `output`; where that is stdout, prints on stderr."""
     console(sys.stderr if output == "-" else sys.stdout).print(printed)
+    if output is not None:
+        save(data, output)
+
+
+def save(data: dict[str, Any], output: str) -> None:
+    text = json.dumps(data, indent=2)
     if output == "-":
-        print(json.dumps(data, indent=2))
-    elif output is not None:
-        Path(output).write_text(json.dumps(data, indent=2) + "\n")
+        print(text)
+    else:
+        Path(output).write_text(text + "\n")
 
 
 def console(stream: Any) -> Console:

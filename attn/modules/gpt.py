@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..mask import Mask, causal
+from .paged_rows import PagedRows
 from .rows import Rows, activate, check_activation, check_seqlens
+
+if TYPE_CHECKING:
+    from ..cache import PagedBatch, PagedKVCache
 
 
 @dataclass(frozen=True)
@@ -161,18 +165,34 @@ class GPTLayer(nn.Module):
         if cache is not None and slots is not None:
             k, v = cache.append(self.index, k, v, rows, slots)
         y = rows.attend(q, k, v, self.config.attention_dropout if self.training else 0.0).flatten(-2)
-        x = x + self.dropout(self.out(y))
-        return x + self.dropout(self.down(self.widen(self.norm(x))))
+        return self.finish(x, y)
 
-    def widen(self, x: Tensor) -> Tensor:
-        if not self.config.gated:
-            return activate(self.up(x), self.config.activation)
-        gate, up = self.up(x).chunk(2, -1)
-        return activate(gate, self.config.activation) * up
+    def step(self, x: Tensor, rows: PagedRows) -> Tensor:
+        """The same over a paged cache, which rotates q and k itself. x (T, C)"""
+        qkv = rows.apply(lambda x: self.qkv(self.attention_norm(x)), x).unflatten(-1, (-1, self.config.head_dim))
+        y = rows.attend(self.index, *qkv.split(self.split, -2)).flatten(-2)
+        return rows.apply(partial(self.finish, by_row=rows.batch_invariant), x, y)
+
+    def finish(self, x: Tensor, y: Tensor, by_row: bool = False) -> Tensor:
+        x = x + self.dropout(self.out(y))
+        return x + self.dropout(self.down(self.widen(self.norm(x), by_row)))
+
+    def widen(self, x: Tensor, by_row: bool = False) -> Tensor:
+        """by_row: torch computes the last elements of a thread's share otherwise than those before them."""
+        up = self.up(x)
+        gate, up = up.chunk(2, -1) if self.config.gated else (up, None)
+        if by_row:
+            gate = torch.stack([activate(row, self.config.activation) for row in gate])
+        else:
+            gate = activate(gate, self.config.activation)
+        return gate if up is None else gate * up
 
 
 class GPT(nn.Module):
-    """The decoder and its head. `gpt(ids)` is logits (B, S, vocab_size); `gpt.generate` decodes greedily."""
+    """The decoder and its head. `gpt(ids)` is logits (B, S, vocab_size); `gpt.generate` decodes greedily.
+
+    `gpt.step` is one step over a paged cache: the model's side of `duplex_attn.generate`.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -250,6 +270,39 @@ class GPT(nn.Module):
         return self.head(last_token(x, rows, seqlens)) if last else rows.unpack(self.head(x))
 
     @torch.inference_mode()
+    def step(
+        self,
+        ids: Tensor,
+        cache: PagedKVCache,
+        batch: PagedBatch,
+        rows: Tensor | None = None,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """Logits (n, vocab_size) after a step of several sequences over a paged cache, which `batch` describes.
+
+        ids int64 (T,): the new tokens of all sequences, one after another, as `batch.positions` counts them.
+        rows int64 (n,): which of them logits are wanted for; by default the last of each sequence.
+        batch_invariant: a token's logits do not depend in any bit on the other sequences, nor on how its own was cut
+            into steps; slower. The mask is causal, bidirectional in the prefix that a sequence was added with.
+        """
+        if ids.shape != batch.positions.shape:
+            raise ValueError(f"ids: expected the batch's {len(batch.positions)} new tokens, got {tuple(ids.shape)}")
+        if batch.max_seqlen_k > self.config.max_positions:
+            limit, end = self.config.max_positions, batch.max_seqlen_k
+            raise ValueError(f"ids: expected at most max_positions ({limit}) tokens, got {end}")
+        rope = None if self.position is not None else rope_tables(self.config, ids.device)
+        paged = PagedRows.of(cache, batch, rope, batch_invariant)
+        x = self.word(ids)
+        if self.position is not None:
+            x = x + self.position(batch.positions.clamp(min=0))  # -1: a row of a buffer that no token is in
+        x = self.dropout(x)
+        for layer in self.layers:
+            x = cast(GPTLayer, layer).step(x, paged)
+        if rows is None:
+            rows = batch.cu_seqlens_q[1:] - 1
+        return paged.apply(lambda x: self.head(self.norm(x)), x.index_select(0, rows))
+
+    @torch.inference_mode()
     def generate(
         self,
         ids: Tensor,
@@ -298,6 +351,14 @@ def rope_of(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Rope:
     exact = torch.promote_types(dtype, torch.float32)
     angles = positions[..., None].to(exact) * frequencies(config, positions.device)
     return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
+
+
+@lru_cache(maxsize=4)
+def rope_tables(config: GPTConfig, device: torch.device) -> Rope:
+    """cos and sin of all positions, float32 (max_positions, D / 2)."""
+    with torch.inference_mode(False):
+        cos, sin = rope_of(torch.arange(config.max_positions, device=device), config, torch.float32)
+        return cos.squeeze(-2), sin.squeeze(-2)
 
 
 @lru_cache(maxsize=16)

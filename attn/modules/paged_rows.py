@@ -1,0 +1,87 @@
+"""Where the tokens of a step over a paged cache lie: what `Rows` is for whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..mask import Mask, causal, prefix_lm
+from ..paged.functional import paged_append, paged_attention
+
+if TYPE_CHECKING:
+    from ..cache import PagedBatch, PagedKVCache
+
+BLOCK_ROWS = 16  # of every linear layer in the batch-invariant mode
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """New tokens of several sequences, packed to (T, ...), whose keys and values go into a `PagedKVCache`.
+
+    rope: cos and sin, float32 (positions, D / 2), or None. The mask is causal, with the bidirectional prefix that each
+    sequence came with. batch_invariant: no bit of a row depends on what other rows there are.
+    """
+
+    cache: PagedKVCache
+    batch: PagedBatch
+    mask: Mask
+    rope: tuple[Tensor | None, Tensor | None]
+    cu_seqlens: Tensor | None  # None where each sequence has one new token
+    batch_invariant: bool
+
+    @classmethod
+    def of(
+        cls, cache: PagedKVCache, batch: PagedBatch, rope: tuple[Tensor, Tensor] | None, batch_invariant: bool
+    ) -> PagedRows:
+        prefixes = [seq.bidirectional_prefix for seq in batch.seqs]
+        prefixes += [0] * (len(batch.seqlens_k) - len(prefixes))  # of buffers that are larger
+        mask = causal()
+        if any(prefixes):
+            mask = prefix_lm(torch.tensor(prefixes, dtype=torch.int32, device=batch.seqlens_k.device))
+        decoding = batch.max_seqlen_q <= 1 and len(batch.positions) == len(batch.seqlens_k)
+        cu_seqlens = None if decoding else batch.cu_seqlens_q
+        return cls(cache, batch, mask, rope or (None, None), cu_seqlens, batch_invariant)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k, v (T, Hk, D) and attends with q (T, Hq, D) to all that each sequence has. Rotates q and k."""
+        cache, batch = self.cache, self.batch
+        pages = (cache.k_pages[layer], cache.v_pages[layer])
+        cos, sin = self.rope
+        held: dict[str, Any] = {
+            "k_scales": None if cache.k_scales is None else cache.k_scales[layer],
+            "v_scales": None if cache.v_scales is None else cache.v_scales[layer],
+        }
+        paged_append(
+            k, v, *pages, batch.block_table, batch.positions, self.cu_seqlens, rope_cos=cos, rope_sin=sin, **held
+        )
+        return paged_attention(
+            q,
+            *pages,
+            batch.block_table,
+            batch.seqlens_k,
+            self.mask,
+            cu_seqlens_q=self.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen_q,
+            rope_cos=cos,
+            rope_sin=sin,
+            plan=batch.plan(self.mask, self.batch_invariant),
+            batch_invariant=self.batch_invariant,
+            **held,
+        )
+
+    def apply(self, f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+        """f of rows (T, ...), row by row the same. In the batch-invariant mode f sees blocks of BLOCK_ROWS, the last
+        one padded: a library's matmul gives other bits for one row than for two."""
+        if not self.batch_invariant:
+            return f(*xs)
+        blocks = []
+        for start in range(0, len(xs[0]), BLOCK_ROWS):
+            parts = [x[start : start + BLOCK_ROWS] for x in xs]
+            rows = len(parts[0])
+            blocks.append(f(*(F.pad(part, (0, 0, 0, BLOCK_ROWS - rows)) for part in parts))[:rows])
+        return torch.cat(blocks) if blocks else f(*xs)
