@@ -52,10 +52,7 @@ class PagedRows:
         cache, batch = self.cache, self.batch
         pages = (cache.k_pages[layer], cache.v_pages[layer])
         cos, sin = self.rope
-        held: dict[str, Any] = {
-            "k_scales": None if cache.k_scales is None else cache.k_scales[layer],
-            "v_scales": None if cache.v_scales is None else cache.v_scales[layer],
-        }
+        held: dict[str, Any] = dict(zip(("k_scales", "v_scales"), cache.scales(layer), strict=True))
         paged_append(
             k, v, *pages, batch.block_table, batch.positions, self.cu_seqlens, rope_cos=cos, rope_sin=sin, **held
         )

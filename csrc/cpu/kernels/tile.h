@@ -70,7 +70,12 @@ inline void product_tile(int steps, const typename P::unit* a, ptrdiff_t a_row, 
     }
 }
 
-constexpr int CHAIN = 64;  // steps that are summed one after another; longer sums are sums of such
+// Steps that are summed one after another; longer sums are sums of such. Shorter where products round on their own.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr int CHAIN = 64;
+#else
+constexpr int CHAIN = 32;
+#endif
 
 // The same for any multiple of ROWS rows and any number of vectors.
 template <class P, Start START>
