@@ -155,7 +155,9 @@ class TritonBackend(Backend):
         return f"it runs on CUDA tensors, these are on {device}" + _INTERPRET_HINT * (device.type == "cpu")
 
     def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
-        return "its kernels have no paged calls yet"
+        if call is not None and (call.row_distance_bias is not None or call.col_distance_bias is not None):
+            return _ROW_BIAS
+        return self.refuses_merge((x,))
 
     def detail(self) -> str:
         return "interpreted" if _interpreted() else torch.cuda.get_device_name()
@@ -164,10 +166,8 @@ class TritonBackend(Backend):
         kernels = self._kernels()
         return str(kernels.forward_tile(call, kernels.tuning.table_for(call.q.device)))
 
-    def _kernels(self) -> Any:
-        return importlib.import_module(
-            f"{__package__}.kernels.attention"
-        )  # triton is slow to import: when first needed
+    def _kernels(self, module: str = "attention") -> Any:
+        return importlib.import_module(f"{__package__}.kernels.{module}")  # triton is slow to import: when first needed
 
     def attention_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         return self._kernels().attention_forward(*arguments)
@@ -177,6 +177,15 @@ class TritonBackend(Backend):
 
     def merge_attention(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return self._kernels().merge_attention(outs, lses)
+
+    def paged_attention(self, *arguments: Any) -> None:
+        self._kernels("paged_calls").paged_attention(*arguments)
+
+    def paged_append(self, *arguments: Any) -> None:
+        self._kernels("paged_calls").paged_append(*arguments)
+
+    def copy_pages(self, *arguments: Any) -> None:
+        self._kernels("paged_calls").copy_pages(*arguments)
 
 
 @cache

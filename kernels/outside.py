@@ -28,7 +28,7 @@ def clear(view, b, h, r, live, hole, hole_length, ROWS: tl.constexpr, COLUMNS: t
     u = r + tl.arange(0, ROWS)
     row = (u + tl.where(u >= hole, hole_length, 0)).to(tl.int64)
     column = tl.arange(0, COLUMNS)
-    pointers = view.data + b.to(tl.int64) * view.batch + h.to(tl.int64) * view.head
+    pointers = view.data + tl.cast(b, tl.int64) * view.batch + tl.cast(h, tl.int64) * view.head
     pointers = pointers + row[:, None] * view.row + column[None, :] * view.dim
     zero = tl.zeros([ROWS, COLUMNS], view.data.dtype.element_ty)
     tl.store(pointers, zero, mask=(u[:, None] < live) & (column[None, :] < DIM))
@@ -38,5 +38,5 @@ def clear(view, b, h, r, live, hole, hole_length, ROWS: tl.constexpr, COLUMNS: t
 def clear_row(view, b, h, r, live, hole, hole_length, value, ROWS: tl.constexpr):
     u = r + tl.arange(0, ROWS)
     row = (u + tl.where(u >= hole, hole_length, 0)).to(tl.int64)
-    pointers = view.data + b.to(tl.int64) * view.batch + h.to(tl.int64) * view.head + row * view.row
+    pointers = view.data + tl.cast(b, tl.int64) * view.batch + tl.cast(h, tl.int64) * view.head + row * view.row
     tl.store(pointers, tl.zeros([ROWS], tl.float32) + value, mask=u < live)

@@ -159,7 +159,13 @@ def logits(
         i, j = i[None, :], j[:, None]
     else:
         i, j = i[:, None], j[None, :]
+    nearest, furthest = j0 - (i0 + M - 1 + s.offset), j0 + N - 1 - (i0 + s.offset)
+    return scores(products, terms, s, batch, head, i, j, nearest, furthest, origin, PLAIN, EDGE)
 
+
+@triton.jit
+def scores(products, terms, s, batch, head, i, j, nearest, furthest, origin, PLAIN: tl.constexpr, EDGE: tl.constexpr):
+    """The same for any rows i and keys j, whose distances lie between `nearest` and `furthest`; a row may have a head of its own."""
     x, slope = products, 1.0
     if not PLAIN:
         x = products * terms.scale
@@ -169,7 +175,6 @@ def logits(
         slope = 1 - t * t
     if terms.distance_bias is not None:
         middle = terms.distance_bias + tl.cast(head, tl.int64) * (2 * terms.radius + 1) + terms.radius
-        nearest, furthest = j0 - (i0 + M - 1 + s.offset), j0 + N - 1 - (i0 + s.offset)
         if (nearest < terms.radius) & (furthest > -terms.radius):
             x += tl.load(middle + tl.minimum(tl.maximum(j - (i + s.offset), -terms.radius), terms.radius))
         else:  # beyond the table's reach all have one bias

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import TypeVar
 
 import duplex_attn as da
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from .oracle import GRADIENTS, Answer, Call
 
+T = TypeVar("T")
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
@@ -62,10 +65,13 @@ def run(
     batch_invariant: bool = False,
 ) -> Answer:
     """The package's answer to a call: out and lse, with `dout` every gradient too. Strides stay as they are on the CPU."""
-    arguments = (call, lane, dout, dlse, deterministic, batch_invariant)
-    # Python maps and unmaps memory at each call that crosses a certain depth of its stack, and the interpreter does so all the time
-    # below pytest: a stack of its own makes it several times faster.
-    return _FRESH_STACK.submit(_run, *arguments).result() if lane.slow else _run(*arguments)
+    return on_own_stack(lane, lambda: _run(call, lane, dout, dlse, deterministic, batch_invariant))
+
+
+def on_own_stack(lane: Lane, work: Callable[[], T]) -> T:
+    """Python maps and unmaps memory at each call that crosses a certain depth of its stack, and the interpreter does so all the time
+    below pytest: a stack of its own makes it several times faster."""
+    return _FRESH_STACK.submit(work).result() if lane.slow else work()
 
 
 def _run(

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 import triton
 from duplex_attn.call import Call
-from duplex_attn.kernels import attention
+from duplex_attn.kernels import attention, paged_calls
 from duplex_attn.kernels.launch import Launch
+from duplex_attn.paged.call import AppendCall, PagedCall
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
@@ -81,13 +82,76 @@ def full_call(dtype: torch.dtype, head_dim: int) -> Call:
     return call._replace(cu_seqlens_q=lengths, cu_seqlens_k=lengths, **packed, **terms)
 
 
+PAGES, PAGE_SIZE, WORKERS = 64, 16, 1024
+STORED = {
+    "plain": None,
+    "everything": torch.int8,
+    "prefill": None,
+    "float8": torch.float8_e4m3fn,
+}  # None: as the queries
+
+
+def paged_calls_of(kind: str, dtype: torch.dtype, head_dim: int) -> tuple[PagedCall, AppendCall]:
+    """Decoding and chunks of prefill with nothing that can be left out, prefill with everything, decoding over float8 pages."""
+    stored = STORED[kind] or dtype
+    k_pages = torch.empty(PAGES, PAGE_SIZE, HEADS_KV, head_dim, dtype=stored)
+    scales = None if stored == dtype else torch.empty(PAGES, PAGE_SIZE, HEADS_KV)
+    lengths, angles = torch.empty(BATCH + 1, dtype=torch.int32), torch.empty(ROWS, head_dim // 2)
+    table, positions = torch.empty(BATCH, PAGES, dtype=torch.int32), torch.empty(BATCH, dtype=torch.int32)
+    rows = BATCH
+    extra = {"left": None, "right": 0, "top_left": False, "max_seqlen_q": 1, "batch_invariant": False}
+    rope = {"rope_cos": None, "rope_sin": None, "rope_interleaved": False}
+    if kind in ("prefill", "everything"):
+        rows *= ROWS
+        extra |= {"cu_seqlens_q": lengths, "max_seqlen_q": ROWS}
+    if kind == "everything":
+        c = full_call(dtype, head_dim)
+        names = ("prefix", "bias", "distance_bias", "alibi_slopes", "sink")
+        extra |= {name: getattr(c, name) for name in names}
+        rope |= {"rope_cos": angles, "rope_sin": angles}
+        positions = torch.empty(rows, dtype=torch.int32)
+    q, k = (torch.empty(rows, heads, head_dim, dtype=dtype) for heads in (HEADS, HEADS_KV))
+    pages = {"k_pages": k_pages, "v_pages": k_pages, "k_scales": scales, "v_scales": scales, "block_table": table}
+    softcap = 30.0 if kind == "everything" else 0.0
+    read = {"q": q, "seqlens_k": lengths[1:], "softcap": softcap} | pages | rope | extra
+    cu = lengths if kind == "everything" else None
+    written = {"k": k, "v": k, "positions": positions, "cu_seqlens": cu} | pages | rope
+    return PagedCall(**dict.fromkeys(PagedCall._fields) | read), AppendCall(
+        **dict.fromkeys(AppendCall._fields) | written
+    )
+
+
+def paged_launches(table: str, kind: str, dtype: torch.dtype, head_dim: int) -> list[Launch]:
+    c, new = paged_calls_of(kind, dtype, head_dim)
+    division = paged_calls.divided(c, table, WORKERS)
+    plan = torch.empty(64, 8, dtype=torch.int32)
+    out, lse = torch.empty_like(c.q), torch.empty(HEADS, len(c.q))
+    workspace = torch.empty(paged_calls.workspace_size(c, max(division.slots, len(plan))))
+    moved = paged_calls.copy(c.k_pages, new.positions, new.positions)
+    reading = paged_calls.attention(c, out, lse, workspace, division, table)
+    if kind == "prefill":
+        return [*reading, *paged_calls.planned(c, plan, out, lse, workspace, table)]
+    return [*reading, *paged_calls.append(new), moved]
+
+
 OFF = {"top_left": False, "softcap": 0.0, "dropout_p": 0.0, "deterministic": True, "batch_invariant": False}
-CONFIGURED_ALIKE = {"delta_kernel", "dq_kernel", "dkdv_kernel", "merge_kernel"}  # for both calls
+# For both calls.
+CONFIGURED_ALIKE = {
+    "delta_kernel",
+    "dq_kernel",
+    "dkdv_kernel",
+    "merge_kernel",
+    "append_kernel",
+    "copy_kernel",
+    "parts_kernel",
+}
 CALLS = {"plain": plain_call, "everything": full_call}
 
 
 def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
-    dtype = torch.float32 if bits == 32 else HALVES[kind]
+    dtype = torch.float32 if bits == 32 else HALVES.get(kind, torch.bfloat16)
+    if kind not in CALLS:
+        return paged_launches(table, kind, dtype, head_dim)
     c = CALLS[kind](dtype, head_dim)
     out, dout = torch.empty_like(c.q), torch.empty_like(c.q)
     lse = torch.empty((HEADS, BATCH * ROWS) if c.packed else (BATCH, HEADS, ROWS))
@@ -99,6 +163,7 @@ def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
         attention.forward(c, out, lse, table),
         *attention.backward(c, dout, dlse, out, lse, grads, workspace, table),
         attention.merge([out, out], [lse, lse], out, lse),
+        *paged_launches(table, kind, dtype, head_dim),
     ]
 
 
@@ -107,9 +172,9 @@ def jobs(table: str) -> list[tuple[str, str, int, int, int]]:
     found = []
     for bits, repeated in ((32, 64), (16, 128)):
         for head_dim in (256, 128, 64):
-            for kind in CALLS:
+            for kind in STORED:
                 for n, launch in enumerate(launches(table, kind, bits, head_dim)):
-                    if kind == "plain" or head_dim == repeated or launch.kernel.__name__ not in CONFIGURED_ALIKE:
+                    if kind != "everything" or head_dim == repeated or launch.kernel.__name__ not in CONFIGURED_ALIKE:
                         found.append((table, kind, bits, head_dim, n))
     return found
 

@@ -15,7 +15,7 @@ CALL = ("kernel", "call", "bits", "head_dim")
 COLUMNS = (*CALL, "tile", "warps", "stages", "registers", "spilled", "shared", "wgmma", "mma", "bulk", "seconds")
 TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma"}
 # What the others spill is told in docs/kernel-notes.md.
-FREE_OF_SPILLS = {"forward", "delta", "dsink", "merge", "table"}
+FREE_OF_SPILLS = {"forward", "delta", "dsink", "merge", "table", "parts", "append", "copy"}
 
 
 @pytest.mark.slow
@@ -34,13 +34,15 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
     for row in rows:
         what = f"{table}: {row}"
         assert row["shared"] <= SHARED[table], what
-        if row["kernel"] in FREE_OF_SPILLS:
+        if row["kernel"] in FREE_OF_SPILLS or (row["kernel"] == "paged" and row["call"] != "everything"):
             assert row["spilled"] == 0, what
         if row["products"] and row["bits"] == 16:
-            assert row[TENSOR_CORES[table]] > 0, what
+            few_rows = row["kernel"] == "paged" and row["call"] in ("plain", "float8")  # less than a wgmma has
+            assert row["mma" if few_rows else TENSOR_CORES[table]] > 0, what
         assert (row["bulk"] > 0) == row["descriptors"], what
     compiled = {tuple(row[name] for name in ("kernel", "bits", "head_dim")) for row in rows}
     names = {"forward", "dq", "dkdv", "dbias", "diagonals", "table", "delta", "dsink", "merge"}
+    names |= {"paged", "parts", "append", "copy"}
     assert compiled == {(name, bits, head_dim) for name in names for bits in (16, 32) for head_dim in (64, 128, 256)}
     by_bulk_copy = {(row["kernel"], row["head_dim"]) for row in rows if row["descriptors"]}
     expected = {(name, d) for name in ("forward", "dq", "dkdv") for d in (64, 128, 256)}

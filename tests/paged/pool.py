@@ -10,7 +10,7 @@ import duplex_attn as da
 import torch
 from torch import Tensor
 
-from ..lanes import Lane
+from ..lanes import Lane, on_own_stack
 from ..oracle import Answer, Call, answer, assert_accurate, floors
 
 QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -72,9 +72,13 @@ class Pool:
             longest = int(self.cu_seqlens_q.diff().max()) if len(self.cu_seqlens_q) > 1 else 0
             given |= {"cu_seqlens_q": self.cu_seqlens_q, "max_seqlen_q": longest}
         mask = da.Mask(call.prefix, call.left, call.right, "top_left" if call.top_left else "bottom_right")
-        found, lse = da.paged_attention(
-            self.q, self.k_pages, self.v_pages, self.block_table, self.seqlens_k, mask, **given | options,
-            backend=lane.backend,
+        given |= options
+        found, lse = on_own_stack(
+            lane,
+            lambda: da.paged_attention(
+                self.q, self.k_pages, self.v_pages, self.block_table, self.seqlens_k, mask, **given,
+                backend=lane.backend,
+            ),
         )  # fmt: skip
         assert found is out
         inside = torch.zeros(storage.shape, dtype=torch.bool)

@@ -70,8 +70,8 @@ def cases(count: int, seed: int) -> list[Case]:
 
 @pytest.mark.parametrize("case", cases(60, seed=0), ids=str)
 def test_call(lane: Lane, case: Case) -> None:
-    if lane.slow and case.seed % 6:
-        pytest.skip("the interpreter runs every sixth")
+    if lane.slow and case.seed % 3:
+        pytest.skip("the interpreter runs every third")
     make(case).check(lane)
 
 
@@ -80,7 +80,7 @@ def test_call(lane: Lane, case: Case) -> None:
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_a_shared_prefix(lane: Lane, heads: tuple[int, int], dtype: torch.dtype, stored: torch.dtype | None) -> None:
     """Sixteen sequences that start with the same pages, some ending right behind them, and one that does not share."""
-    if lane.slow and (stored is not None or heads == (8, 1)):
+    if lane.slow and (stored is not None or heads != (8, 2)):
         pytest.skip("the interpreter runs a few")
     tail = (0, 5, 16, 70) * 4
     lens_k = tuple(400 + n for n in tail)
