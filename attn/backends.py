@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ from .paged.call import PagedCall
 _INTERPRET_HINT = " (TRITON_INTERPRET=1 interprets it on the CPU)"
 _FLOAT64 = "float64 runs in the reference only"
 _ROW_BIAS = "row_distance_bias and col_distance_bias run in the reference only"
+
+
+class Workers(NamedTuple):
+    """What a step of paged attention is divided for."""
+
+    block_rows: int  # of a tile at most
+    number: int  # tiles that run at once
 
 
 class Backend:
@@ -54,6 +61,10 @@ class Backend:
 
     def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
         """Of paged calls on x's device and dtype; `call` is that of paged_attention, None for the others."""
+        return None
+
+    def paged_workers(self, device: torch.device, heads_kv: int) -> Workers | None:
+        """Whom a plan is for; None for the CPU kernels."""
         return None
 
     def detail(self) -> str:
@@ -177,6 +188,9 @@ class TritonBackend(Backend):
 
     def merge_attention(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return self._kernels().merge_attention(outs, lses)
+
+    def paged_workers(self, device: torch.device, heads_kv: int) -> Workers | None:
+        return self._kernels("paged_calls").planned_workers(device, heads_kv)
 
     def paged_attention(self, *arguments: Any) -> None:
         self._kernels("paged_calls").paged_attention(*arguments)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import Workers, choose_paged
 from .checks import MAX_HEAD_DIM, wrong_type, wrong_value
 from .mask import Mask
-from .paged.functional import copy_pages, plan
+from .paged.functional import copy_pages, plan, plan_capacity
 
 try:
     from . import _runtime
@@ -75,23 +76,27 @@ class PagedBatch:
     seqs: tuple[Sequence, ...]
     page_size: int
     _memory: _Memory  # holds the four tensors
+    _host: tuple[Tensor, ...]  # the four of them on the CPU
     _rows: _runtime.Batch | None  # None of buffers that no batch has filled
     _plans: dict[Any, tuple[Mask, Tensor | None]] = field(default_factory=dict)
 
     def plan(self, mask: Mask, batch_invariant: bool = False) -> Tensor | None:
         """The division of the step's work for `mask`, made once and read by every layer: `paged_attention`'s `plan`.
 
-        Kept for each (left, right); a prefix tensor is read when its plan is made. None where tensors are on a GPU or
-        the C++ library is missing: a call then divides its own work.
+        Kept for each (left, right); a prefix tensor is read when its plan is made. A batch in fixed buffers on a GPU
+        has its plans there too: the same tensor from step to step for the same mask and kind of prefix. None where the
+        C++ library is missing: a call then divides its own work.
         """
-        if not self.block_table.is_cpu:
-            return None
-        key = (id(mask.prefix) if isinstance(mask.prefix, Tensor) else mask.prefix, *mask[1:], batch_invariant)
+        of_each = isinstance(mask.prefix, Tensor)
+        key = (id(mask.prefix) if of_each else mask.prefix, *mask[1:], batch_invariant)
         if key not in self._plans:
+            block_table, seqlens_k, cu_seqlens_q, _ = self._host
             made = plan(
-                self.block_table, self.seqlens_k, self.page_size, mask, cu_seqlens_q=self.cu_seqlens_q,
-                batch_invariant=batch_invariant,
+                block_table, seqlens_k, self.page_size, mask, cu_seqlens_q=cu_seqlens_q,
+                batch_invariant=batch_invariant, workers=self._memory.workers,
             )  # fmt: skip
+            if made is not None:
+                made = self._memory.keep_plan(("each" if of_each else mask.prefix, *key[1:]), made)
             self._plans[key] = mask, made  # the mask too: its prefix keeps its id
         return self._plans[key][1]
 
@@ -103,12 +108,19 @@ class _Memory:
     batch: int
     max_pages: int
     tokens: int
+    page_size: int
     flat: Tensor
+    workers: Workers | None
+    plans: dict[Any, Tensor] | None  # of fixed buffers
 
     @classmethod
-    def of(cls, batch: int, max_pages: int, tokens: int, device: torch.device) -> _Memory:
+    def of(
+        cls, batch: int, max_pages: int, tokens: int, page_size: int, device: torch.device, workers: Workers | None,
+        fixed: bool,
+    ) -> _Memory:  # fmt: skip
         size = batch * max_pages + batch + batch + 1 + tokens
-        return cls(batch, max_pages, tokens, torch.empty(size, dtype=torch.int32, device=device))
+        flat = torch.empty(size, dtype=torch.int32, device=device)
+        return cls(batch, max_pages, tokens, page_size, flat, workers, {} if fixed else None)
 
     def parts(self, flat: Any) -> tuple[Any, Any, Any, Any]:
         """block_table, seqlens_k, cu_seqlens_q and positions in `flat`, a tensor or an array."""
@@ -117,13 +129,28 @@ class _Memory:
         block_table = flat[:table].reshape(self.batch, self.max_pages)
         return block_table, flat[table:lengths], flat[lengths:offsets], flat[offsets:]
 
-    def fill(self, cache: _runtime.Cache, rows: _runtime.Batch) -> None:
-        if self.flat.is_cpu:
-            rows.fill(cache, *self.parts(self.flat.numpy()))
-            return
-        staged = torch.empty(self.flat.shape, dtype=torch.int32, pin_memory=self.flat.is_cuda)
-        rows.fill(cache, *self.parts(staged.numpy()))
-        self.flat.copy_(staged, non_blocking=True)
+    def fill(self, cache: _runtime.Cache, rows: _runtime.Batch) -> tuple[Tensor, ...]:
+        """Returns the arrays on the CPU."""
+        host = self.flat
+        if not host.is_cpu:
+            host = torch.empty(self.flat.shape, dtype=torch.int32, pin_memory=self.flat.is_cuda)
+        rows.fill(cache, *self.parts(host.numpy()))
+        if host is not self.flat:
+            self.flat.copy_(host, non_blocking=True)
+        return self.parts(host)
+
+    def keep_plan(self, key: Any, made: Tensor) -> Tensor:
+        """The plan on the device, with fixed buffers in a tensor that holds any."""
+        device = self.flat.device
+        if self.plans is None or self.workers is None:
+            return made.to(device)
+        if key not in self.plans:
+            rows = plan_capacity(self.batch, self.tokens, self.max_pages * self.page_size, self.workers)
+            self.plans[key] = torch.zeros(rows, 8, dtype=torch.int32, device=device)
+        if len(made) > len(self.plans[key]):
+            raise RuntimeError(f"a plan of {len(made)} rows in a buffer of {len(self.plans[key])}")
+        self.plans[key][: len(made)].copy_(made.pin_memory() if device.type == "cuda" else made, non_blocking=True)
+        return self.plans[key]
 
 
 @dataclass(frozen=True)
@@ -182,6 +209,7 @@ class PagedKVCache:
         self.v_pages = torch.empty(*slots, head_dim_v, dtype=stored, device=device)
         self.k_scales = None if quantization is None else torch.empty(slots, dtype=torch.float32, device=device)
         self.v_scales = None if quantization is None else torch.empty(slots, dtype=torch.float32, device=device)
+        self._workers = choose_paged(self.k_pages[0, 0], "").paged_workers(self.k_pages.device, num_kv_heads)
         self._runtime = _runtime.Cache(num_pages, page_size)
         self._swapped: dict[Sequence, _HostPages] = {}
 
@@ -241,13 +269,13 @@ class PagedKVCache:
         """
         seqs = tuple(seqs)
         rows = self._runtime.batch(seqs, new_tokens)
-        memory = _Memory.of(len(seqs), rows.max_pages, rows.new_tokens, self.device) if out is None else out._memory
-        memory.fill(self._runtime, rows)
+        memory = self._memory(len(seqs), rows.max_pages, rows.new_tokens) if out is None else out._memory
+        host = memory.fill(self._runtime, rows)
         self._make_pending_copies()
         table, seqlens_k, cu_seqlens_q, positions = memory.parts(memory.flat) if out is None else _tensors(out)
         return PagedBatch(
             table, seqlens_k, cu_seqlens_q, positions, rows.max_seqlen_q, rows.max_seqlen_k, seqs,
-            self.page_size, memory, rows,
+            self.page_size, memory, host, rows,
         )  # fmt: skip
 
     def buffers(self, batch: int, max_pages: int, tokens: int) -> PagedBatch:
@@ -255,9 +283,12 @@ class PagedKVCache:
 
         They have room for so many sequences of at most max_pages pages, with so many new tokens together.
         """
-        memory = _Memory.of(batch, max_pages, tokens, self.device)
-        memory.fill(self._runtime, self._runtime.batch([]))
-        return PagedBatch(*memory.parts(memory.flat), 0, 0, (), self.page_size, memory, None)
+        memory = self._memory(batch, max_pages, tokens, fixed=True)
+        host = memory.fill(self._runtime, self._runtime.batch([]))
+        return PagedBatch(*memory.parts(memory.flat), 0, 0, (), self.page_size, memory, host, None)
+
+    def _memory(self, batch: int, max_pages: int, tokens: int, fixed: bool = False) -> _Memory:
+        return _Memory.of(batch, max_pages, tokens, self.page_size, self.device, self._workers, fixed)
 
     def swap_out(self, seq: Sequence) -> None:
         """Moves what the sequence has committed to host memory and gives its pages back. It can only wait or be freed."""

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..backends import Workers
 from ..paged.call import AppendCall, PagedCall
 from ..paged.checks import QUANTISED
 from . import problem, tuning
@@ -76,6 +77,11 @@ class Division(NamedTuple):
 def workers(device: torch.device) -> int:
     """Programs that keep the device busy and leave little idling at the end."""
     return 4 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2)
+
+
+def planned_workers(device: torch.device, heads_kv: int) -> Workers:
+    """A tile of a plan is for all kv heads, so each is so many programs."""
+    return Workers(64, max(1, workers(device) // (4 * heads_kv)))
 
 
 def workspace_size(c: PagedCall, slots: int) -> int:

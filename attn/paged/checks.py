@@ -119,6 +119,14 @@ def check_attention_contents(call: PagedCall) -> None:
     if call.cu_seqlens_q is not None:
         _check_cu("cu_seqlens_q", call.cu_seqlens_q, call.q.shape[0], call.max_seqlen_q)
     _check_pages_named(call.block_table, lengths, call.k_pages)
+    if call.plan is not None and hasattr(torch.ops.duplex_attn_cpu, "check_plan"):
+        host = [
+            None if x is None else x.cpu().contiguous()
+            for x in (call.plan, call.block_table, lengths, call.cu_seqlens_q, call.prefix)
+        ]
+        torch.ops.duplex_attn_cpu.check_plan(
+            *host, call.k_pages.shape[1], call.left, call.right, call.top_left, call.batch_invariant
+        )
     if call.rope_cos is not None and lengths.numel():
         _check_range("seqlens_k", lengths, 0, call.rope_cos.shape[0], "a length up to the positions of rope_cos")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS
+from ..backends import BACKENDS, Workers
 from ..checks import wrong_type, wrong_value
 from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, run_operator, table
 from ..mask import Mask, causal
@@ -98,11 +98,13 @@ def plan(
     *,
     cu_seqlens_q: Tensor | None = None,
     batch_invariant: bool = False,
+    workers: Workers | None = None,
 ) -> Tensor | None:
-    """How a step's work is divided, for every layer's `paged_attention` of this batch, mask and thread count.
+    """How a step's work is divided, for every layer's `paged_attention` of this batch and mask.
 
-    int32 (rows, 8), from tensors on the CPU as `paged_attention` takes them; None where the C++ library is missing, and
-    each call then divides its own. Its layout is that of csrc/common/plan.h.
+    int32 (rows, 8), from tensors on the CPU as `paged_attention` takes them, for `workers` (None: the CPU kernels'); any
+    backend can follow it. None where the C++ library is missing, and each call then divides its own. Its layout is
+    that of csrc/common/plan.h.
     """
     prefix, left, right, top_left = named_mask(mask)
     if BACKENDS["cpu"].missing() is not None:
@@ -110,8 +112,18 @@ def plan(
     if not isinstance(prefix, Tensor):
         prefix = prefix_tensor(prefix, block_table.shape[0], seqlens_k) if prefix else None
     return torch.ops.duplex_attn_cpu.plan(
-        block_table, seqlens_k, cu_seqlens_q, prefix, page_size, left, right, top_left, batch_invariant
-    )
+        block_table, seqlens_k, cu_seqlens_q, None if prefix is None else prefix.cpu(), page_size, left, right, top_left,
+        batch_invariant, *(workers or (0, 0)),
+    )  # fmt: skip
+
+
+def plan_capacity(batch: int, tokens: int, longest: int, workers: Workers) -> int:
+    """Rows that no plan of so many sequences, new tokens and keys a sequence exceeds: what a CUDA graph's buffer needs."""
+    block_rows, number = workers
+    blocks = batch + tokens // block_rows
+    # Blocks of rows, and shared prefixes, are cut into parts: one each, those that keep 4 tiles for each worker, or of fixed length.
+    parts = max(4 * number + 4 * blocks, blocks * (2 + longest // 2048))
+    return 1 + parts * max(1, min(block_rows, tokens)) + blocks
 
 
 def paged_append(

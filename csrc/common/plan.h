@@ -1,5 +1,6 @@
 // How a step of paged attention is cut into tiles: once a step, from lengths and block tables on the host, for every
-// layer. Plain rows of eight int32, so that a plan is one tensor that a CUDA graph can keep.
+// layer. Plain rows of eight int32, so that a plan is one tensor that a CUDA graph can keep. It has at least as many
+// rows as slots: a GPU's workspace follows from its shape alone.
 #pragma once
 
 #include <stdint.h>

@@ -32,7 +32,10 @@ STABLE_TORCH_LIBRARY(duplex_attn_cpu, m) {
       "Tensor(d!)? v_scales) -> ()");
   m.def(
       "plan(Tensor block_table, Tensor seqlens_k, Tensor? cu_seqlens_q, Tensor? prefix, int page_size, int? left, "
-      "int? right, bool top_left, bool batch_invariant) -> Tensor");
+      "int? right, bool top_left, bool batch_invariant, int block_rows, int workers) -> Tensor");
+  m.def(
+      "check_plan(Tensor plan, Tensor block_table, Tensor seqlens_k, Tensor? cu_seqlens_q, Tensor? prefix, int page_size, "
+      "int? left, int? right, bool top_left, bool batch_invariant) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str[]");
 }
@@ -54,4 +57,5 @@ STABLE_TORCH_LIBRARY_IMPL(duplex_attn_cpu, CPU, m) {
   m.impl("paged_append", TORCH_BOX(&duplex::paged_append));
   m.impl("copy_pages", TORCH_BOX(&duplex::copy_pages));
   m.impl("plan", TORCH_BOX(&duplex::plan));
+  m.impl("check_plan", TORCH_BOX(&duplex::check_plan));
 }

@@ -35,9 +35,10 @@ PlanBatch plan_batch(const Tensor& block_table, const Tensor& seqlens_k, const O
           top_left};
 }
 
-PlanOptions plan_options(bool batch_invariant, bool may_share) {
-  return {BLOCK_ROWS, int64_t(torch::stable::get_num_threads()), batch_invariant ? FIXED_SPLIT : 0,
-          may_share && !batch_invariant ? SHARED_ROWS : 0};
+// block_rows, workers: 0 for those of this backend on this machine.
+PlanOptions plan_options(bool batch_invariant, bool may_share, int64_t block_rows = 0, int64_t workers = 0) {
+  return {block_rows ? block_rows : BLOCK_ROWS, workers ? workers : int64_t(torch::stable::get_num_threads()),
+          batch_invariant ? FIXED_SPLIT : 0, may_share && !batch_invariant ? SHARED_ROWS : 0};
 }
 
 // The plan that the caller made, after checking that it belongs to this batch and stays inside it.
@@ -54,7 +55,7 @@ Plan read_plan(const Tensor& t, const PlanBatch& batch, int64_t fixed_split) {
   const PlanHeader& h = plan.header;
   if (h.batch != batch.batch || h.fixed_split != fixed_split || h.fingerprint != fingerprint(batch) ||
       h.rows != batch.row(batch.batch) || h.tiles < 0 || h.merges < 0 || h.slots < 0 ||
-      1 + int64_t(h.tiles) + h.merges > count)
+      std::max<int64_t>(1 + int64_t(h.tiles) + h.merges, h.slots) > count)
     refuse();
   const auto* tiles = reinterpret_cast<const PlanTile*>(rows + 1);
   const auto* merges = reinterpret_cast<const PlanMerge*>(rows + 1 + h.tiles);
@@ -249,15 +250,25 @@ void paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tabl
 }
 
 Tensor plan(Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor prefix, int64_t page_size,
-            std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, bool batch_invariant) {
+            std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, bool batch_invariant,
+            int64_t block_rows, int64_t workers) {
   const PlanBatch batch = plan_batch(block_table, seqlens_k, cu_seqlens_q, prefix, page_size, left, right, top_left);
-  const Plan made = make_plan(batch, plan_options(batch_invariant, true));
-  Tensor t = new_int({1 + made.header.tiles + made.header.merges, 8});
+  const Plan made = make_plan(batch, plan_options(batch_invariant, true, block_rows, workers));
+  const PlanHeader& h = made.header;
+  Tensor t = new_int({std::max<int64_t>(1 + int64_t(h.tiles) + h.merges, h.slots), 8});
   auto* rows = static_cast<PlanHeader*>(t.data_ptr());
-  rows[0] = made.header;
+  std::fill(rows, rows + t.size(0), PlanHeader{});
+  rows[0] = h;
   std::copy(made.tiles.begin(), made.tiles.end(), reinterpret_cast<PlanTile*>(rows + 1));
-  std::copy(made.merges.begin(), made.merges.end(), reinterpret_cast<PlanMerge*>(rows + 1 + made.header.tiles));
+  std::copy(made.merges.begin(), made.merges.end(), reinterpret_cast<PlanMerge*>(rows + 1 + h.tiles));
   return t;
+}
+
+void check_plan(Tensor plan, Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor prefix,
+                int64_t page_size, std::optional<int64_t> left, std::optional<int64_t> right, bool top_left,
+                bool batch_invariant) {
+  read_plan(plan, plan_batch(block_table, seqlens_k, cu_seqlens_q, prefix, page_size, left, right, top_left),
+            plan_options(batch_invariant, true).fixed_split);
 }
 
 }  // namespace duplex

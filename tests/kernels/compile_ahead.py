@@ -172,7 +172,7 @@ def jobs(table: str) -> list[tuple[str, str, int, int, int]]:
     found = []
     for bits, repeated in ((32, 64), (16, 128)):
         for head_dim in (256, 128, 64):
-            for kind in STORED:
+            for kind in STORED if bits == 16 else CALLS:
                 for n, launch in enumerate(launches(table, kind, bits, head_dim)):
                     if kind != "everything" or head_dim == repeated or launch.kernel.__name__ not in CONFIGURED_ALIKE:
                         found.append((table, kind, bits, head_dim, n))

@@ -194,3 +194,14 @@ def make(case: Case) -> Pool:
     elif case.bias == "bool":
         call.bias = torch.rand(batch, 1, longest, table_width * page_size, generator=g) < 0.8
     return Pool(case, q, k_pages, v_pages, k_scales, v_scales, block_table, lens_k, cu_q, call)
+
+
+def rotated(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Pair by pair, in float64."""
+    x, reach = x.double().clone(), cos.shape[1]
+    for pair in range(reach):
+        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + reach)
+        c, s = cos[position, pair].double()[:, None], sin[position, pair].double()[:, None]
+        first, second = x[..., a].clone(), x[..., b].clone()
+        x[..., a], x[..., b] = first * c - second * s, second * c + first * s
+    return x

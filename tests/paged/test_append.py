@@ -5,24 +5,12 @@ from __future__ import annotations
 import duplex_attn as da
 import pytest
 import torch
-from torch import Tensor
 
 from ..lanes import Lane
-from .pool import bits
+from .pool import bits, rotated
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-
-def rotated(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Pair by pair, in float64."""
-    x, reach = x.double().clone(), cos.shape[1]
-    for pair in range(reach):
-        a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + reach)
-        c, s = cos[position, pair].double()[:, None], sin[position, pair].double()[:, None]
-        first, second = x[..., a].clone(), x[..., b].clone()
-        x[..., a], x[..., b] = first * c - second * s, second * c + first * s
-    return x
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -93,6 +93,12 @@ def test_a_shared_prefix(lane: Lane, heads: tuple[int, int], dtype: torch.dtype,
     pool.check(lane)
 
 
+@pytest.mark.parametrize("mask", [(700, 30, 0), (700, None, None), (3, 500, 0)], ids=str)
+def test_keys_in_parts_under_a_prefix_and_a_window(lane: Lane, mask: tuple) -> None:
+    """A prefix that ends inside a later part, and windows that begin in one."""
+    make(Case(((1, 2), (900, 1100)), (4, 2), (16, 32), mask=mask, page_size=64)).check(lane)
+
+
 def test_one_batch_of_all_directions(lane: Lane) -> None:
     """Encoding (prefix = length), prefix-LM and decoding in one call, each equal to a call of its own."""
     lens_q, lens_k, prefix = (24, 30, 1), (24, 30, 90), (24, 11, 0)

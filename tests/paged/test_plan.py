@@ -7,13 +7,14 @@ import dataclasses
 import duplex_attn as da
 import pytest
 import torch
-from duplex_attn.paged.functional import plan
+from duplex_attn.backends import Workers
+from duplex_attn.paged.functional import plan, plan_capacity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ..lanes import Lane
+from ..lanes import Lane, missing
 from ..oracle import Call, visible
-from .pool import Case, make
+from .pool import Case, make, rotated
 
 pytestmark = pytest.mark.skipif(not da.backends()["cpu"].available, reason="plans are made by the C++ library")
 CPU = Lane("cpu")
@@ -93,12 +94,65 @@ def test_the_same_numbers_with_a_plan_as_without() -> None:
     assert made[0, 5] > 0
     with_plan, without = pool.check(CPU, plan=made), pool.run(CPU)
     assert torch.equal(with_plan["out"], without["out"])
+
+
+@pytest.mark.parametrize("workers", [None, Workers(64, 3), Workers(2, 8)], ids=str)
+@pytest.mark.parametrize("mask", [(0, None, 0), (0, 330, 0), (40, 50, 0)], ids=str)
+def test_every_backend_follows_any_plan(lane: Lane, mask: tuple, workers: Workers | None) -> None:
+    """Of many sequences with a common beginning, decoding and prefilling, with queries behind the last one."""
+    lens_q, lens_k = (1, 1, 40, 1, 3) * 3, tuple(400 + 37 * n for n in range(15))
+    if lane.slow:
+        lens_q, lens_k = (1, 4, 1) * 5, tuple(290 + 11 * n for n in range(15))
+    pool = make(Case((lens_q, lens_k), (4, 2), (32, 64), shared=288, mask=mask, sink=True, tail=5))
+    made = plan(pool.block_table, pool.seqlens_k, 16, da.Mask(*mask), cu_seqlens_q=pool.cu_seqlens_q, workers=workers)
+    assert (made[0, 5] > 0) == (mask == (0, None, 0))
+    pool.check(lane, plan=made)
     biased = dataclasses.replace(pool, packed=dataclasses.replace(pool.packed, alibi_slopes=torch.rand(4)))
-    assert torch.equal(biased.run(CPU, plan=made)["out"], biased.run(CPU)["out"]), "distances in a shared tile"
+    with_plan, without = biased.run(lane, plan=made)["out"].clone(), biased.run(lane)["out"]
+    torch.testing.assert_close(with_plan, without, msg="distances in a shared tile")
 
 
+@pytest.mark.parametrize("decodes", [True, False])
+def test_rows_of_a_shared_tile_are_rotated_by_their_own_positions(lane: Lane, decodes: bool) -> None:
+    lens_q = (1,) * 13 if decodes else (1, 3) * 6 + (2,)
+    pool = make(Case((lens_q, tuple(300 + 7 * n for n in range(13))), (2, 1), (32, 32), shared=288))
+    made = plan(pool.block_table, pool.seqlens_k, 16, cu_seqlens_q=pool.cu_seqlens_q)
+    assert made[0, 5] > 0
+    angle = torch.rand(500, 12, generator=torch.Generator().manual_seed(3)) * 6
+    given = {"rope_cos": angle.cos(), "rope_sin": angle.sin()}
+    ends = pool.cu_seqlens_q.tolist()
+    position = torch.cat([torch.arange(k - q, k) for q, k in zip(lens_q, pool.seqlens_k.tolist(), strict=True)])
+    assert len(position) == ends[-1]
+    turned = dataclasses.replace(pool, q=rotated(pool.q, position, angle.cos(), angle.sin(), False).float())
+    want = turned.run(lane)["out"].clone()
+    torch.testing.assert_close(pool.run(lane, plan=made, **given)["out"], want, atol=3e-6, rtol=3e-6)
+    torch.testing.assert_close(pool.run(lane, **given)["out"], want, atol=3e-6, rtol=3e-6)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(0, 3000)), min_size=1, max_size=12),
+    st.booleans(), st.booleans(), st.integers(0, 60), st.sampled_from([(64, 2), (384, 2), (16, 100)]),
+)  # fmt: skip
+def test_a_fixed_buffer_holds_any_plan(lens, window, invariant, shared, workers) -> None:
+    lens_q, lens_k = zip(*((q, max(q, k)) for q, k in lens), strict=True)
+    width = max(-(-n // 16) for n in lens_k) or 1
+    table = torch.arange(len(lens) * width, dtype=torch.int32).reshape(-1, width)
+    table[:, :shared] = table[0, :shared].clone()
+    made = plan(
+        table, torch.tensor(lens_k, dtype=torch.int32), 16, da.Mask(0, 100 if window else None, 0),
+        cu_seqlens_q=torch.tensor([0, *lens_q]).cumsum(0).int(), batch_invariant=invariant, workers=Workers(*workers),
+    )  # fmt: skip
+    assert len(made) >= made[0, 2], "fewer rows than slots"
+    assert len(made) <= plan_capacity(len(lens), sum(lens_q), width * 16, Workers(*workers))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
 @pytest.mark.parametrize("change", ["longer", "window", "prefix", "invariant", "damaged", "cut"])
-def test_a_plan_of_something_else_is_refused(change: str) -> None:
+def test_a_plan_of_something_else_is_refused(backend: str, change: str) -> None:
+    lane = Lane(backend)
+    if reason := missing(lane):
+        pytest.skip(reason)
     pool = make(Case(((1, 1), (700, 2000)), (4, 2), (64, 64)))
     made = plan(pool.block_table, pool.seqlens_k, 16)
     options: dict[str, object] = {"plan": made}
@@ -115,4 +169,4 @@ def test_a_plan_of_something_else_is_refused(change: str) -> None:
     else:
         options["plan"] = made[:2].contiguous()
     with pytest.raises(ValueError, match=r"^plan: expected"):
-        pool.run(CPU, **options)
+        pool.run(lane, **options)

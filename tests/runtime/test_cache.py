@@ -6,6 +6,7 @@ import duplex_attn as da
 import numpy as np
 import pytest
 import torch
+from duplex_attn.backends import Workers
 
 
 def test_a_sequence_has_the_pages_its_tokens_need(cache: da.PagedKVCache) -> None:
@@ -108,6 +109,22 @@ def test_a_batch_in_fixed_buffers_pads_them(cache: da.PagedKVCache) -> None:
         assert batch.block_table[0, : len(seqs[0].pages)].tolist() == seqs[0].pages
     cache.commit_batch(batch)
     assert second.committed == 2 and first.committed == 0
+
+
+def test_plans_for_a_card_stay_in_the_buffers(cache: da.PagedKVCache) -> None:
+    """As a CUDA graph needs them; the division itself is followed in tests/paged."""
+    cache._workers = Workers(16, 4)
+    buffers = cache.buffers(3, 4, 8)
+    kept = []
+    for tokens in ([1, 2, 3], [4, 5, 6, 7, 8]):
+        batch = cache.batch([cache.add(tokens)], out=buffers)
+        made = batch.plan(da.causal())
+        assert made is not None and batch.plan(da.causal()) is made
+        header, tile = made[:2].tolist()
+        assert header[0] == 1 and header[4] == 3 and tile[2] == tile[4] == len(tokens)
+        kept.append(made.data_ptr())
+        assert batch.plan(da.sliding_window(1, 0)).data_ptr() != kept[0]  # type: ignore[union-attr]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize(
