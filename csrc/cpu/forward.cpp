@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
     return {std::move(out), std::move(lse)};
   }
   const std::vector<ForwardTask> tasks = forward_tasks(p, kernel, tiles_of_task(p, kernel));
-  parallel_tasks(int64_t(tasks.size()), kernel.scratch(p),
+  parallel_tasks(int64_t(tasks.size()), kernel.scratch(p, 1),
                  [&](int64_t index, void* scratch) { kernel.run(p, nullptr, tasks[index], scratch); });
   return {std::move(out), std::move(lse)};
 }

@@ -107,6 +107,7 @@ struct Cut {
   const DecodeKernel& decode;
   bool may_decode;
   std::vector<ForwardTask> few, many;
+  int64_t heads_kv = 0;  // of one of `many` at most
 
   void add(const PlanTile& tile) {
     const int64_t b = tile.sequence, rows = tile.row_end - tile.row_begin, group = p.group();
@@ -130,17 +131,23 @@ struct Cut {
       few.push_back(task);
       return;
     }
-    const int64_t heads = std::min<int64_t>(group, forward.tiles), most = forward.tiles / heads * forward.tile;
-    for (int64_t h = 0; h < p.heads_q; h += heads)
+    // Few rows take several kv heads at once, and so read memory in its order.
+    const int64_t at_once = rows <= forward.tile ? std::max<int64_t>(1, forward.tiles / group) : 1;
+    const int64_t heads = std::min<int64_t>(at_once * group, forward.tiles);
+    const int64_t most = forward.tiles / heads * forward.tile;
+    for (int64_t h = 0, count; h < p.heads_q; h += count) {
+      count = std::min(heads, heads < group ? group - h % group : p.heads_q - h);
+      heads_kv = std::max(heads_kv, (count + group - 1) / group);
       for (int64_t r = 0; r < rows; r += most) {
         ForwardTask piece = task;
         piece.h = int32_t(h);
-        piece.heads = int32_t(std::min(heads, group - h % group));
+        piece.heads = int32_t(count);
         piece.row = task.row + r;
         piece.rows = int32_t(std::min(most, rows - r));
         if (piece.slot >= 0) piece.slot += r;
         many.push_back(piece);
       }
+    }
   }
 };
 
@@ -221,14 +228,14 @@ void paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tabl
 
   const bool may_decode =
       !batch_invariant && p.head_dim % isa.decode->dims == 0 && p.head_dim_v % isa.decode->dims == 0;
-  Cut cut{p, pages, batch, *isa.forward, *isa.decode, may_decode, {}, {}};
+  Cut cut{p, pages, batch, *isa.forward, *isa.decode, may_decode, {}, {}, 0};
   for (const PlanTile& tile : plan.tiles) cut.add(tile);
   clear_rows(p, batch.row(p.batch), q.size(0), p.head_dim_v * (p.dtype == DType::FLOAT32 ? 4 : 2));
 
   int64_t rows = 0;
   for (const ForwardTask& task : cut.few) rows = std::max<int64_t>(rows, task.rows);
   const int64_t few = int64_t(cut.few.size());
-  const size_t scratch = std::max(cut.many.empty() ? 0 : isa.forward->scratch(p),
+  const size_t scratch = std::max(cut.many.empty() ? 0 : isa.forward->scratch(p, cut.heads_kv),
                                   cut.few.empty() ? 0 : isa.decode->scratch(p, pages, rows));
   parallel_tasks(few + int64_t(cut.many.size()), scratch, [&](int64_t index, void* memory) {
     if (index < few)

@@ -21,8 +21,8 @@ void paged_append(Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor blo
 void copy_pages(Tensor k_pages, Tensor v_pages, Tensor src, Tensor dst, OptionalTensor k_scales,
                 OptionalTensor v_scales);
 
-// int32 (rows, 8): a header, then its tiles and merges (common/plan.h). For tiles of at most block_rows rows and so many
-// workers; 0 for those of the CPU kernels.
+// int32 (rows, 8): a header, then its tiles and merges (common/plan.h). For tiles of at most block_rows rows and so
+// many workers; 0 for those of the CPU kernels.
 Tensor plan(Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor prefix, int64_t page_size,
             std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, bool batch_invariant,
             int64_t block_rows, int64_t workers);

@@ -432,9 +432,9 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
     const bool plain =
         !scaled_keys && first_head.is_scaled_product() && span.cover(task.row, row_end, j0, j0 + keys) == Cover::ALL;
     for (int64_t kv = 0; kv < heads; ++kv) {
-      const PagedKeys<P, E, S> of_head{p, pages, table, kv, nullptr, 0, j0, j0 + keys};
-      if (scaled_keys) of_head.scales(pages.k_scales, s.k_scales, j0, int(keys), BLOCK);
-      if (scaled_values) of_head.scales(pages.v_scales, s.v_scales, j0, int(keys), BLOCK);
+      const PagedKeys<P, E, S> of_head{p, pages, table, kv, 1, nullptr, 0, j0, j0 + keys};
+      if (scaled_keys) of_head.scales(pages.k_scales, kv, s.k_scales, j0, int(keys), BLOCK);
+      if (scaled_values) of_head.scales(pages.v_scales, kv, s.v_scales, j0, int(keys), BLOCK);
       for (int64_t m = 0; m < count && !plain; ++m) {
         const HeadScores head{p, task.seq, task.b, kv * group + m % group};
         finish_scores(head, task.row + m / group, j0, int(keys), s.scores + (kv * count + m) * BLOCK,

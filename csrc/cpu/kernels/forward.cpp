@@ -32,13 +32,14 @@ struct Scratch {
   ScoreScratch* score;
   void* stage;
 
-  Scratch(const Problem& p, void* base) : carver{(char*)base} {
+  Scratch(const Problem& p, int64_t heads_kv, void* base) : carver{(char*)base} {
     const Layout<P> at(p);
     const int64_t taller = TILE > KEYS ? TILE : KEYS;
     const int64_t rows = round_up(p.head_dim_v, LANES) * TILE;  // of the output, on their way out
     queries = carver.take<typename P::unit>(TILES * at.query_tile > rows ? TILES * at.query_tile : rows);
-    keys = carver.take<typename P::unit>(taller * at.units);
-    values = carver.take<typename P::unit>(KEYS / P::STEP * at.units_v + LANES);
+    const int64_t packed = heads_kv * KEYS;
+    keys = carver.take<typename P::unit>((taller > packed ? taller : packed) * at.units);
+    values = carver.take<typename P::unit>(packed / P::STEP * at.units_v + LANES);
     weights = carver.take<typename P::unit>(P::STEP > 1 ? KEYS / P::STEP * TILE : 0);
     out = carver.take<float>(TILES * at.out_tile);
     scores = carver.take<float>(KEYS * TILE);
@@ -46,9 +47,9 @@ struct Scratch {
     total = carver.take<float>(TILES * TILE);
     rescale = carver.take<float>(TILE);
     score = carver.take<ScoreScratch>(1);
-    k_scales = carver.take<float>(KEYS);
-    v_scales = carver.take<float>(KEYS);
-    stage = carver.take<float>(KEYS * (p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v));
+    k_scales = carver.take<float>(packed);
+    v_scales = carver.take<float>(packed);
+    stage = carver.take<float>(2 * (p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v));
   }
 };
 
@@ -168,12 +169,11 @@ void forward_rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, cons
     const int count = int(clamp(key_end - j0, 0, KEYS)), keys = int(round_up(count, ROWS));
     source.pack_keys(s.keys, at.units, j0, count, keys);
     source.pack_values(s.values, at.units_v, j0, count, keys);
-    const float* v_scales = nullptr;
-    if constexpr (Keys::SCALED) {
-      source.scales(source.pages.k_scales, s.k_scales, j0, count, keys);
-      source.scales(source.pages.v_scales, s.v_scales, j0, count, keys);
-      v_scales = s.v_scales;
-    }
+    if constexpr (Keys::SCALED)
+      for (int n = 0; n < source.kv_heads(); ++n) {
+        source.scales(source.pages.k_scales, source.kv + n, s.k_scales + n * KEYS, j0, count, keys);
+        source.scales(source.pages.v_scales, source.kv + n, s.v_scales + n * KEYS, j0, count, keys);
+      }
     for (int t = 0; t < tiles; ++t) {
       const int64_t soon = j0 + KEYS + int64_t(t) * KEYS / tiles, until = j0 + KEYS + int64_t(t + 1) * KEYS / tiles;
       source.prefetch(soon, int(clamp((until < key_end ? until : key_end) - soon, 0, KEYS)));
@@ -183,21 +183,24 @@ void forward_rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, cons
       Cover cover = span.cover(range.i0, range.i0 + range.rows, j0, j0 + count);
       if (cover == Cover::NONE) continue;
       const HeadScores head = head_of(t);
+      const int64_t kv = source.kv_heads() == 1 ? 0 : t / blocks / p.group();
       if (keys > count || j0 < task.key_begin) cover = Cover::SOME;
-      product<P, Start::ZERO>(keys, range.vectors(), int(at.units), s.keys, at.units, 1, s.queries + t * at.query_tile,
-                              TILE, s.scores, TILE);
-      if constexpr (Keys::SCALED) rescale_keys(s.scores, range, s.k_scales, keys);
+      product<P, Start::ZERO>(keys, range.vectors(), int(at.units), s.keys + kv * KEYS * at.units, at.units, 1,
+                              s.queries + t * at.query_tile, TILE, s.scores, TILE);
+      if constexpr (Keys::SCALED) rescale_keys(s.scores, range, s.k_scales + kv * KEYS, keys);
       if (!head.is_scaled_product()) head.finish(range, s.scores, *s.score);
       if (cover == Cover::SOME) head.hide(range, s.scores, keys, task.key_begin);
-      softmax<P>(head, range, keys, s, s.peak + t * TILE, s.total + t * TILE, empty[t], v_scales);
+      softmax<P>(head, range, keys, s, s.peak + t * TILE, s.total + t * TILE, empty[t],
+                 Keys::SCALED ? s.v_scales + kv * KEYS : nullptr);
       const typename P::unit* weights = P::STEP > 1 ? s.weights : (typename P::unit*)s.scores;
+      const typename P::unit* values = s.values + kv * KEYS / P::STEP * at.units_v;
       float* out = s.out + t * at.out_tile;
       if (empty[t])
-        product<P, Start::ZERO>(int(at.units_v), range.vectors(), keys / P::STEP, s.values, 1, at.units_v, weights,
-                                TILE, out, TILE);
+        product<P, Start::ZERO>(int(at.units_v), range.vectors(), keys / P::STEP, values, 1, at.units_v, weights, TILE,
+                                out, TILE);
       else
-        product<P, Start::SCALE>(int(at.units_v), range.vectors(), keys / P::STEP, s.values, 1, at.units_v, weights,
-                                 TILE, out, TILE, s.rescale);
+        product<P, Start::SCALE>(int(at.units_v), range.vectors(), keys / P::STEP, values, 1, at.units_v, weights, TILE,
+                                 out, TILE, s.rescale);
       empty[t] = false;
     }
   }
@@ -216,8 +219,8 @@ void forward_rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, cons
 
 template <class P, class E>
 void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task, void* memory) {
-  Scratch<P> s(p, memory);
-  const int64_t kv = task.h / p.group();
+  const int64_t kv = task.h / p.group(), heads_kv = (task.heads + p.group() - 1) / p.group();
+  Scratch<P> s(p, heads_kv, memory);
   if (!pages) return forward_rows<P, E>(p, task, s, DenseKeys<P, E>{p, task.b, task.seq.row_k, kv});
   const Span& span = task.seq.span;
   const auto run = [&]<class S>(S) {
@@ -226,6 +229,7 @@ void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task,
                                   *pages,
                                   table,
                                   kv,
+                                  heads_kv,
                                   static_cast<E*>(s.stage),
                                   span.prefix,
                                   span.first(task.row),
@@ -242,9 +246,9 @@ void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task,
 }  // namespace
 
 const ForwardKernel forward = {TILE, TILES,
-                               [](const Problem& p) {
-                                 const size_t narrow = Scratch<Bf16Product>(p, nullptr).carver.bytes,
-                                              wide = Scratch<Float32>(p, nullptr).carver.bytes;
+                               [](const Problem& p, int64_t heads_kv) {
+                                 const size_t narrow = Scratch<Bf16Product>(p, heads_kv, nullptr).carver.bytes,
+                                              wide = Scratch<Float32>(p, heads_kv, nullptr).carver.bytes;
                                  return narrow > wide ? narrow : wide;
                                },
                                [](const Problem& p, const Pages* pages, const ForwardTask& task, void* scratch) {

@@ -19,9 +19,9 @@ struct ForwardTask {
 };
 
 struct ForwardKernel {
-  int tile;   // queries of one head in a tile
-  int tiles;  // in a task at most
-  size_t (*scratch)(const Problem&);
+  int tile;                                             // queries of one head in a tile
+  int tiles;                                            // in a task at most
+  size_t (*scratch)(const Problem&, int64_t heads_kv);  // for tasks of at most that many kv heads
   void (*run)(const Problem&, const Pages*, const ForwardTask&, void* scratch);  // no pages: keys are the problem's
 };
 

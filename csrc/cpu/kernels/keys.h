@@ -2,12 +2,14 @@
 #pragma once
 
 #include "common/problem.h"
-#include "cpu/kernels/pack.h"
+#include "cpu/kernels/score.h"
 
 namespace duplex::DUPLEX_ISA {
 
 template <class E>
 constexpr bool QUANTISED = sizeof(E) == 1;
+
+// Keys are packed in blocks of KEYS rows, one for each kv head.
 
 // The keys of one head of one sequence, as rows of a tensor.
 template <class P, class E>
@@ -17,6 +19,7 @@ struct DenseKeys {
 
   static constexpr bool SCALED = false;
 
+  int kv_heads() const { return 1; }
   void pack_keys(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
     Pack<P>::rows(to, units, p.k.at<E>(b, row_k + j0, kv), p.k.row, count, padded, int(p.head_dim));
   }
@@ -29,68 +32,91 @@ struct DenseKeys {
   }
 };
 
-// What queries of type E meet in pages that hold elements of type S. A block is gathered row by row into `stage`,
+// What queries of type E meet in pages that hold elements of type S. Rows are packed straight from their slots,
 // quantised numbers as they are (exact in any product's type); their scales go to scores and weights.
 template <class P, class E, class S>
 struct PagedKeys {
   const Problem& p;
   const Pages& pages;
-  const int32_t* table;  // of the sequence
-  int64_t kv;
-  E* stage;                    // KEYS rows of the larger head_dim
+  const int32_t* table;        // of the sequence
+  int64_t kv, heads;           // the first kv head, and how many are read together, in the order of memory
+  E* stage;                    // two rows of the larger head_dim
   int64_t prefix, begin, end;  // keys that some query sees: before prefix, and from begin to end
 
   static constexpr bool SCALED = QUANTISED<S>;
 
-  const S* row(const View& view, int64_t j) const {
-    return view.at<S>(table[j / pages.page_size], j % pages.page_size, kv);
-  }
-
   // What no query sees may lie in pages that are no longer this sequence's: it is 0 here.
   bool seen(int64_t j) const { return j < prefix || (begin <= j && j < end); }
 
-  void gather(const View& view, int64_t j0, int count, int dim) const {
+  // Calls act(n, row of key j0 + n) for n in [0, count).
+  template <class Act>
+  void each_row(const View& view, int64_t j0, int count, const Act& act) const {
+    int64_t page = j0 / pages.page_size, slot = j0 % pages.page_size;
     for (int n = 0; n < count; ++n) {
-      E* to = stage + n * dim;
-      if (!seen(j0 + n)) {
-        memset(to, 0, dim * sizeof(E));
-        continue;
-      }
-      const S* from = row(view, j0 + n);
-      if constexpr (QUANTISED<S>) {
-        int x = 0;
-        for (; x + LANES <= dim; x += LANES) narrow(to + x, widen(from + x));
-        if (x < dim) narrow_partial(to + x, widen_partial(from + x, dim - x), dim - x);
-      } else {
-        memcpy(to, from, dim * sizeof(E));
-      }
-    }
-  }
-  void pack_keys(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
-    const int dim = int(p.head_dim);
-    gather(pages.k, j0, count, dim);
-    Pack<P>::rows(to, units, stage, dim, count, padded, dim);
-  }
-  void pack_values(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
-    const int dim = int(p.head_dim_v);
-    gather(pages.v, j0, count, dim);
-    Pack<P>::pairs(to, units, stage, dim, count, padded, dim);
-  }
-  void prefetch(int64_t j, int count) const {
-    for (int n = 0; n < count; ++n) {
-      prefetch_rows(row(pages.k, j + n), 0, 1, p.head_dim);
-      prefetch_rows(row(pages.v, j + n), 0, 1, p.head_dim_v);
+      act(n, view.at<S>(table[page], slot, kv));
+      if (++slot == pages.page_size) slot = 0, ++page;
     }
   }
 
-  // What the numbers of keys j0 .. j0 + count are worth; 0 where no query sees them and past the end.
-  void scales(const ScaleView& view, float* to, int64_t j0, int count, int padded) const {
-    for (int n = 0; n < padded; ++n) {
-      const int64_t j = j0 + n, page = n < count ? table[j / pages.page_size] : 0;
-      to[n] = n >= count || !seen(j) ? 0.0f
-              : view                 ? view.data[page * view.page + j % pages.page_size * view.slot + kv * view.head]
-                                     : 1.0f;
+  // A row as the queries' type, converted to place n of `stage` where it is quantised.
+  const E* converted(const S* from, int64_t j, int n, int dim) const {
+    alignas(64) static const char zeros[1024] = {};  // a row of the largest head_dim
+    if (!seen(j)) return (const E*)zeros;
+    if constexpr (QUANTISED<S>) {
+      E* to = stage + n * dim;
+      int x = 0;
+      for (; x + LANES <= dim; x += LANES) narrow(to + x, widen(from + x));
+      if (x < dim) narrow_partial(to + x, widen_partial(from + x, dim - x), dim - x);
+      return to;
+    } else {
+      return from;
     }
+  }
+  int kv_heads() const { return int(heads); }
+  void pack_keys(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
+    const int dim = int(p.head_dim);
+    each_row(pages.k, j0, count, [&](int n, const S* from) {
+      for (int64_t h = 0; h < heads; ++h)
+        Pack<P>::rows(to + (h * KEYS + n) * units, units, converted(from + h * pages.k.head, j0 + n, 0, dim), 0, 1, 1,
+                      dim);
+    });
+    for (int64_t h = 0; h < heads; ++h)
+      memset(to + (h * KEYS + count) * units, 0, (padded - count) * units * sizeof(*to));
+  }
+  void pack_values(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
+    const int dim = int(p.head_dim_v);
+    const S* last = nullptr;
+    const auto pack = [&](int n, const S* const* from, int rows) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const E* of_head[P::STEP] = {};
+        for (int r = 0; r < rows; ++r) of_head[r] = converted(from[r] + h * pages.v.head, j0 + n + r, r, dim);
+        Pack<P>::unit_row(to + (h * KEYS + n) / P::STEP * units, units, of_head, rows, dim);
+      }
+    };
+    each_row(pages.v, j0, count, [&](int n, const S* from) {
+      const S* const both[2] = {P::STEP == 2 && n % 2 ? last : from, from};
+      if (P::STEP == 1 || n % 2 || n == count - 1) pack(n / P::STEP * P::STEP, both, n % P::STEP + 1);
+      last = from;
+    });
+    const int packed = (count + P::STEP - 1) / P::STEP;
+    for (int64_t h = 0; h < heads; ++h)
+      memset(to + (h * KEYS / P::STEP + packed) * units, 0, (padded / P::STEP - packed) * units * sizeof(*to));
+  }
+  void prefetch(int64_t j, int count) const {
+    each_row(pages.k, j, count, [&](int, const S* row) { prefetch_rows(row, pages.k.head, int(heads), p.head_dim); });
+    each_row(pages.v, j, count, [&](int, const S* row) { prefetch_rows(row, pages.v.head, int(heads), p.head_dim_v); });
+  }
+
+  // What the numbers of keys j0 .. j0 + count are worth; 0 where no query sees them and past the end.
+  void scales(const ScaleView& view, int64_t kv, float* to, int64_t j0, int count, int padded) const {
+    int64_t page = j0 / pages.page_size, slot = j0 % pages.page_size;
+    for (int n = 0; n < count; ++n) {
+      to[n] = !seen(j0 + n) ? 0.0f
+              : view        ? view.data[table[page] * view.page + slot * view.slot + kv * view.head]
+                            : 1.0f;
+      if (++slot == pages.page_size) slot = 0, ++page;
+    }
+    for (int n = count; n < padded; ++n) to[n] = 0;
   }
 };
 

@@ -115,6 +115,10 @@ struct Pack<Float32> {
   static void pairs(float* to, int64_t to_row, const E* from, int64_t from_row, int count, int padded, int dim) {
     widen_rows(to, to_row, from, from_row, count, padded, dim);
   }
+  template <class E>
+  static void unit_row(float* to, int64_t to_row, const E* const* rows, int count, int dim) {
+    widen_rows(to, to_row, rows[0], 0, count < 1 ? 0 : 1, 1, dim);
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -123,7 +127,9 @@ struct Pack<BFloat16> {
   // Rows as stored: unit x of row r holds elements 2x and 2x + 1.
   static void rows(uint32_t* to, int64_t to_row, const bf16* from, int64_t from_row, int count, int padded, int dim) {
     for (int r = 0; r < count; ++r, to += to_row, from += from_row) {
-      memcpy(to, from, dim * sizeof(bf16));
+      int x = 0;
+      for (; x + 2 * LANES <= dim; x += 2 * LANES) store(to + x / 2, load<vuint>((const uint32_t*)(from + x)));
+      memcpy(to + x / 2, from + x, (dim - x) * sizeof(bf16));
       memset((char*)to + dim * sizeof(bf16), 0, to_row * sizeof(uint32_t) - dim * sizeof(bf16));
     }
     memset(to, 0, (padded - count) * to_row * sizeof(uint32_t));
@@ -131,16 +137,20 @@ struct Pack<BFloat16> {
   // Units along the rows: unit x of row r / 2 holds element x of rows r and r + 1.
   static void pairs(uint32_t* to, int64_t to_row, const bf16* from, int64_t from_row, int count, int padded, int dim) {
     for (int r = 0; r < padded; r += 2, to += to_row) {
-      const bf16* low = from + r * from_row;
-      const bf16* high = low + from_row;
-      const int rows = count - r;
-      int x = 0;
-      if (rows >= 2)
-        for (; x + LANES <= dim; x += LANES) store(to + x, (vuint)interleave(load_bits(low + x), load_bits(high + x)));
-      for (; x < to_row; ++x) {
-        const uint32_t first = rows >= 1 && x < dim ? low[x].bits : 0, second = rows >= 2 && x < dim ? high[x].bits : 0;
-        to[x] = first | second << 16;
-      }
+      const bf16* const both[2] = {from + r * from_row, from + (r + 1) * from_row};
+      unit_row(to, to_row, both, count - r, dim);
+    }
+  }
+  // One row of those, of `count` rows that lie anywhere.
+  static void unit_row(uint32_t* to, int64_t to_row, const bf16* const* rows, int count, int dim) {
+    int x = 0;
+    if (count >= 2)
+      for (; x + LANES <= dim; x += LANES)
+        store(to + x, (vuint)interleave(load_bits(rows[0] + x), load_bits(rows[1] + x)));
+    for (; x < to_row; ++x) {
+      const uint32_t first = count >= 1 && x < dim ? rows[0][x].bits : 0;
+      const uint32_t second = count >= 2 && x < dim ? rows[1][x].bits : 0;
+      to[x] = first | second << 16;
     }
   }
   static __m512i load_bits(const bf16* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
