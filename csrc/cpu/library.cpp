@@ -34,8 +34,8 @@ STABLE_TORCH_LIBRARY(duplex_attn_cpu, m) {
       "plan(Tensor block_table, Tensor seqlens_k, Tensor? cu_seqlens_q, Tensor? prefix, int page_size, int? left, "
       "int? right, bool top_left, bool batch_invariant, int block_rows, int workers) -> Tensor");
   m.def(
-      "check_plan(Tensor plan, Tensor block_table, Tensor seqlens_k, Tensor? cu_seqlens_q, Tensor? prefix, int page_size, "
-      "int? left, int? right, bool top_left, bool batch_invariant) -> ()");
+      "check_plan(Tensor plan, Tensor block_table, Tensor seqlens_k, Tensor? cu_seqlens_q, Tensor? prefix, "
+      "int page_size, int? left, int? right, bool top_left, bool batch_invariant) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str[]");
 }

@@ -141,3 +141,29 @@ def test_memory_does_not_grow_with_the_square_of_the_length(dtype: str) -> None:
     assert int(done.stdout) < 4 * of_rows + 8 * 2**20, (
         "out, three gradients, what a row keeps, and scratch of two threads"
     )
+
+
+@pytest.mark.parametrize("dim", ["page", "slot", "head"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
+def test_pages(lane: Lane, stored: torch.dtype, dim: str) -> None:
+    """Appended to, copied and read where an entry lies past 2^31 elements, with the bits of pages that lie close."""
+    at = ("page", "slot", "head").index(dim)
+    k, v = normal(6, 3, 32), normal(6, 3, 32) + 1
+    near = [torch.zeros(5, 4, 3, 32, dtype=stored) for _ in range(2)]
+    storage = FarStorage(stored)
+    far = [storage.place(x, at) for x in near]
+    table, lengths = torch.tensor([[4, 0], [1, 3]], dtype=torch.int32), torch.tensor([4, 8], dtype=torch.int32)
+    positions = torch.tensor([3, 2, 7, 6, 5, 4], dtype=torch.int32)
+    src, dst = torch.tensor([4], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    got = []
+    for pages in (near, far):
+        scales = {name: torch.zeros(5, 4, 3) for name in ("k_scales", "v_scales")} if stored == torch.int8 else {}
+        cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+        da.paged_append(k, v, *pages, table, positions, cu, **scales, backend=lane.backend)
+        da.copy_pages(*pages, src, dst, **scales, backend=lane.backend)
+        copied = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+        q = normal(2, 6, 32)
+        out = da.paged_attention(q, *pages, copied, lengths, **scales, backend=lane.backend)
+        got.append((out, *(x.contiguous() for x in pages)))
+    for close, apart in zip(*got, strict=True):
+        assert torch.equal(close, apart) and close.any()

@@ -406,19 +406,25 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
   }
 
   const S *k_rows[BLOCK], *v_rows[BLOCK], *k_soon[BLOCK], *v_soon[BLOCK];
-  const auto row_at = [&](const View& view, int64_t j) {
-    return view.at<S>(table[j / pages.page_size], j % pages.page_size, 0);
-  };
   const int64_t row_end = task.row + task.rows, key_end = clamp(task.key_end, 0, span.len_k);
   const auto find_rows = [&](int64_t j0, int64_t keys) {
+    int64_t page = j0 / pages.page_size, slot = j0 % pages.page_size;
+    const S *k = nullptr, *v = nullptr;
+    const auto step = [&] {
+      k = pages.k.at<S>(table[page], slot, 0);
+      v = pages.v.at<S>(table[page], slot, 0);
+      if (++slot == pages.page_size) slot = 0, ++page;
+    };
     for (int64_t n = 0; n < BLOCK; ++n) {  // past the end: the last key again, with weight 0, not what lies there
-      k_rows[n] = n < keys ? row_at(pages.k, j0 + n) : k_rows[n - 1];
-      v_rows[n] = n < keys ? row_at(pages.v, j0 + n) : v_rows[n - 1];
+      if (n < keys) step();
+      k_rows[n] = k;
+      v_rows[n] = v;
     }
-    for (int64_t n = 0; n < BLOCK; ++n) {  // after the block's keys come its values, then the next block's keys
-      k_soon[n] = n + AHEAD < BLOCK ? k_rows[n + AHEAD] : v_rows[n + AHEAD - BLOCK];
-      const int64_t j = j0 + n + AHEAD;
-      v_soon[n] = n + AHEAD < BLOCK ? v_rows[n + AHEAD] : row_at(pages.k, j < key_end ? j : key_end - 1);
+    for (int64_t n = 0, j = j0 + keys; n < BLOCK; ++n) {  // after the block's keys come its values, then more keys
+      const bool inside = n + AHEAD < BLOCK;
+      if (!inside && j++ < key_end) step();
+      k_soon[n] = inside ? k_rows[n + AHEAD] : v_rows[n + AHEAD - BLOCK];
+      v_soon[n] = inside ? v_rows[n + AHEAD] : k;
     }
   };
   const auto next = [&](int64_t from) { return span.next(task.row, row_end, from); };
