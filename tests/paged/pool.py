@@ -97,7 +97,12 @@ class Pool:
         for name, x in tensors.items():
             assert torch.equal(bits(x), before[name]), f"{name} was written"
         exact, plain = answers(self.case)
-        assert_accurate(got, exact, plain, floors(self.packed, exact), what or f"{lane}: {self.case}")
+        floor = floors(self.packed, exact)
+        if (
+            lane.backend == "reference"
+        ):  # the same formula as `plain`, in torch's products of other shapes: few rows differ by chance
+            floor = {name: 2 * x for name, x in floor.items()}
+        assert_accurate(got, exact, plain, floor, what or f"{lane}: {self.case}")
         return got
 
 
