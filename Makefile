@@ -20,7 +20,7 @@ CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu report clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo
@@ -37,6 +37,13 @@ lint: $(STAMPS)/dev
 
 bench: $(STAMPS)/dev
 	@$(BIN)/pytest benchmarks -v --benchmark-quiet
+
+# On a machine with a card: in its environment as it is, offline. STAGE=bench for one stage; ARGS=--help tells the rest.
+gpu:
+	@$(or $(if $(ACTIVE),$(BIN)/python),$(wildcard .venv/bin/python),$(PYTHON)) benchmarks/gpu $(STAGE) $(ARGS)
+
+report: $(STAMPS)/dev
+	@$(BIN)/python benchmarks/gpu report
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks attn/*.so $(STAMPS)

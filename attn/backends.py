@@ -216,6 +216,11 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (_CPU, _TRI
 _ORDER: dict[str, tuple[Backend, ...]] = {"cpu": (_CPU, _REFERENCE), "cuda": (_TRITON, _REFERENCE)}
 
 
+def names_for(device_type: str) -> list[str]:
+    """The backends that such a device could have, in the order in which they are asked where nothing was measured."""
+    return [backend.name for backend in _ORDER.get(device_type, (_REFERENCE,))]
+
+
 @cache
 def _candidates(device_type: str) -> tuple[Backend, ...]:
     return tuple(backend for backend in _ORDER.get(device_type, (_REFERENCE,)) if backend.missing() is None)

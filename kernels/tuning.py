@@ -1,16 +1,22 @@
-"""Which tile, how many warps and how deep a pipeline: read from tuning/*.json, one table an architecture.
+"""Which tile, how many warps and how deep a pipeline: read from tuning/*.json, one table an architecture or a card.
 
 A table has an entry for every kind of kernel, width of the elements in bits and class of head_dim, so that looking one up is
 a dictionary access. `measured` says where its numbers come from. The forward has two kinds: what the other terms of a score and
 dropout need beside the tile would leave registers for a smaller one only (forward_terms).
+
+A card's own table, named as the card, holds what was measured to be faster on it; all else is that of the architecture which it
+`inherits`.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,19 +40,51 @@ def tables() -> dict[str, dict]:
 
 @cache
 def table_for(device: torch.device) -> str:
-    """The newest architecture's table that is not newer than the card."""
+    """The card's own table, or its architecture's."""
     if device.type == "cpu":
         return "interpreter"
-    major, minor = torch.cuda.get_device_capability(device)
+    own = file_name(torch.cuda.get_device_name(device))
+    return own if own in tables() else architecture(*torch.cuda.get_device_capability(device))
+
+
+def architecture(major: int, minor: int) -> str:
+    """The newest architecture's table that is not newer than the card."""
     known = sorted(int(name.removeprefix("sm_")) for name in tables() if name.startswith("sm_"))
     return f"sm_{max(n for n in known if n <= 10 * major + minor)}"
+
+
+def file_name(card: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 
 
 @cache
 def config(kernel: str, table: str, bits: int, head_dim: int) -> Config:
     """head_dim is the larger of those of k and v."""
     head_dim_class = next(n for n in HEAD_DIMS if head_dim <= n)
-    return Config(**tables()[table][kernel][str(bits)][str(head_dim_class)])
+    found = tables()[table].get(kernel, {}).get(str(bits), {}).get(str(head_dim_class))
+    if found is None:
+        return config(kernel, tables()[table]["inherits"], bits, head_dim)
+    return Config(**found)
+
+
+def adopt(name: str, table: dict[str, Any]) -> None:
+    """Adds a table, or puts it in another's place, for this process."""
+    tables()[name] = table
+    table_for.cache_clear()
+    config.cache_clear()
+
+
+@contextmanager
+def trial(table: str, kernel: str, bits: int, head_dim_class: int, tried: Config) -> Iterator[None]:
+    """Within, that one configuration is another."""
+    before = tables()[table]
+    kinds = before.get(kernel, {})
+    widths = kinds.get(str(bits), {})
+    adopt(table, {**before, kernel: {**kinds, str(bits): {**widths, str(head_dim_class): tried._asdict()}}})
+    try:
+        yield
+    finally:
+        adopt(table, before)
 
 
 def padded(head_dim: int) -> int:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import duplex_attn as da
 import torch
+from duplex_attn.backends import names_for
 from torch import Tensor
 
 from .oracle import GRADIENTS, Answer, Call
@@ -41,7 +42,7 @@ class Lane:
 
 _FRESH_STACK = ThreadPoolExecutor(1)
 CPU_LANES = [Lane("reference"), *(Lane("cpu", isa) for isa in ISAS), Lane("triton")]
-GPU_LANES = [Lane("reference", device="cuda"), Lane("triton", device="cuda")] if torch.cuda.is_available() else []
+GPU_LANES = [Lane(name, device="cuda") for name in names_for("cuda")] if torch.cuda.is_available() else []
 
 
 @cache

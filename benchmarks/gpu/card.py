@@ -1,0 +1,57 @@
+"""The card at hand, whether it can be used, and what would spoil a measurement on it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+OLDEST = (8, 0)  # compute capability
+ENOUGH = 8 * 2**30  # bytes of free memory
+BUSY = 10  # percent of the time
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str  # empty where there is none
+    problem: str  # why nothing can be measured here
+    conditions: tuple[str, ...] = ()  # what a reader of the numbers should know
+
+
+def look(device: str) -> Card:
+    """Asked before anything is built, so of torch alone."""
+    import torch
+
+    if device == "cpu":
+        return Card(f"rehearsal on {platform.machine()}", "", ("no card: sizes and times of a rehearsal mean nothing",))
+    if not torch.cuda.is_available():
+        return Card("", f"there is no CUDA card that torch {torch.__version__} can use")
+    card = torch.cuda.get_device_properties(0)
+    if (card.major, card.minor) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return Card(card.name, f"compute capability {card.major}.{card.minor}: the kernels need {wanted} or newer")
+    try:
+        free, total = torch.cuda.mem_get_info(0)
+    except RuntimeError as error:  # of a card that another process holds alone, say
+        return Card(card.name, f"the card cannot be used: {str(error).splitlines()[0]}")
+    if free < ENOUGH:
+        return Card(card.name, f"short of memory: {free / 2**30:.1f} of {total / 2**30:.0f} GiB are free")
+    conditions = []
+    if free < 0.9 * total:
+        conditions.append(f"{free / 2**30:.1f} of {total / 2**30:.0f} GiB were free: something else held the rest")
+    if (busy := utilisation()) is not None and busy > BUSY:
+        conditions.append(f"the card was busy {busy}% of the time before anything ran here: times are not to be trusted")
+    return Card(card.name, "", tuple(conditions))
+
+
+def utilisation() -> int | None:
+    """Percent of the last moments in which a kernel ran, where nvidia-smi tells."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return int(printed) if printed.isdigit() else None

@@ -1,0 +1,107 @@
+"""No speed without the right numbers: samples of an answer against float64 on the same tensors, by the accuracy contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS = 64  # of a sample
+LENIENT = 4  # times as much as the contract: what only rules out a peer that computes something else
+
+
+@dataclass(frozen=True)
+class Check:
+    """The largest error of what was sampled and what the contract allows; `share` is the worst error over its bound."""
+
+    difference: float
+    allowed: float
+    share: float
+
+    def passes(self, ours: bool) -> bool:
+        return self.share <= (1 if ours else LENIENT)  # a NaN passes nothing
+
+    def __str__(self) -> str:
+        return f"{self.difference:.2e} from float64, {self.allowed:.2e} allowed"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of one head: q (n, D), k (Sk, D), v (Sk, Dv), seen (n, Sk) and perhaps a bias (n, Sk)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seen: Tensor
+    bias: Tensor | None = None
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        scores = self.q.to(dtype) @ self.k.to(dtype).T * self.q.shape[-1] ** -0.5
+        if self.bias is not None:
+            scores = scores + self.bias.to(dtype)
+        scores = scores.masked_fill(~self.seen, float("-inf"))
+        return scores.softmax(-1).nan_to_num(0.0) @ self.v.to(dtype)
+
+
+def seen(rows: Tensor, len_q: int, len_k: int, prefix: int, left: int | None, right: int | None) -> Tensor:
+    """bool (n, len_k): section 2 of the design for the rows i, the last query at the last key."""
+    p = rows[:, None] + (len_k - len_q)
+    j = torch.arange(len_k, device=rows.device)
+    span = torch.ones(len(rows), len_k, dtype=torch.bool, device=rows.device)
+    if left is not None:
+        span &= j >= p - left
+    if right is not None:
+        span &= j <= p + right
+    return span | (j < prefix)
+
+
+def spread(n: int, most: int = ROWS, device: torch.device | str = "cpu") -> Tensor:
+    """At most `most` of 0 .. n-1, the first and the last among them."""
+    return torch.linspace(0, n - 1, min(n, most), device=device).round().long()
+
+
+def outputs(samples: Iterable[tuple[Tensor, Sample]]) -> Check:
+    """Each answer (n, Dv) beside what it should be."""
+    return worst(
+        against(found, sample.plain(torch.float64), sample.plain(sample.q.dtype), None) for found, sample in samples
+    )
+
+
+def against(found: Tensor, truth: Tensor, plain: Tensor, floor: float | None) -> Check:
+    """Allowed is twice the error of the plain formula in the same dtype, and a floor of eps * (1 + max|truth|)."""
+    if floor is None:
+        floor = torch.finfo(plain.dtype).eps * (1 + float(truth.abs().max()))
+    allowed = 2 * float((plain.double() - truth).abs().max()) + floor
+    difference = float((found.double() - truth).abs().max())
+    return Check(difference, allowed, difference / allowed)
+
+
+def worst(checks: Iterable[Check]) -> Check:
+    """That with the largest error for its bound; one with a NaN before all others."""
+    return max(checks, key=lambda check: float("inf") if check.share != check.share else check.share)
+
+
+def gradients(
+    found: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Tensor, bias: Tensor | None = None
+) -> Check:
+    """dq, dk, dv of one head, q (Sq, D) and so on, against autograd of the formula in float64."""
+
+    def of(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], float]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        scores = leaves[0] @ leaves[1].T * q.shape[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias.to(dtype)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        out = scores.softmax(-1).nan_to_num(0.0) @ leaves[2]
+        largest = float(scores.detach().logsumexp(-1).abs().max())
+        return torch.autograd.grad(out, leaves, dout.to(dtype)), largest
+
+    truth, largest_lse = of(torch.float64)
+    plain, _ = of(q.dtype)
+    unit = 2 * torch.finfo(q.dtype).eps * (1 + largest_lse) * float(dout.abs().max())
+    reach = [float(x.detach().abs().max()) for x in (q, k, v)]
+    scale = q.shape[-1] ** -0.5
+    floors = (unit * reach[2] * reach[1] * scale, unit * reach[2] * reach[0] * scale, unit)
+    return worst(map(against, found, truth, plain, floors))

@@ -1,0 +1,135 @@
+"""The stages in their order, each in a process of its own and under its own time limit.
+
+Whatever happens in one, the next one runs; what happened is in the results file and in the exit status: 0 all is well,
+1 something failed or was cut short, 2 nothing could be measured here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from .card import Card, look
+from .settings import LIMITS, RESULTS, ROOT, Settings, parse
+from .store import UNFINISHED, Store, slug
+
+GRACE = 10.0  # seconds that a stage has after its limit to end by itself
+WITHOUT_A_CARD = ROOT / "build" / "gpu-without-a-card.json"
+RESTARTS = 20  # of a stage whose process died; each time what it died of is passed over
+
+
+def main(arguments: list[str]) -> int:
+    settings = parse(arguments)
+    if settings.inside:
+        return inside(settings)
+    card = look(settings.device)
+    path = settings.results or (RESULTS / f"{slug(card.name)}.json" if card.name else WITHOUT_A_CARD)
+    store = Store(path, card.name, settings.device == "cpu")
+    store.data["conditions"] = card.conditions
+    for line in (card.name or "no card", *card.conditions):
+        print(f"gpu: {line}", flush=True)
+    stages = settings.stages or tuple(s for s in LIMITS if not store.is_done(s)) or tuple(LIMITS)
+    for stage in stages:
+        if card.problem and stage != "build":
+            skip(store, stage, card.problem)
+        else:
+            supervise(settings, store, stage)
+        found = store.stage(stage)
+        print(f"gpu: {stage}: {found['status']} in {found['seconds']:.0f} s {found.get('reason', '')}", flush=True)
+    print(f"gpu: written to {path}", flush=True)
+    return status(card, {name: store.stage(name)["status"] for name in stages})
+
+
+def status(card: Card, stages: Mapping[str, str]) -> int:
+    if card.problem:
+        return 2
+    return 0 if all(found in ("done", "skipped") for found in stages.values()) else 1
+
+
+def skip(store: Store, stage: str, reason: str) -> None:
+    store.begin(stage).update(status="skipped", reason=reason)
+    store.save()
+
+
+def supervise(settings: Settings, store: Store, stage: str) -> None:
+    """Runs the stage's process to its end, again where it died of one thing among many, or stops it at its limit."""
+    store.begin(stage)
+    begin, limit = time.monotonic(), settings.limits[stage]
+    for _ in range(RESTARTS):
+        left = begin + limit - time.monotonic()
+        code = process(settings, store.path, stage, left)
+        store.data = Store(store.path).data
+        record = store.stage(stage)
+        if code is None or code >= 0:
+            break
+        died = record.pop("running", None)
+        record["reason"] = f"its process died of {signal.Signals(-code).name}" + (f" in {died}" if died else "")
+        record.setdefault("crashes", []).append(record["reason"])
+        if died is None or left < GRACE:
+            break
+        record.setdefault("crashed", []).append(died)
+        store.save()
+    record["seconds"] = round(time.monotonic() - begin, 1)
+    if code is None:
+        record.update(status="cut", reason=f"stopped at its limit of {limit:.0f} s in {record.pop('running', 'its work')}")
+    elif code < 0 or (code > 0 and record["status"] == "cut"):
+        record["status"] = "failed"
+        if code > 0:
+            record["reason"] = f"its process ended with status {code}"
+    store.save()
+
+
+def process(settings: Settings, results: Path, stage: str, seconds: float) -> int | None:
+    """Exit status, negative of a signal; None where it had to be stopped."""
+    command = settings.command(stage, max(seconds, 0), results)
+    started = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment(settings))
+    try:
+        return started.wait(max(seconds, 0) + GRACE)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        stop(started)
+
+
+def stop(started: subprocess.Popen[bytes]) -> None:
+    """With all that it started, which has its session."""
+    try:
+        os.killpg(started.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    started.wait()
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    changed = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if settings.device == "cpu":
+        changed |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **changed}
+
+
+def inside(settings: Settings) -> int:
+    """The process of one stage."""
+    assert settings.results is not None
+    store = Store(settings.results)
+    deadline = time.monotonic() + settings.seconds
+    module = importlib.import_module(f".stages.{settings.inside}", __package__)
+    if settings.part:
+        return module.part(settings, deadline)
+    record = store.stage(settings.inside)
+    try:
+        module.run(settings, store, record, deadline)
+        if record["reason"] == UNFINISHED:
+            record.update(status="done", reason="")
+    except Exception as error:
+        traceback.print_exc()
+        record.update(status="failed", reason=f"{type(error).__name__}: {error}")
+    record.pop("running", None)
+    store.save()
+    return 0

@@ -1,0 +1,167 @@
+"""Times every workload with every backend and every peer; what is measured stays measured when the stage is cut short."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from duplex_attn.backends import BACKENDS
+from duplex_attn.profile.timing import Spread
+
+from ..clock import Clock
+from ..families import build
+from ..registry import workloads
+from ..settings import Settings
+from ..store import Store
+from ..workload import Peer, Problem, Unavailable, Workload
+
+SECONDS = 0.12  # of measuring a system
+AS_CHOSEN = "duplex-attn"
+Record = dict[str, Any]
+
+
+def run(settings: Settings, store: Store, record: Record, deadline: float) -> None:
+    measure_all(settings, store, record, deadline, workloads(), None)
+
+
+def measure_all(
+    settings: Settings, store: Store, record: Record, deadline: float, chosen: list[Workload], peers: set[str] | None
+) -> None:
+    """`peers` limits the other systems to those named."""
+    device = torch.device(settings.device)
+    clock = Clock(device, settings.tiny)
+    clock.warm()
+    record.setdefault("workloads", {})
+    record["ceilings"] = clock.ceilings()
+    store.save()
+    wanted = [w for w in chosen if settings.wants(w.name)]
+    tried: dict[Workload, str] = {}
+    for n, workload in enumerate(wanted):
+        if time.monotonic() > deadline:
+            record.update(status="cut", reason=f"time was over before {len(wanted) - n} of {len(wanted)} workloads")
+            return
+        found = record["workloads"].setdefault(workload.name, {"systems": {}})
+        if settings.tiny:
+            name, workload = workload.name, workload.tiny()
+            same = tried.setdefault(replace(workload, name=""), name)
+            if same != name:
+                found["systems"]["all"] = {"status": "skipped", "reason": f"in little it is {same}"}
+                continue
+        if not found.get("complete"):
+            measure(workload, clock, store, record, found, peers)
+    for name, found in record["workloads"].items():
+        for system, one in found["systems"].items():
+            if system in BACKENDS and one["status"] in ("wrong", "failed", "crashed"):
+                record.update(status="failed", reason=f"{name}: {system}: {one['reason']}")
+
+
+def measure(w: Workload, clock: Clock, store: Store, record: Record, found: Record, peers: set[str] | None) -> None:
+    systems: Record = found["systems"]
+    crashed = [died.split(": ", 1)[1] for died in record.get("crashed", ()) if died.split(": ", 1)[0] == w.name]
+    with watched(store, record, f"{w.name}: its tensors"):
+        try:
+            if "its tensors" in crashed:
+                raise Unavailable("its process died")
+            problem = build(w, clock.device)
+        except (torch.OutOfMemoryError, Unavailable) as error:
+            systems["all"] = {"status": "skipped", "reason": in_short(error)}
+            found["complete"] = True
+            return
+    found.update(flops=problem.flops, moved=problem.moved)
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, make, is_ours in candidates(problem, clock.device, peers):
+        if name in crashed:
+            systems[name] = {"status": "crashed", "reason": f"its process died; see {record['crashes'][-1]}"}
+            continue
+        with watched(store, record, f"{w.name}: {name}"):
+            systems[name], call = first_call(problem, make, is_ours, clock)
+        if call is not None:
+            calls[name] = call
+    with watched(store, record, f"{w.name}: {next(iter(calls), 'nothing')}"):
+        try:
+            samples = clock.rounds(calls, SECONDS * len(calls), problem.on_host) if calls else {}
+        except torch.OutOfMemoryError as error:  # each alone had room
+            samples = {}
+            for name in calls:
+                systems[name] |= {"status": "skipped", "reason": in_short(error)}
+    for name, seconds in samples.items():
+        spread = Spread.of([s / problem.repeat for s in seconds])
+        measured = {"median": spread.median, "q1": spread.q1, "q3": spread.q3, "rounds": len(seconds)}
+        systems[name] |= {"status": "measured", "seconds": measured}
+        if name in BACKENDS:
+            try:
+                systems[name] |= problem.facts(calls[name])
+            except Unavailable as error:
+                systems[name]["without_facts"] = str(error)
+    found["complete"] = True
+    store.save()
+    shown = ", ".join(f"{name} {one['seconds']['median'] * 1e6:.0f} us" for name, one in systems.items() if "seconds" in one)
+    print(f"  {w.name}: {shown or 'nothing was measured'}", flush=True)
+
+
+def backends(device: torch.device) -> list[str]:
+    """Those that take tensors of this device; the reference is the formula, not a contender."""
+    probe = torch.empty(1, 1, 1, 1, device=device)
+    ready = [b for b in BACKENDS.values() if b.name != "reference" and b.missing() is None]
+    return [b.name for b in ready if b.refuses_merge((probe,)) is None]
+
+
+def candidates(
+    problem: Problem, device: torch.device, peers: set[str] | None
+) -> Iterator[tuple[str, Callable[[], Peer], bool]]:
+    """Name, what makes it, and whether it is ours."""
+    for name in [AS_CHOSEN] if problem.as_chosen else backends(device):
+        yield name, lambda name=name: Peer(problem.ours(name)), True
+    for name, make in problem.peers.items():
+        if peers is None or name in peers:
+            yield name, make, False
+
+
+def first_call(
+    problem: Problem, make: Callable[[], Peer], is_ours: bool, clock: Clock
+) -> tuple[Record, Callable[[], Any] | None]:
+    """The record of a system that is about to be timed, with its call; or why it will not be."""
+    try:
+        begin = time.perf_counter()
+        peer = make()
+        answer = peer.answer(peer.call())
+        clock.wait()
+        first = time.perf_counter() - begin
+        if not peer.checked:
+            return {"first_call_seconds": round(first, 3)}, peer.call
+        check = problem.check(answer)
+    except Unavailable as error:
+        return {"status": "skipped", "reason": in_short(error)}, None
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return {"status": "skipped", "reason": in_short(error)}, None
+    except Exception as error:  # whatever a peer raises
+        if "CUDA error" in str(error):  # which leaves nothing of this process to measure with
+            print(in_short(error), flush=True)
+            os.abort()
+        refused = isinstance(error, (ValueError, TypeError)) and str(error).startswith("backend:")
+        status = "skipped" if refused or not is_ours else "failed"
+        return {"status": status, "reason": in_short(error)}, None
+    record: Record = {"difference": check.difference, "allowed": check.allowed, "first_call_seconds": round(first, 3)}
+    if not check.passes(is_ours):
+        return record | {"status": "wrong", "reason": str(check)}, None
+    return record, peer.call
+
+
+@contextmanager
+def watched(store: Store, record: Record, what: str) -> Iterator[None]:
+    """Should the process die here, its successor knows of what."""
+    record["running"] = what
+    store.save()
+    yield
+    record.pop("running", None)
+
+
+def in_short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0][:300]}"

@@ -1,0 +1,106 @@
+"""`pytest -m gpu`: first what is written for cards, then every other test on the card's backends, as far as time goes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from ..settings import Settings
+from ..store import Store
+
+FIRST = ("tests/gpu", "tests/contracts")  # these must come to their end
+WORKERS = 10  # processes on one card: what takes long is the compiler and the oracle, both of which have one thread
+SAVED_EVERY = 1.0  # seconds
+
+
+def run(settings: Settings, store: Store, record: dict[str, Any], deadline: float) -> None:
+    on_card = settings.device == "cuda"
+    arguments = [*(FIRST if on_card else FIRST[:1]), "-q", "--no-header", "-p", "no:cacheprovider"]
+    arguments += ["-m", "gpu" if on_card else "not gpu", *(["-k", settings.tests] if settings.tests else [])]
+    if on_card and importlib.util.find_spec("xdist"):
+        arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+    first = Recorder(store, record, deadline)
+    pytest.main(arguments, plugins=[first])
+    if first.total == 0:
+        record.update(status="failed", reason="no test was found")
+    elif first.finished < first.total:
+        record.update(status="cut", reason=f"time was over after {first.finished} of {first.total} tests")
+    elif on_card:
+        rest = Recorder(store, record.setdefault("others", {}), deadline)
+        ignored = [f"--ignore={folder}" for folder in FIRST]
+        pytest.main(["tests", *ignored, *arguments[len(FIRST) :]], plugins=[rest])
+        record["others"]["not_run"] = rest.total - rest.finished
+    failures = [*record["failures"], *record.get("others", {}).get("failures", ())]
+    if failures:
+        record.update(status="failed", reason=f"{len(failures)} tests failed, first {failures[0]['test']}")
+
+
+class Recorder:
+    """A plugin of pytest that keeps what failed, what was skipped and why, as it happens."""
+
+    def __init__(self, store: Store, record: dict[str, Any], deadline: float) -> None:
+        self.store, self.record, self.deadline = store, record, deadline
+        self.total = self.finished = 0
+        self.skips: Counter[str] = Counter()
+        self.saved = 0.0
+        record.update(passed=0, failures=[], skips={}, slowest={})
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.total = max(self.total, len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        self.total = len(ids)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failed(report.nodeid, str(report.longrepr))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.record["running"] = nodeid
+        self.save()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed(report.nodeid, message(report))
+        elif report.skipped:
+            self.skips[reason(report)] += 1
+            self.record["skips"] = dict(self.skips)
+        elif report.when == "call":
+            self.record["passed"] += 1
+            slowest = self.record["slowest"] | {report.nodeid: round(report.duration, 1)}
+            self.record["slowest"] = dict(sorted(slowest.items(), key=lambda pair: -pair[1])[:5])
+        if report.when == "teardown":
+            self.finished += 1
+            self.save()
+            if time.monotonic() > self.deadline and self.finished < self.total:
+                pytest.exit("time is over")
+
+    def pytest_sessionfinish(self) -> None:
+        self.record.pop("running", None)
+        self.store.save()
+
+    def failed(self, test: str, why: str) -> None:
+        self.record["failures"].append({"test": test, "message": why[-1500:]})
+        self.store.save()
+
+    def save(self) -> None:
+        if time.monotonic() > self.saved + SAVED_EVERY:
+            self.saved = time.monotonic()
+            self.store.save()
+
+
+def message(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash is not None else report.longrepr)
+
+
+def reason(report: pytest.TestReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return re.sub(r"^Skipped: ", "", text)

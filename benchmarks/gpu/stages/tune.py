@@ -1,0 +1,200 @@
+"""Looks for faster tiles: from each configuration in use to its neighbours, and on from the best of them while time lasts.
+
+Every candidate is compiled first, all of a round in parallel; it must then give the right numbers, and only a gain beyond
+the noise moves us. The winners of a card are its own table, kernels/tuning/<card>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from duplex_attn.kernels import tuning
+from duplex_attn.kernels.tuning import Config
+
+from ..clock import Clock
+from ..families import build
+from ..parts import in_parts
+from ..registry import workloads
+from ..settings import Settings
+from ..store import Store, now
+from ..workload import Problem, Workload
+from .bench import in_short
+
+# The family of workloads that shows how fast a kind of kernel is. The launcher looks up every other kind alike.
+FAMILIES = {
+    "forward": "dense", "dq": "backward", "dkdv": "backward", "forward_terms": "biased", "ddistance": "biased",
+    "decode": "decode", "paged": "decode",
+}  # fmt: skip
+GAIN = 0.02  # of the time
+SECONDS = 0.1  # of measuring one
+COMPILING = 0.6  # of the time left, at most
+ROWS, KEYS, WARPS, STAGES = (32, 64, 128, 256), (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One entry of the tables, and the workload that measures it."""
+
+    kernel: str
+    bits: int
+    head_dim_class: int
+    workload: Workload
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.bits} {self.head_dim_class}"
+
+
+def run(settings: Settings, store: Store, record: dict[str, Any], deadline: float) -> None:
+    device = torch.device(settings.device)
+    table = table_of(device, settings.tuning)
+    clock = Clock(device, settings.tiny)
+    clock.warm()
+    goals = list(targets(settings, table, record))
+    current = {goal: tuning.config(goal.kernel, table, goal.bits, goal.head_dim_class) for goal in goals}
+    record.update(tried=0, winners={}, gains={}, refused={})
+    best: dict[Target, float] = {}
+    while goals and time.monotonic() < deadline:
+        compiled = compile_all(settings, store, record, [(g, c) for g in goals for c in neighbours(current[g])], deadline)
+        moved = []
+        for goal in goals:
+            if time.monotonic() > deadline:
+                break
+            before = current[goal]
+            current[goal], best[goal], first = fastest(goal, before, compiled[goal], table, clock, settings, record)
+            if current[goal] != before:
+                moved.append(goal)
+                record["winners"][goal.name] = {**current[goal]._asdict(), "seconds": best[goal]}
+                record["gains"][goal.name] = record["gains"].get(goal.name, 1.0) * first / best[goal]
+                keep(settings, device, table, goal, current[goal], store)
+        goals = moved if not settings.tiny else []
+
+
+def table_of(device: torch.device, folder: Path) -> str:
+    """The name of the table that this device's winners belong in, which this process has from now on."""
+    name = "interpreter" if device.type == "cpu" else tuning.file_name(torch.cuda.get_device_name(device))
+    own = folder / f"{name}.json"
+    if own.exists():
+        tuning.adopt(name, json.loads(own.read_text()))
+    elif name not in tuning.tables():
+        tuning.adopt(name, {"inherits": tuning.architecture(*torch.cuda.get_device_capability(device))})
+    return name
+
+
+def targets(settings: Settings, table: str, record: dict[str, Any]) -> Iterator[Target]:
+    """Every kind of kernel at the width and classes of head_dim that the workloads of its family have."""
+    inherited = tuning.tables()[tuning.tables()[table].get("inherits", table)]
+    kinds = [kind for kind, entry in inherited.items() if isinstance(entry, dict)]
+    record["without_a_workload"] = [kind for kind in kinds if kind not in FAMILIES]
+    chosen: dict[tuple[str, int, int], Workload] = {}
+    for workload in workloads():
+        for kind in kinds:
+            if FAMILIES.get(kind) == workload.family and settings.wants(workload.name):
+                head_dim_class = next(n for n in tuning.HEAD_DIMS if workload.head_dim <= n)
+                chosen.setdefault((kind, 8 * workload.dtype.itemsize, head_dim_class), workload)
+    for (kind, bits, head_dim_class), workload in chosen.items():
+        yield Target(kind, bits, head_dim_class, workload.tiny() if settings.tiny else workload)
+
+
+def neighbours(c: Config) -> list[Config]:
+    """One step away in one of its numbers."""
+
+    def steps(values: tuple[int, ...], value: int) -> list[int]:
+        lower, upper = [v for v in values if v < value], [v for v in values if v > value]
+        return lower[-1:] + upper[:1]
+
+    found = [c._replace(block_m=m) for m in steps(ROWS, c.block_m)]
+    found += [c._replace(block_n=n) for n in steps(KEYS, c.block_n)]
+    found += [c._replace(num_warps=n) for n in steps(WARPS, c.num_warps)]
+    return found + [c._replace(num_stages=n) for n in steps(STAGES, c.num_stages)]
+
+
+def compile_all(
+    settings: Settings, store: Store, record: dict[str, Any], wanted: list[tuple[Target, Config]], deadline: float
+) -> dict[Target, list[Config]]:
+    """Those that compile, fit the card and came in time."""
+    until = time.monotonic() + COMPILING * (deadline - time.monotonic())
+    found: dict[Target, list[Config]] = {goal: [] for goal, _ in wanted}
+    if settings.tiny:
+        wanted = wanted[:2]
+    jobs = [[goal.kernel, goal.bits, goal.head_dim_class, goal.workload.name, list(c)] for goal, c in wanted]
+    answers, said = in_parts(settings, "tune", store.path, jobs, until)
+    works = {json.dumps(one["job"]): one["problem"] for one in answers}
+    record["tried"] += len(works)
+    for job, (goal, candidate) in zip(jobs, wanted, strict=True):
+        problem = works.get(json.dumps(job), "it was not compiled in time")
+        if problem is None:
+            found[goal].append(candidate)
+        else:
+            record["refused"][problem] = record["refused"].get(problem, 0) + 1
+    if not answers:
+        print(said[-2000:], file=sys.stderr)
+    return found
+
+
+def fastest(
+    goal: Target, current: Config, compiled: list[Config], table: str, clock: Clock, settings: Settings, record: dict
+) -> tuple[Config, float, float]:
+    """The best configuration, its seconds and those of the current one."""
+    problem = build(goal.workload, clock.device)
+    call = problem.ours("triton")
+    samples: dict[Config, list[float]] = {}
+    for candidate in (current, *compiled):
+        with tuning.trial(table, goal.kernel, goal.bits, goal.head_dim_class, candidate):
+            if candidate != current and not problem.check(call()).passes(ours=True):
+                record["refused"]["wrong"] = record["refused"].get("wrong", 0) + 1
+                continue
+            samples[candidate] = clock.rounds({"": call}, SECONDS)[""]
+    medians = {candidate: sorted(found)[len(found) // 2] for candidate, found in samples.items()}
+    best = min(medians, key=medians.__getitem__)
+    if medians[best] > (1 - GAIN) * medians[current]:
+        best = current
+    return best, medians[best], medians[current]
+
+
+def keep(settings: Settings, device: torch.device, table: str, goal: Target, winner: Config, store: Store) -> None:
+    """In this process, in the card's file, and in the results."""
+    own = dict(tuning.tables()[table])
+    kinds = dict(own.get(goal.kernel, {}))
+    kinds[str(goal.bits)] = {**kinds.get(str(goal.bits), {}), str(goal.head_dim_class): winner._asdict()}
+    own |= {goal.kernel: kinds, "measured": f"on this card by make gpu, {now()}"}
+    tuning.adopt(table, own)
+    settings.tuning.mkdir(parents=True, exist_ok=True)
+    path = settings.tuning / f"{table}.json"
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(own, indent=2) + "\n")
+    os.replace(beside, path)
+    store.data["tuning"] = own
+    store.save()
+
+
+def part(settings: Settings, deadline: float) -> int:
+    """Compiles its share of the candidates by calling each once."""
+    device = torch.device(settings.device)
+    table = table_of(device, settings.tuning)
+    by_name = {w.name: w for w in workloads()}
+    problems: dict[str, Problem] = {}
+    for job in json.load(sys.stdin):
+        if time.monotonic() > deadline:
+            break
+        kernel, bits, head_dim_class, name, numbers = job
+        problem = None
+        try:
+            workload = by_name[name].tiny() if settings.tiny else by_name[name]
+            made = problems.get(name) or problems.setdefault(name, build(workload, device))
+            with tuning.trial(table, kernel, bits, head_dim_class, Config(*numbers)):
+                made.ours("triton")()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # too much shared memory, say, or a compiler that gives up
+            problem = in_short(error)
+        print(json.dumps({"job": job, "problem": problem}), flush=True)
+    return 0
