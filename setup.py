@@ -148,7 +148,10 @@ setup(
         "duplex_attn.kernels",
         *(f"duplex_attn.kernels.{p}" for p in find_packages("kernels")),
     ],
-    package_data={"duplex_attn": ["py.typed", "*.pyi", "*.txt", "*.so"], "duplex_attn.kernels": ["tuning/*.json"]},
+    package_data={
+        "duplex_attn": ["py.typed", "*.pyi", "*.txt", "*.json", "*.so"],
+        "duplex_attn.kernels": ["tuning/*.json"],
+    },
     ext_modules=[Extension("duplex_attn.libduplex_cpu", []), Extension("duplex_attn._runtime", [])],
     cmdclass={"build_ext": BuildNative},
     setup_requires=[] if torch_folder() or compiler() is None else ["torch>=2.10"],

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import evidence, reference
 from .call import Call
 from .checks import wrong_value
 from .paged import reference as paged_reference
@@ -226,11 +226,36 @@ def _candidates(device_type: str) -> tuple[Backend, ...]:
     return tuple(backend for backend in _ORDER.get(device_type, (_REFERENCE,)) if backend.missing() is None)
 
 
-def choose(call: Call, name: str) -> Backend:
-    """The backend that runs `call`. ValueError when the named one cannot."""
+@cache
+def _is_contested(device_type: str) -> bool:
+    """More than one backend beside the reference could run a call there."""
+    return len(_candidates(device_type)) > 2
+
+
+@cache
+def _card_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@cache
+def _ranked(device: torch.device, shape: str) -> tuple[Backend, ...]:
+    """By what was measured for the class of shapes on such a card; the rest, the reference last, in the portable order."""
+    fastest = evidence.order(_card_name(device), shape)
+    return tuple(
+        sorted(_candidates(device.type), key=lambda b: fastest.index(b.name) if b.name in fastest else len(fastest))
+    )
+
+
+def choose(call: Call, name: str, kind: str = "forward") -> Backend:
+    """The backend that runs `call`, or its backward. ValueError when the named one cannot."""
     if name:
         return _named(name, lambda backend: backend.refuses(call))
-    candidates = _candidates("cpu" if call.q.is_cpu else call.q.device.type)
+    if call.q.is_cpu:
+        candidates = _candidates("cpu")
+    else:
+        device = call.q.device
+        contested = device.type == "cuda" and _is_contested("cuda")
+        candidates = _ranked(device, evidence.class_of(call, kind)) if contested else _candidates(device.type)
     return next(backend for backend in candidates if backend.refuses(call) is None)
 
 
@@ -243,7 +268,11 @@ def choose_merge(outs: Sequence[Tensor], name: str) -> Backend:
 def choose_paged(x: Tensor, name: str, call: PagedCall | None = None) -> Backend:
     if name:
         return _named(name, lambda backend: backend.refuses_paged(x, call))
-    return next(b for b in _candidates(x.device.type) if b.refuses_paged(x, call) is None)
+    if x.is_cuda and call is not None and _is_contested("cuda"):
+        candidates = _ranked(x.device, evidence.class_of_paged(call))
+    else:
+        candidates = _candidates(x.device.type)
+    return next(b for b in candidates if b.refuses_paged(x, call) is None)
 
 
 def _named(name: str, refuses: Callable[[Backend], str | None]) -> Backend:
@@ -290,10 +319,13 @@ class Explanation:
     backend: str
     tile: str  # instruction set or kernel configuration; empty where the backend has no choice of one
     refusals: dict[str, str]  # every other backend that could not have run it -> why
+    grounds: str = ""  # on a card, what the order of its backends rests on
 
     def __str__(self) -> str:
         chosen = f"{self.backend}: runs the call" + (f", {self.tile}" if self.tile else "")
-        return "\n".join([chosen, *(f"{name}: {reason}" for name, reason in self.refusals.items())])
+        return "\n".join(
+            [chosen, *filter(None, [self.grounds]), *(f"{name}: {reason}" for name, reason in self.refusals.items())]
+        )
 
 
 def explain_call(call: Call, name: str) -> Explanation:
@@ -302,7 +334,11 @@ def explain_call(call: Call, name: str) -> Explanation:
     for backend in BACKENDS.values():
         if backend is not chosen:
             refusals[backend.name] = backend.missing() or backend.refuses(call) or _why_not_first(backend, chosen, name)
-    return Explanation(chosen.name, chosen.tile(call), refusals)
+    device = call.q.device
+    grounds = ""
+    if device.type == "cuda" and not name:
+        grounds = evidence.in_words(_card_name(device), evidence.class_of(call, "forward"))
+    return Explanation(chosen.name, chosen.tile(call), refusals, grounds)
 
 
 def _why_not_first(backend: Backend, chosen: Backend, name: str) -> str:

@@ -1,4 +1,4 @@
-"""python benchmarks/gpu [STAGE ...]: what `make gpu` runs."""
+"""python benchmarks/gpu [STAGE ...]: what `make gpu` runs. python benchmarks/gpu report: what `make report` runs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def import_benchmarks() -> None:
 
 if __name__ == "__main__":
     import_benchmarks()
+    if sys.argv[1:] == ["report"]:
+        from benchmarks.report import main as report
+
+        sys.exit(report())
     from benchmarks.gpu.run import main
 
     sys.exit(main(sys.argv[1:]))

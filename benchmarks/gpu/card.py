@@ -41,7 +41,9 @@ def look(device: str) -> Card:
     if free < 0.9 * total:
         conditions.append(f"{free / 2**30:.1f} of {total / 2**30:.0f} GiB were free: something else held the rest")
     if (busy := utilisation()) is not None and busy > BUSY:
-        conditions.append(f"the card was busy {busy}% of the time before anything ran here: times are not to be trusted")
+        conditions.append(
+            f"the card was busy {busy}% of the time before anything ran here: times are not to be trusted"
+        )
     return Card(card.name, "", tuple(conditions))
 
 

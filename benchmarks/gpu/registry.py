@@ -78,7 +78,13 @@ def paged() -> Iterator[Workload]:
     sizes["queries"] = 512
     yield Workload("prefill 8 x 512 after 3584", "decode", 8, keys=4096, page_size=16, **sizes)
     yield Workload(
-        "append 4096 tokens + RoPE", "append", 8, 8, queries=512, page_size=16, bars=both(0.75, 0.8, "copy of the bytes")
+        "append 4096 tokens + RoPE",
+        "append",
+        8,
+        8,
+        queries=512,
+        page_size=16,
+        bars=both(0.75, 0.8, "copy of the bytes"),
     )
 
 

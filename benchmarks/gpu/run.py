@@ -10,7 +10,6 @@ import importlib
 import os
 import signal
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from .settings import LIMITS, RESULTS, ROOT, Settings, parse
 from .store import UNFINISHED, Store, slug
 
 GRACE = 10.0  # seconds that a stage has after its limit to end by itself
-WITHOUT_A_CARD = ROOT / "build" / "gpu-without-a-card.json"
+ASIDE = ROOT / "build" / "gpu"  # what is no result of a card goes here
 RESTARTS = 20  # of a stage whose process died; each time what it died of is passed over
 
 
@@ -30,8 +29,9 @@ def main(arguments: list[str]) -> int:
     if settings.inside:
         return inside(settings)
     card = look(settings.device)
-    path = settings.results or (RESULTS / f"{slug(card.name)}.json" if card.name else WITHOUT_A_CARD)
-    store = Store(path, card.name, settings.device == "cpu")
+    folder = RESULTS if card.name and not settings.rehearsal else ASIDE
+    path = settings.results or folder / f"{slug(card.name) or 'no-card'}.json"
+    store = Store(path, card.name, settings.rehearsal)
     store.data["conditions"] = card.conditions
     for line in (card.name or "no card", *card.conditions):
         print(f"gpu: {line}", flush=True)
@@ -78,7 +78,9 @@ def supervise(settings: Settings, store: Store, stage: str) -> None:
         store.save()
     record["seconds"] = round(time.monotonic() - begin, 1)
     if code is None:
-        record.update(status="cut", reason=f"stopped at its limit of {limit:.0f} s in {record.pop('running', 'its work')}")
+        record.update(
+            status="cut", reason=f"stopped at its limit of {limit:.0f} s in {record.pop('running', 'its work')}"
+        )
     elif code < 0 or (code > 0 and record["status"] == "cut"):
         record["status"] = "failed"
         if code > 0:

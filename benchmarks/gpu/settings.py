@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TUNING = ROOT / "kernels" / "tuning"
+REHEARSED_TUNING = ROOT / "build" / "gpu" / "tuning"
 LIMITS = {"build": 60, "test": 120, "bench": 150, "sanitize": 60, "tune": 90, "winners": 60}  # seconds, in order
 
 
@@ -30,9 +31,25 @@ class Settings:
 
     def command(self, stage: str, seconds: float, results: Path, part: str = "") -> list[str]:
         """What starts the process of one stage, or of a part of it."""
-        given = [sys.executable, str(Path(__file__).parent), "--inside", stage, "--seconds", f"{seconds:.0f}", "--device", self.device, "--results", str(results)]
+        given = [
+            sys.executable,
+            str(Path(__file__).parent),
+            "--inside",
+            stage,
+            "--seconds",
+            f"{seconds:.0f}",
+            "--device",
+            self.device,
+            "--results",
+            str(results),
+        ]
         given += ["--tuning", str(self.tuning), "--only", self.only, "--tests", self.tests, "--part", part]
         return [*given, *(["--tiny"] if self.tiny else [])]
+
+    @property
+    def rehearsal(self) -> bool:
+        """Nothing is measured that anybody should read."""
+        return self.tiny or self.device == "cpu"
 
     def wants(self, workload: str) -> bool:
         return re.search(self.only, workload) is not None
@@ -46,7 +63,7 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu rehearses the stages")
     parser.add_argument("--tiny", action="store_true", help="sizes that cost nothing, and measure nothing")
     parser.add_argument("--results", type=Path, help="the file; by default benchmarks/results/<card>.json")
-    parser.add_argument("--tuning", type=Path, default=TUNING, help="where the card's own table goes")
+    parser.add_argument("--tuning", type=Path, help="where the card's own table goes; by default kernels/tuning")
     parser.add_argument("--only", default="", metavar="PATTERN", help="workloads whose names match")
     parser.add_argument("--tests", default="", metavar="EXPRESSION", help="as pytest's -k")
     parser.add_argument("--limit", action="append", default=[], metavar="STAGE=SECONDS")
@@ -54,6 +71,8 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--seconds", type=float, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.tuning is None:
+        given.tuning = REHEARSED_TUNING if given.tiny or given.device == "cpu" else TUNING
     limits: dict[str, float] = dict(LIMITS)
     for text in given.limit:
         stage, _, seconds = text.partition("=")

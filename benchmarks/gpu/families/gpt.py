@@ -9,7 +9,16 @@ from torch import Tensor
 from ..check import Check, against
 from ..workload import Peer, Problem, Workload
 
-TINY = {"hidden": 64, "layers": 2, "heads": 2, "heads_kv": 2, "head_dim": 32, "inner": 128, "vocab_size": 100, "max_positions": 64}
+TINY = {
+    "hidden": 64,
+    "layers": 2,
+    "heads": 2,
+    "heads_kv": 2,
+    "head_dim": 32,
+    "inner": 128,
+    "vocab_size": 100,
+    "max_positions": 64,
+}
 
 
 def build(w: Workload, device: torch.device) -> Problem:

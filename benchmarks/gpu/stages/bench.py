@@ -56,7 +56,7 @@ def measure_all(
             measure(workload, clock, store, record, found, peers)
     for name, found in record["workloads"].items():
         for system, one in found["systems"].items():
-            if system in BACKENDS and one["status"] in ("wrong", "failed", "crashed"):
+            if one.get("ours") and one["status"] in ("wrong", "failed", "crashed"):
                 record.update(status="failed", reason=f"{name}: {system}: {one['reason']}")
 
 
@@ -77,9 +77,13 @@ def measure(w: Workload, clock: Clock, store: Store, record: Record, found: Reco
     for name, make, is_ours in candidates(problem, clock.device, peers):
         if name in crashed:
             systems[name] = {"status": "crashed", "reason": f"its process died; see {record['crashes'][-1]}"}
+            if is_ours:
+                systems[name]["ours"] = True
             continue
         with watched(store, record, f"{w.name}: {name}"):
             systems[name], call = first_call(problem, make, is_ours, clock)
+            if is_ours:
+                systems[name]["ours"] = True
         if call is not None:
             calls[name] = call
     with watched(store, record, f"{w.name}: {next(iter(calls), 'nothing')}"):
@@ -93,14 +97,16 @@ def measure(w: Workload, clock: Clock, store: Store, record: Record, found: Reco
         spread = Spread.of([s / problem.repeat for s in seconds])
         measured = {"median": spread.median, "q1": spread.q1, "q3": spread.q3, "rounds": len(seconds)}
         systems[name] |= {"status": "measured", "seconds": measured}
-        if name in BACKENDS:
+        if systems[name].get("ours"):
             try:
                 systems[name] |= problem.facts(calls[name])
             except Unavailable as error:
                 systems[name]["without_facts"] = str(error)
     found["complete"] = True
     store.save()
-    shown = ", ".join(f"{name} {one['seconds']['median'] * 1e6:.0f} us" for name, one in systems.items() if "seconds" in one)
+    shown = ", ".join(
+        f"{name} {one['seconds']['median'] * 1e6:.0f} us" for name, one in systems.items() if "seconds" in one
+    )
     print(f"  {w.name}: {shown or 'nothing was measured'}", flush=True)
 
 

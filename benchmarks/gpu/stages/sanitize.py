@@ -16,7 +16,9 @@ from ..store import Store
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/opt/cuda/bin/compute-sanitizer")
 FOUND = 66  # its exit status when it reports something
-DOES_NOT_WORK = re.compile(r"Device not supported|not supported on this device|Unable to find injection|Target application terminated before")
+DOES_NOT_WORK = re.compile(
+    r"Device not supported|not supported on this device|Unable to find injection|Target application terminated before"
+)
 
 
 def run(settings: Settings, store: Store, record: dict[str, Any], deadline: float) -> None:

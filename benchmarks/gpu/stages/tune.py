@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,16 @@ from ..store import Store, now
 from ..workload import Problem, Workload
 from .bench import in_short
 
-# The family of workloads that shows how fast a kind of kernel is. The launcher looks up every other kind alike.
-FAMILIES = {
-    "forward": "dense", "dq": "backward", "dkdv": "backward", "forward_terms": "biased", "ddistance": "biased",
-    "decode": "decode", "paged": "decode",
-}  # fmt: skip
+# Which workloads show how fast a kind of kernel is.
+MEASURED_BY: dict[str, Callable[[Workload], bool]] = {
+    "forward": lambda w: w.family == "dense",
+    "forward_terms": lambda w: w.family == "biased",
+    "dq": lambda w: w.family == "backward",
+    "dkdv": lambda w: w.family == "backward",
+    "ddistance": lambda w: w.family == "biased",
+    "paged": lambda w: w.family == "decode" and w.queries > 1,
+    "paged_decode": lambda w: w.family == "decode" and w.queries == 1,
+}
 GAIN = 0.02  # of the time
 SECONDS = 0.1  # of measuring one
 COMPILING = 0.6  # of the time left, at most
@@ -63,7 +68,9 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     record.update(tried=0, winners={}, gains={}, refused={})
     best: dict[Target, float] = {}
     while goals and time.monotonic() < deadline:
-        compiled = compile_all(settings, store, record, [(g, c) for g in goals for c in neighbours(current[g])], deadline)
+        compiled = compile_all(
+            settings, store, record, [(g, c) for g in goals for c in neighbours(current[g])], deadline
+        )
         moved = []
         for goal in goals:
             if time.monotonic() > deadline:
@@ -93,11 +100,11 @@ def targets(settings: Settings, table: str, record: dict[str, Any]) -> Iterator[
     """Every kind of kernel at the width and classes of head_dim that the workloads of its family have."""
     inherited = tuning.tables()[tuning.tables()[table].get("inherits", table)]
     kinds = [kind for kind, entry in inherited.items() if isinstance(entry, dict)]
-    record["without_a_workload"] = [kind for kind in kinds if kind not in FAMILIES]
+    record["without_a_workload"] = [kind for kind in kinds if kind not in MEASURED_BY]
     chosen: dict[tuple[str, int, int], Workload] = {}
     for workload in workloads():
         for kind in kinds:
-            if FAMILIES.get(kind) == workload.family and settings.wants(workload.name):
+            if kind in MEASURED_BY and MEASURED_BY[kind](workload) and settings.wants(workload.name):
                 head_dim_class = next(n for n in tuning.HEAD_DIMS if workload.head_dim <= n)
                 chosen.setdefault((kind, 8 * workload.dtype.itemsize, head_dim_class), workload)
     for (kind, bits, head_dim_class), workload in chosen.items():

@@ -9,8 +9,8 @@ import torch
 from ..registry import workloads
 from ..settings import Settings
 from ..store import Store
-from .bench import BACKENDS, measure_all
-from .tune import FAMILIES, table_of
+from .bench import measure_all
+from .tune import MEASURED_BY, table_of
 
 
 def run(settings: Settings, store: Store, record: dict[str, Any], deadline: float) -> None:
@@ -19,8 +19,7 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
         record.update(status="skipped", reason="tune found nothing faster")
         return
     table_of(torch.device(settings.device), settings.tuning)
-    families = {FAMILIES[kernel] for kernel in won}
-    chosen = [w for w in workloads() if w.family in families]
+    chosen = [w for w in workloads() if any(MEASURED_BY[kernel](w) for kernel in won)]
     measure_all(settings, store, record, deadline, chosen, peers_that_matter(store))
 
 
@@ -31,7 +30,7 @@ def peers_that_matter(store: Store) -> set[str]:
         times = {
             name: one["seconds"]["median"]
             for name, one in workload["systems"].items()
-            if one["status"] == "measured" and name not in BACKENDS
+            if one["status"] == "measured" and not one.get("ours")
         }
         found |= {min(times, key=lambda name: times[name])} if times else set()
     return found

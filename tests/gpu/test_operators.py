@@ -1,0 +1,34 @@
+"""torch's own checks of the operators, with tensors on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from ..api.calls import CALLS, FORWARD, MERGE, leaf, made
+from ..lanes import Lane
+from .conftest import CARD, SMALL
+
+PAIRS = [
+    *((lane, name) for lane in SMALL for name in ("full", "packed")),
+    *(pytest.param(lane, name, marks=pytest.mark.gpu) for lane in CARD for name in CALLS),
+]
+
+
+def moved(x: Any, device: str) -> Any:
+    return x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize(("card", "name"), PAIRS, ids=str, indirect=["card"])
+def test_forward_passes_opcheck(card: Lane, name: str) -> None:
+    arguments = made(name) | {"backend": card.backend}
+    opcheck(FORWARD, tuple(moved(x, card.device) for x in arguments.values()))
+
+
+def test_merge_passes_opcheck(card: Lane) -> None:
+    outs = [moved(leaf(2, 5, 4, 16), card.device) for _ in range(3)]
+    lses = [moved(leaf(2, 4, 5), card.device) for _ in range(3)]
+    opcheck(MERGE, (outs, lses, card.backend))
