@@ -51,7 +51,7 @@ class Clock:
     def on_host(self, call: Callable[[], Any]) -> float:
         """Seconds until a call returns to Python, the mean of many; the card works meanwhile and is waited for after."""
         self.wait()
-        calls = 2 if self.tiny else HOST_CALLS
+        calls = 1 if self.tiny else HOST_CALLS
         begin = time.perf_counter()
         for _ in range(calls):
             call()
@@ -68,11 +68,12 @@ class Clock:
     ) -> dict[str, list[float]]:
         """Samples of each, round by round, so that what disturbs one disturbs all; about `seconds` in all."""
         sample = self.on_host if on_host else self.once
-        begin = time.perf_counter()
-        for call in calls.values():
-            sample(call)
-        each = time.perf_counter() - begin
-        count = 2 if self.tiny else min(max(int(seconds / each), FEWEST), MOST)
+        count = 1
+        if not self.tiny:
+            begin = time.perf_counter()
+            for call in calls.values():
+                sample(call)
+            count = min(max(int(seconds / (time.perf_counter() - begin)), FEWEST), MOST)
         found: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(count):
             for name, call in calls.items():

@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -31,7 +32,11 @@ def main(arguments: list[str]) -> int:
     card = look(settings.device)
     folder = RESULTS if card.name and not settings.rehearsal else ASIDE
     path = settings.results or folder / f"{slug(card.name) or 'no-card'}.json"
-    store = Store(path, card.name, settings.rehearsal)
+    try:
+        store = Store(path, card.name, settings.rehearsal)
+    except ValueError as error:
+        print(f"gpu: {error}: move the file away to begin anew", file=sys.stderr)
+        return 2
     store.data["conditions"] = card.conditions
     for line in (card.name or "no card", *card.conditions):
         print(f"gpu: {line}", flush=True)
@@ -75,6 +80,7 @@ def supervise(settings: Settings, store: Store, stage: str) -> None:
         if died is None or left < GRACE:
             break
         record.setdefault("crashed", []).append(died)
+        record["reason"] = UNFINISHED
         store.save()
     record["seconds"] = round(time.monotonic() - begin, 1)
     if code is None:

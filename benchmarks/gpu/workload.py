@@ -11,7 +11,7 @@ import torch
 from .check import Check
 
 HEAD_DIM_CLASSES = (64, 128, 256)
-TINY_ROWS, TINY_SPAN = 40, 12
+TINY_ROWS, TINY_KEYS, TINY_SPAN = 20, 44, 12
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Workload:
 
         return replace(
             self, batch=min(self.batch, 2), heads=2 * self.heads // self.kv, heads_kv=2, left=span(self.left),
-            right=span(self.right), queries=min(self.queries, TINY_ROWS), keys=min(self.keys, TINY_ROWS + 24),
+            right=span(self.right), queries=min(self.queries, TINY_ROWS), keys=min(self.keys, TINY_KEYS),
             prefix=min(self.prefix, TINY_SPAN), shortest=min(self.shortest, 3),
             distance_radius=min(self.distance_radius, TINY_SPAN),
         )  # fmt: skip

@@ -32,14 +32,14 @@ def build(w: Workload, device: torch.device) -> Problem:
     def facts(replay: Callable[[], Any]) -> dict[str, float]:
         return {"kernel_seconds": kernel_seconds(replay) / CALLS} if device.type == "cuda" else {}
 
-    return replace(eager, ours=ours, peers=peers, repeat=CALLS, facts=facts)
+    return replace(eager, ours=ours, peers=peers, repeat=CALLS if device.type == "cuda" else 1, facts=facts)
 
 
 def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """Replays CALLS of it as one graph and returns the last one's output; without a card, makes them."""
+    """Replays CALLS of it as one graph and returns the last one's output; without a card it is just the call."""
     call()
     if device.type != "cuda":
-        return lambda: [call() for _ in range(CALLS)][-1]
+        return call
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -100,6 +101,7 @@ def _flex(w: Workload, turned: list[Tensor]) -> Peer:
     if not (left is None and right is None):
         blocks = create_block_mask(span, None, None, w.queries, w.len_k, device=device.type)
     function = flex_attention if device.type == "cpu" else torch.compile(flex_attention, dynamic=False)
+    warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
     call = partial(function, *turned, block_mask=blocks, enable_gqa=w.heads != w.kv)
     return Peer(call, _turned_back)
 

@@ -96,7 +96,7 @@ def measure(w: Workload, clock: Clock, store: Store, record: Record, found: Reco
     for name, seconds in samples.items():
         spread = Spread.of([s / problem.repeat for s in seconds])
         measured = {"median": spread.median, "q1": spread.q1, "q3": spread.q3, "rounds": len(seconds)}
-        systems[name] |= {"status": "measured", "seconds": measured}
+        systems[name] |= {"status": "measured", "reason": "", "seconds": measured}
         if systems[name].get("ours"):
             try:
                 systems[name] |= problem.facts(calls[name])
@@ -139,7 +139,7 @@ def first_call(
         clock.wait()
         first = time.perf_counter() - begin
         if not peer.checked:
-            return {"first_call_seconds": round(first, 3)}, peer.call
+            return waiting(first), peer.call
         check = problem.check(answer)
     except Unavailable as error:
         return {"status": "skipped", "reason": in_short(error)}, None
@@ -153,10 +153,15 @@ def first_call(
         refused = isinstance(error, (ValueError, TypeError)) and str(error).startswith("backend:")
         status = "skipped" if refused or not is_ours else "failed"
         return {"status": status, "reason": in_short(error)}, None
-    record: Record = {"difference": check.difference, "allowed": check.allowed, "first_call_seconds": round(first, 3)}
+    record = waiting(first) | {"difference": check.difference, "allowed": check.allowed}
     if not check.passes(is_ours):
         return record | {"status": "wrong", "reason": str(check)}, None
     return record, peer.call
+
+
+def waiting(first: float) -> Record:
+    """Of a system that works and was not timed yet."""
+    return {"status": "skipped", "reason": "the stage ended before it was timed", "first_call_seconds": round(first, 3)}
 
 
 @contextmanager

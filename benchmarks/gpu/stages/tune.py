@@ -63,7 +63,7 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     table = table_of(device, settings.tuning)
     clock = Clock(device, settings.tiny)
     clock.warm()
-    goals = list(targets(settings, table, record))
+    goals = list(targets(settings, table, record))[: 2 if settings.tiny else None]
     current = {goal: tuning.config(goal.kernel, table, goal.bits, goal.head_dim_class) for goal in goals}
     record.update(tried=0, winners={}, gains={}, refused={})
     best: dict[Target, float] = {}

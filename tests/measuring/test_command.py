@@ -1,0 +1,189 @@
+"""`make gpu` rehearsed: all stages over the whole registry in little, and what it does when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import COMMAND, ROOT, Run
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.slow
+def test_every_stage_over_every_workload(rehearse: Run, tmp_path: Path) -> None:
+    from benchmarks.gpu.registry import workloads
+    from benchmarks.gpu.settings import LIMITS
+    from benchmarks.gpu.store import wrong_with
+
+    ran = rehearse("--tests", "test_streams and cpu")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = found_in(tmp_path)
+    assert list(wrong_with(found)) == []
+    assert found["rehearsal"] and list(found["stages"]) == list(LIMITS)
+    stages = found["stages"]
+    assert stages["build"]["status"] == stages["test"]["status"] == stages["bench"]["status"] == "done"
+    assert found["machine"]["torch"] == torch.__version__ and stages["build"]["compiled"]
+    assert stages["test"]["passed"] == 1 and stages["test"]["failures"] == []
+    assert stages["sanitize"]["status"] == "skipped" and stages["sanitize"]["reason"]
+    assert stages["tune"]["status"] == "done" and stages["tune"]["tried"] == 2
+    assert set(stages["bench"]["workloads"]) == {w.name for w in workloads()}
+    assert min(stages["bench"]["ceilings"].values()) > 0
+    measured = 0
+    for name, workload in stages["bench"]["workloads"].items():
+        systems = workload["systems"]
+        if "all" in systems:
+            assert systems["all"]["reason"].startswith("in little it is "), name
+            continue
+        ours = [one for one in systems.values() if one.get("ours")]
+        assert any(one["status"] == "measured" for one in ours), name
+        for system, one in systems.items():
+            assert one["status"] in ("measured", "skipped"), f"{name}: {system}: {one}"
+            if one["status"] == "measured" and "difference" in one and one.get("ours"):
+                assert one["difference"] <= one["allowed"]
+        measured += 1
+    assert measured > 20
+
+
+ONE = "^decode 1 x"
+
+
+def test_a_run_that_was_cut_goes_on_where_it_was(rehearse: Run, tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    assert rehearse("bench", "--only", ONE).returncode == 0
+    found = found_in(tmp_path)
+    bench = found["stages"]["bench"]
+    (kept,) = bench["workloads"].values()
+    bench.update(status="cut", reason="interrupted")
+    path.write_text(json.dumps(found))
+    assert rehearse("bench", "--only", f"{ONE}|^append").returncode == 0
+    again = found_in(tmp_path)["stages"]["bench"]
+    assert again["status"] == "done" and len(again["workloads"]) == 2
+    assert kept in again["workloads"].values(), "what was measured was not measured again"
+    assert rehearse("bench", "--only", "^append").returncode == 0
+    assert len(found_in(tmp_path)["stages"]["bench"]["workloads"]) == 1, "a stage that was done begins anew"
+
+
+def test_time_that_is_over_is_told(rehearse: Run, tmp_path: Path) -> None:
+    ran = rehearse("bench", "--only", f"{ONE}|^append", "--limit", "bench=0")
+    bench = found_in(tmp_path)["stages"]["bench"]
+    assert ran.returncode == 1
+    assert (bench["status"], bench["reason"]) == ("cut", "time was over before 2 of 2 workloads")
+
+
+PEERS = {
+    "flash_attn.py": "import os\n\ndef flash_attn_func(*given, **options):\n    os.abort()\n",
+    "flash_attn_interface.py": "def flash_attn_func(q, *given, **options):\n    return q * 0\n",
+}
+
+
+def test_a_peer_that_crashes_and_one_that_is_wrong(rehearse: Run, tmp_path: Path) -> None:
+    """The stage goes on in a new process; neither peer is timed, all others are."""
+    for name, text in PEERS.items():
+        (tmp_path / name).write_text(text)
+    ran = rehearse("bench", "--only", "^forward hd64 full 512", PYTHONPATH=str(tmp_path))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    bench = found_in(tmp_path)["stages"]["bench"]
+    (workload,) = bench["workloads"].values()
+    systems = workload["systems"]
+    assert systems["flash-attn 2"]["status"] == "crashed" and "SIGABRT" in systems["flash-attn 2"]["reason"]
+    assert systems["flash-attn 3"]["status"] == "wrong" and "from float64" in systems["flash-attn 3"]["reason"]
+    assert {systems[name]["status"] for name in ("cpu", "triton", "sdpa math")} == {"measured"}
+    assert bench["status"] == "done" and len(bench["crashes"]) == 1
+
+
+def test_a_wrong_backend_of_ours_fails_the_stage(rehearse: Run, tmp_path: Path) -> None:
+    spoilt = "import torch\nimport duplex_attn\nreal = duplex_attn.attention\n"
+    spoilt += "duplex_attn.attention = lambda *given, **options: real(*given, **options) + 1\n"
+    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nif '--inside' in sys.argv:\n    exec({spoilt!r})\n")
+    ran = rehearse("bench", "--only", "^forward hd64 full 512", PYTHONPATH=str(tmp_path))
+    bench = found_in(tmp_path)["stages"]["bench"]
+    (workload,) = bench["workloads"].values()
+    assert workload["systems"]["cpu"]["status"] == "wrong", workload["systems"]["cpu"]
+    assert ran.returncode == 1 and bench["status"] == "failed" and "from float64" in bench["reason"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a card is there")
+def test_without_a_card_every_stage_says_so(gpu: Run, tmp_path: Path) -> None:
+    ran = gpu("test", "bench", "tune", "--results", tmp_path / "found.json")
+    assert ran.returncode == 2
+    for stage in found_in(tmp_path)["stages"].values():
+        assert stage["status"] == "skipped" and stage["reason"].startswith("there is no CUDA card")
+    assert "there is no CUDA card" in ran.stdout
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["speed"], "STAGE: expected some of build, test, bench, sanitize, tune, winners, got 'speed'"),
+    (["--limit", "bench=fast"], "--limit: expected STAGE=SECONDS"),
+    (["--device", "tpu"], "invalid choice: 'tpu'"),
+])  # fmt: skip
+def test_bad_arguments(gpu: Run, arguments: list[str], told: str) -> None:
+    ran = gpu(*arguments)
+    assert ran.returncode == 2 and told in ran.stderr
+
+
+def test_a_file_that_is_no_result_is_left_alone(rehearse: Run, tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text('{"schema": 0}')
+    ran = rehearse("bench")
+    assert ran.returncode == 2 and "found.json: expected kind gpu and schema 1, got None and 0" in ran.stderr
+    assert (tmp_path / "found.json").read_text() == '{"schema": 0}'
+
+
+RECORDED = """
+import pytest
+
+def test_right(): pass
+def test_wrong(): assert 1 == 2
+def test_elsewhere(): pytest.skip("not here")
+"""
+RECORDER = """
+import importlib.util, json, sys, time
+spec = importlib.util.spec_from_file_location("main", sys.argv[1] + "/__main__.py")
+main = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(main)
+main.import_benchmarks()
+from pathlib import Path
+import pytest
+from benchmarks.gpu.stages.test import Recorder
+from benchmarks.gpu.store import Store
+store = Store(Path(sys.argv[2]) / "kept.json")
+record = store.stage("test")
+pytest.main([sys.argv[2], "-q", "-p", "no:cacheprovider"], plugins=[Recorder(store, record, time.monotonic() + float(sys.argv[3]))])
+print(json.dumps(record))
+"""
+
+
+@pytest.mark.parametrize("seconds", [60, 0])
+def test_what_tests_do_is_recorded(tmp_path: Path, seconds: int) -> None:
+    (tmp_path / "test_few.py").write_text(RECORDED)
+    command = [sys.executable, "-c", RECORDER, str(COMMAND), str(tmp_path), str(seconds)]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    record = json.loads(ran.stdout.splitlines()[-1])
+    assert record["passed"] == 1
+    if seconds == 0:  # over after the first of three
+        assert record["failures"] == [] and record["skips"] == {}
+        return
+    assert record["skips"] == {"not here": 1}
+    (failure,) = record["failures"]
+    assert failure["test"].endswith("test_few.py::test_wrong") and "1 == 2" in failure["message"]
+
+
+def test_pytest_collects_where_its_plugins_are_missing(tmp_path: Path) -> None:
+    """On a machine that has pytest alone: no hypothesis, no pytest-timeout, no xdist."""
+    (tmp_path / "hypothesis.py").write_text("raise ImportError('not installed')")
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu or not gpu", "--collect-only", "-q"]
+    command += ["-p", "no:timeout", "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:hypothesispytest"]
+    command += ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib --strict-markers"]
+    environment = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1", "PATH": "/usr/bin:/bin", "TRITON_INTERPRET": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
+    assert "test_random.py" not in ran.stdout and "tests/gpu/test_graphs.py" in ran.stdout
