@@ -26,7 +26,7 @@ from .problem import UNBOUNDED, row_view, view
 from .rope import Rope
 
 MERGE_OPTIONS = {"num_warps": 4}
-NATIVE_FLOAT8 = ("sm_90",)  # tables of cards that convert float8_e4m3fn themselves
+NATIVE_FLOAT8 = ("sm_90",)  # architectures that convert float8_e4m3fn themselves
 
 
 def paged_attention(*arguments: Any) -> None:
@@ -170,7 +170,7 @@ def _shared(c: PagedCall, pack: Packing, out: Tensor, lse: Tensor, workspace: Te
 
 
 def _reading(c: PagedCall, table: str) -> tuple:
-    native = table in NATIVE_FLOAT8
+    native = tuning.base(table) in NATIVE_FLOAT8
     return (
         view(c.q), pages(c.k_pages, c.k_scales, native), pages(c.v_pages, c.v_scales, native),
         Table(c.block_table, *c.block_table.stride()), rope(c), problem.terms(c), len(c.k_pages),
@@ -178,7 +178,7 @@ def _reading(c: PagedCall, table: str) -> tuple:
 
 
 def _reading_constants(c: PagedCall, table: str) -> dict[str, Any]:
-    native = table in NATIVE_FLOAT8
+    native = tuning.base(table) in NATIVE_FLOAT8
     return _rotation(c) | {
         "PLAIN": problem.plain(problem.terms(c)),
         "FLOAT8": "" if c.k_pages.dtype != torch.float8_e4m3fn else "native" if native else "bits",

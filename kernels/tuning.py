@@ -53,6 +53,11 @@ def architecture(major: int, minor: int) -> str:
     return f"sm_{max(n for n in known if n <= 10 * major + minor)}"
 
 
+def base(table: str) -> str:
+    """The architecture's table that a card's own one stands on."""
+    return tables()[table].get("inherits", table)
+
+
 def file_name(card: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 

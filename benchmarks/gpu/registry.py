@@ -17,6 +17,11 @@ def both(triton: float, cuda: float, against: str) -> tuple[Bar, ...]:
     return Bar("triton", triton, against), Bar("cuda", cuda, against)
 
 
+def compiled(head_dim: int, length: int) -> bool:
+    """FlexAttention at one shape of a sweep."""
+    return (head_dim, length) == (128, 4096)
+
+
 def forward() -> Iterator[Workload]:
     for head_dim, heads, lengths in ((128, 16, (2048, 4096, 8192, 16384)), (64, 32, (4096,)), (256, 8, (4096,))):
         for length in lengths:
@@ -24,17 +29,17 @@ def forward() -> Iterator[Workload]:
                 bars = both(0.75, 1.0, CUDNN) if head_dim == 128 else ()
                 yield Workload(
                     f"forward hd{head_dim} {mask} {length}", "dense", TOKENS // length, heads, queries=length,
-                    head_dim=head_dim, right=right, bars=bars,
+                    head_dim=head_dim, right=right, flex=compiled(head_dim, length), bars=bars,
                 )  # fmt: skip
     bert = both(1.0, 1.1, BEST)
-    yield Workload("forward hd64 full 512, batch 32", "dense", 32, 12, queries=512, head_dim=64, bars=bert)
+    yield Workload("forward hd64 full 512, batch 32", "dense", 32, 12, queries=512, head_dim=64, flex=True, bars=bert)
     yield Workload("forward hd128 causal 4096, 32/8 heads", "dense", 4, 32, 8, queries=4096, right=0)
     yield Workload("cross attention hd64, 128 x 1024", "dense", 32, 16, queries=128, keys=1024, head_dim=64)
 
 
 def masks() -> Iterator[Workload]:
     bars = both(1.0, 1.2, FLEX)
-    sizes = {"batch": 4, "heads": 16, "queries": 4096}
+    sizes = {"batch": 4, "heads": 16, "queries": 4096, "flex": True}
     yield Workload("prefix-LM 1024 of 4096", "dense", prefix=1024, right=0, bars=bars, **sizes)
     yield Workload("window of 1024 back", "dense", left=1023, right=0, bars=bars, **sizes)
     yield Workload("window of 128 to both sides", "dense", left=128, right=128, bars=bars, **sizes)
@@ -47,7 +52,8 @@ def backward() -> Iterator[Workload]:
             for mask, right in CAUSAL.items():
                 yield Workload(
                     f"backward hd{head_dim} {mask} {length}", "backward", TOKENS // length, heads, queries=length,
-                    head_dim=head_dim, right=right, bars=both(0.7, 0.95, CUDNN) if head_dim == 128 else (),
+                    head_dim=head_dim, right=right, flex=compiled(head_dim, length),
+                    bars=both(0.7, 0.95, CUDNN) if head_dim == 128 else (),
                 )  # fmt: skip
 
 

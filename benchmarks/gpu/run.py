@@ -22,6 +22,7 @@ from .store import UNFINISHED, Store, slug
 
 GRACE = 10.0  # seconds that a stage has after its limit to end by itself
 ASIDE = ROOT / "build" / "gpu"  # what is no result of a card goes here
+STUCK = 40.0  # seconds of one thing after which it is not waited for again
 RESTARTS = 20  # of a stage whose process died; each time what it died of is passed over
 
 
@@ -75,6 +76,7 @@ def supervise(settings: Settings, store: Store, stage: str) -> None:
         if code is None or code >= 0:
             break
         died = record.pop("running", None)
+        record.pop("since", None)
         record["reason"] = f"its process died of {signal.Signals(-code).name}" + (f" in {died}" if died else "")
         record.setdefault("crashes", []).append(record["reason"])
         if died is None or left < GRACE:
@@ -84,9 +86,11 @@ def supervise(settings: Settings, store: Store, stage: str) -> None:
         store.save()
     record["seconds"] = round(time.monotonic() - begin, 1)
     if code is None:
-        record.update(
-            status="cut", reason=f"stopped at its limit of {limit:.0f} s in {record.pop('running', 'its work')}"
-        )
+        running = record.pop("running", "its work")
+        record.update(status="cut", reason=f"stopped at its limit of {limit:.0f} s in {running}")
+        if time.time() - record.pop("since", time.time()) > STUCK:
+            record.setdefault("crashed", []).append(running)  # when the stage goes on, it passes this over
+            record.setdefault("crashes", []).append(f"{running} took more than {STUCK:.0f} s")
     elif code < 0 or (code > 0 and record["status"] == "cut"):
         record["status"] = "failed"
         if code > 0:
@@ -138,6 +142,7 @@ def inside(settings: Settings) -> int:
     except Exception as error:
         traceback.print_exc()
         record.update(status="failed", reason=f"{type(error).__name__}: {error}")
-    record.pop("running", None)
+    for name in ("running", "since"):
+        record.pop(name, None)
     store.save()
     return 0

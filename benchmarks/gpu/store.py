@@ -127,7 +127,7 @@ def commit() -> str | None:
         return named
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *CODE], cwd=ROOT)
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *CODE, ":(exclude)kernels/tuning"], cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if dirty.returncode else "")

@@ -11,7 +11,7 @@ import torch
 from .check import Check
 
 HEAD_DIM_CLASSES = (64, 128, 256)
-TINY_ROWS, TINY_KEYS, TINY_SPAN = 20, 44, 12
+TINY_ROWS, TINY_KEYS, TINY_WIDTH, TINY_SPAN = 20, 44, 64, 12
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Workload:
     shortest: int = 0  # lengths uniform from here to queries
     page_size: int = 0
     stored: torch.dtype | None = None  # of the pages
+    flex: bool = False  # FlexAttention runs it too: each takes many seconds to compile
     bars: tuple[Bar, ...] = field(default=(), compare=False)
 
     @property
@@ -76,7 +77,7 @@ class Workload:
             self, batch=min(self.batch, 2), heads=2 * self.heads // self.kv, heads_kv=2, left=span(self.left),
             right=span(self.right), queries=min(self.queries, TINY_ROWS), keys=min(self.keys, TINY_KEYS),
             prefix=min(self.prefix, TINY_SPAN), shortest=min(self.shortest, 3),
-            distance_radius=min(self.distance_radius, TINY_SPAN),
+            head_dim=min(self.head_dim, TINY_WIDTH), distance_radius=min(self.distance_radius, TINY_SPAN),
         )  # fmt: skip
 
 

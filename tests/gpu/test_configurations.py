@@ -39,7 +39,7 @@ def test_all_of_the_table(card: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
             check(Case(dtype=dtype, **shared, **TERMS), card, gradients=True)
     assert {kind for kind, _, _ in asked} >= KINDS
     table = tuning.table_for(torch.device(card.device))
-    inherited = tuning.tables()[tuning.tables()[table].get("inherits", table)]
+    inherited = tuning.tables()[tuning.base(table)]
     kinds = {kind for kind, _, _ in asked}
     held = {(kind, int(bits), int(dim)) for kind in kinds for bits, dims in inherited[kind].items() for dim in dims}
     assert asked == held

@@ -33,7 +33,7 @@ def test_a_call_on_another_stream_waits_for_its_inputs(card: Lane) -> None:
         found = torch.autograd.grad(da.attention(x, x, x, backend=card.backend), x, good)[0]
         copied = out.clone()
     if stream is not None:
-        assert not torch.cuda.current_stream().query() or not stream.query(), "nothing waited for the device"
+        assert not stream.query(), "the device was done before the host: nothing was shown"
         torch.cuda.synchronize()
     assert torch.equal(copied, expected) and torch.equal(out, expected)
     torch.testing.assert_close(found, gradient)

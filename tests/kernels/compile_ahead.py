@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import triton
 from duplex_attn.call import Call
-from duplex_attn.kernels import attention, paged_calls
+from duplex_attn.kernels import attention, paged_calls, tuning
 from duplex_attn.kernels.launch import Launch
 from duplex_attn.paged.call import AppendCall, PagedCall
 from triton.backends.compiler import GPUTarget
@@ -219,7 +219,7 @@ def report(job: tuple[str, str, int, int, int]) -> dict:
 
 if __name__ == "__main__":
     table = sys.argv[1]
-    driver.set_active(NamedCard(int(table.removeprefix("sm_"))))
+    driver.set_active(NamedCard(int(tuning.base(table).removeprefix("sm_"))))
     with multiprocessing.get_context("fork").Pool(2) as pool:
         for line in pool.imap_unordered(report, jobs(table)):
             print(json.dumps(line), flush=True)

@@ -13,6 +13,9 @@ pytest.importorskip("triton.backends.nvidia")
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one program can have
 CALL = ("kernel", "call", "bits", "head_dim")
 COLUMNS = (*CALL, "tile", "warps", "stages", "registers", "spilled", "shared", "wgmma", "mma", "bulk", "seconds")
+TUNING = Path(__file__).parents[2] / "kernels" / "tuning"
+# Of cards, whose measured entries stand on an architecture's table: they may spill where that is faster.
+OWN = {path.stem: base for path in TUNING.glob("*.json") if (base := json.loads(path.read_text()).get("inherits"))}
 TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma"}
 # What the others spill is told in docs/kernel-notes.md.
 FREE_OF_SPILLS = {"forward", "delta", "dsink", "merge", "table", "parts", "append", "copy"}
@@ -20,8 +23,9 @@ FREE_OF_SPILLS = {"forward", "delta", "dsink", "merge", "table", "parts", "appen
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # two minutes where nothing else runs
-@pytest.mark.parametrize("table", list(SHARED))
+@pytest.mark.parametrize("table", [*SHARED, *OWN])
 def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> None:
+    base = OWN.get(table, table)
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONSAFEPATH": "1"}
     script = Path(__file__).with_name("compile_ahead.py")
@@ -33,12 +37,14 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
 
     for row in rows:
         what = f"{table}: {row}"
-        assert row["shared"] <= SHARED[table], what
+        assert row["shared"] <= SHARED[base], what
+        if table in OWN:
+            continue
         if row["kernel"] in FREE_OF_SPILLS or (row["kernel"] == "paged" and row["call"] != "everything"):
             assert row["spilled"] == 0, what
         if row["products"] and row["bits"] == 16:
             few_rows = row["kernel"] == "paged" and row["call"] in ("plain", "float8")  # less than a wgmma has
-            assert row["mma" if few_rows else TENSOR_CORES[table]] > 0, what
+            assert row["mma" if few_rows else TENSOR_CORES[base]] > 0, what
         assert (row["bulk"] > 0) == row["descriptors"], what
     compiled = {tuple(row[name] for name in ("kernel", "bits", "head_dim")) for row in rows}
     names = {"forward", "dq", "dkdv", "dbias", "diagonals", "table", "delta", "dsink", "merge"}
@@ -46,4 +52,4 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
     assert compiled == {(name, bits, head_dim) for name in names for bits in (16, 32) for head_dim in (64, 128, 256)}
     by_bulk_copy = {(row["kernel"], row["head_dim"]) for row in rows if row["descriptors"]}
     expected = {(name, d) for name in ("forward", "dq", "dkdv") for d in (64, 128, 256)}
-    assert by_bulk_copy == (expected if table == "sm_90" else set())
+    assert by_bulk_copy == (expected if base == "sm_90" else set())

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from duplex_attn.kernels import tuning
+from duplex_attn.kernels import paged_calls, tuning
 
 OWN = tuning.Config(64, 32, 4, 2, True)
 
@@ -46,3 +46,8 @@ def test_a_trial_ends(own_table: None) -> None:
         assert tuning.config("forward", "a-fast-card", 16, 128) == OWN
         assert tuning.config("dq", "sm_90", 16, 64) == before
     assert tuning.config("dq", "a-fast-card", 16, 64) == before
+
+
+def test_what_an_architecture_can_do_its_cards_can(own_table: None) -> None:
+    assert tuning.base("a-fast-card") == tuning.base("sm_90") == "sm_90"
+    assert tuning.base("a-fast-card") in paged_calls.NATIVE_FLOAT8

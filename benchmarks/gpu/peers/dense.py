@@ -29,7 +29,8 @@ Makers = dict[str, Callable[[], Peer]]
 def forward(w: Workload, q: Tensor, k: Tensor, v: Tensor) -> Makers:
     turned = [x.transpose(1, 2) for x in (q, k, v)]
     found: Makers = {name: partial(_sdpa, w, turned, name) for name in SDPA}
-    found["flex"] = partial(_flex, w, turned)
+    if w.flex:
+        found["flex"] = partial(_flex, w, turned)
     return found | {name: partial(_flash, w, (q, k, v), name) for name in FLASH_ATTENTION}
 
 

@@ -147,7 +147,7 @@ def first_call(
         torch.cuda.empty_cache()
         return {"status": "skipped", "reason": in_short(error)}, None
     except Exception as error:  # whatever a peer raises
-        if "CUDA error" in str(error):  # which leaves nothing of this process to measure with
+        if not works(clock.device):  # an illegal access, say, after which this process can measure nothing
             print(in_short(error), flush=True)
             os.abort()
         refused = isinstance(error, (ValueError, TypeError)) and str(error).startswith("backend:")
@@ -159,6 +159,13 @@ def first_call(
     return record, peer.call
 
 
+def works(device: torch.device) -> bool:
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
+
+
 def waiting(first: float) -> Record:
     """Of a system that works and was not timed yet."""
     return {"status": "skipped", "reason": "the stage ended before it was timed", "first_call_seconds": round(first, 3)}
@@ -167,10 +174,10 @@ def waiting(first: float) -> Record:
 @contextmanager
 def watched(store: Store, record: Record, what: str) -> Iterator[None]:
     """Should the process die here, its successor knows of what."""
-    record["running"] = what
+    record.update(running=what, since=time.time())
     store.save()
     yield
-    record.pop("running", None)
+    del record["running"], record["since"]
 
 
 def in_short(error: BaseException) -> str:

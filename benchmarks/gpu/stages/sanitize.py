@@ -57,8 +57,6 @@ def calls_alone(settings: Settings, results: Path, deadline: float) -> str | Non
 
 def start(program: str, tool: str, settings: Settings, results: Path, deadline: float) -> subprocess.Popen[str]:
     watch = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20", "--launch-timeout", "0"]
-    if tool == "initcheck":
-        watch += ["--track-unused-memory", "no"]
     command = [*watch, *settings.command("sanitize", deadline - time.monotonic(), results, "grid")]
     # With the caching allocator off each tensor is an allocation of its own, so that a step outside is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

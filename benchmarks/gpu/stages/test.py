@@ -25,6 +25,8 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     arguments += ["-m", "gpu" if on_card else "not gpu", *(["-k", settings.tests] if settings.tests else [])]
     if on_card and importlib.util.find_spec("xdist"):
         arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+    crashed = record.get("crashed", [])
+    arguments += [f"--deselect={test}" for test in crashed]
     first = Recorder(store, record, deadline)
     pytest.main(arguments, plugins=[first])
     if first.total == 0:
@@ -36,6 +38,7 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
         ignored = [f"--ignore={folder}" for folder in FIRST]
         pytest.main(["tests", *ignored, *arguments[len(FIRST) :]], plugins=[rest])
         record["others"]["not_run"] = rest.total - rest.finished
+    record["failures"] += [{"test": test, "message": "its process died"} for test in crashed]
     failures = [*record["failures"], *record.get("others", {}).get("failures", ())]
     if failures:
         record.update(status="failed", reason=f"{len(failures)} tests failed, first {failures[0]['test']}")

@@ -98,17 +98,18 @@ def table_of(device: torch.device, folder: Path) -> str:
 
 def targets(settings: Settings, table: str, record: dict[str, Any]) -> Iterator[Target]:
     """Every kind of kernel at the width and classes of head_dim that the workloads of its family have."""
-    inherited = tuning.tables()[tuning.tables()[table].get("inherits", table)]
+    inherited = tuning.tables()[tuning.base(table)]
     kinds = [kind for kind, entry in inherited.items() if isinstance(entry, dict)]
     record["without_a_workload"] = [kind for kind in kinds if kind not in MEASURED_BY]
     chosen: dict[tuple[str, int, int], Workload] = {}
-    for workload in workloads():
+    wanted = [w.tiny() if settings.tiny else w for w in workloads() if settings.wants(w.name)]
+    for workload in wanted:
         for kind in kinds:
-            if kind in MEASURED_BY and MEASURED_BY[kind](workload) and settings.wants(workload.name):
+            if kind in MEASURED_BY and MEASURED_BY[kind](workload):
                 head_dim_class = next(n for n in tuning.HEAD_DIMS if workload.head_dim <= n)
                 chosen.setdefault((kind, 8 * workload.dtype.itemsize, head_dim_class), workload)
     for (kind, bits, head_dim_class), workload in chosen.items():
-        yield Target(kind, bits, head_dim_class, workload.tiny() if settings.tiny else workload)
+        yield Target(kind, bits, head_dim_class, workload)
 
 
 def neighbours(c: Config) -> list[Config]:
@@ -156,8 +157,8 @@ def fastest(
     samples: dict[Config, list[float]] = {}
     for candidate in (current, *compiled):
         with tuning.trial(table, goal.kernel, goal.bits, goal.head_dim_class, candidate):
-            if candidate != current and not problem.check(call()).passes(ours=True):
-                record["refused"]["wrong"] = record["refused"].get("wrong", 0) + 1
+            if candidate != current and (problem_found := wrong_with(problem, call)):
+                record["refused"][problem_found] = record["refused"].get(problem_found, 0) + 1
                 continue
             samples[candidate] = clock.rounds({"": call}, SECONDS)[""]
     medians = {candidate: sorted(found)[len(found) // 2] for candidate, found in samples.items()}
@@ -165,6 +166,13 @@ def fastest(
     if medians[best] > (1 - GAIN) * medians[current]:
         best = current
     return best, medians[best], medians[current]
+
+
+def wrong_with(problem: Problem, call: Callable[[], Any]) -> str | None:
+    try:
+        return None if problem.check(call()).passes(ours=True) else "wrong numbers"
+    except RuntimeError as error:  # of another process it was compiled in, where there was more room
+        return in_short(error)
 
 
 def keep(settings: Settings, device: torch.device, table: str, goal: Target, winner: Config, store: Store) -> None:
