@@ -129,7 +129,23 @@ def _run(
 
 def on(x: Tensor, device: str) -> Tensor:
     """x on the device with its strides and all that lies around it; itself where it is there already."""
-    if x.device.type == device:
-        return x
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
-    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+    return x if x.device.type == device else copied(x, device)
+
+
+def copied(x: Tensor, device: str) -> Tensor:
+    return around(x).to(device, copy=True).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def around(x: Tensor) -> Tensor:
+    """All of x's storage, in one dimension."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+def written_on(lane: Lane, function: Callable[..., None], *arguments: object, **options: object) -> None:
+    """A call that writes in place, made on copies on the lane's device; what it left there is then in the arguments."""
+    tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor)]
+    copies = {id(x): copied(x, lane.device) for x in tensors}
+    moved = [copies.get(id(x), x) for x in arguments]
+    function(*moved, **{name: copies.get(id(x), x) for name, x in options.items()}, backend=lane.backend)
+    for x in tensors:
+        around(x).copy_(around(copies[id(x)]))

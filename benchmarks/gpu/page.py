@@ -107,6 +107,10 @@ def passed_over(results: Results) -> Iterator[tuple[str, ...]]:
 
 
 def findings(stages: dict[str, Any]) -> Iterator[str]:
+    flex = stages.get("build", {}).get("flex", {})
+    yield from table(("FlexAttention's first call, compiling", "seconds"), (
+        (name, f"{seconds:.1f}") for name, seconds in flex.items()
+    ))  # fmt: skip
     test, sanitize, tune = (stages.get(name, {}) for name in ("test", "sanitize", "tune"))
     if "passed" in test:
         others = test.get("others", {})

@@ -20,7 +20,8 @@ from .card import Card, look
 from .settings import LIMITS, RESULTS, ROOT, Settings, parse
 from .store import UNFINISHED, Store, slug
 
-GRACE = 10.0  # seconds that a stage has after its limit to end by itself
+GRACE = 5.0  # seconds before its limit, by which a stage should end by itself
+LEAST = 15.0  # seconds that any stage has: its process must come up to say that time is over
 ASIDE = ROOT / "build" / "gpu"  # what is no result of a card goes here
 STUCK = 40.0  # seconds of one thing after which it is not waited for again
 RESTARTS = 20  # of a stage whose process died; each time what it died of is passed over
@@ -100,10 +101,10 @@ def supervise(settings: Settings, store: Store, stage: str) -> None:
 
 def process(settings: Settings, results: Path, stage: str, seconds: float) -> int | None:
     """Exit status, negative of a signal; None where it had to be stopped."""
-    command = settings.command(stage, max(seconds, 0), results)
+    command = settings.command(stage, max(seconds - GRACE, 0), results)
     started = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment(settings))
     try:
-        return started.wait(max(seconds, 0) + GRACE)
+        return started.wait(max(seconds, LEAST))
     except subprocess.TimeoutExpired:
         return None
     finally:

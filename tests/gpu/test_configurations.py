@@ -8,21 +8,49 @@ import pytest
 import torch
 from duplex_attn.kernels import tuning
 
-from ..cases import BFLOAT16, FLOAT16, FLOAT32, Case
+from ..cases import BFLOAT16, FLOAT32, Case
 from ..checking import check
 from ..lanes import Lane
+from ..paged import pool
+from .conftest import CARD, SMALL
 from .devices import sized
 
 TERMS: dict[str, Any] = {
     "layout": "packed", "mask": "prefix_each", "softcap": 3.0, "distance_radius": 7, "alibi": True, "bias": "full",
     "sink": "float32", "dropout_p": 0.3,
 }  # fmt: skip
-KINDS = {"forward", "forward_terms", "dq", "dkdv", "dbias", "ddistance"}
+BACKWARD = {"dq", "dkdv"}
+TRITON = [lane for lane in SMALL if lane.backend == "triton"]  # whose tables they are
+TRITON += [pytest.param(lane, marks=pytest.mark.gpu) for lane in CARD if lane.backend == "triton"]
+KINDS = {  # which kinds of kernels a call meets
+    "plain": {"forward"} | BACKWARD,
+    "terms": {"forward_terms", "dbias", "ddistance"} | BACKWARD,
+    "decode": {"paged_decode"},
+    "prefill": {"paged"},
+    "prefill with terms": {"paged_terms"},
+}
 
 
-def test_all_of_the_table(card: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    if card.backend != "triton":
-        pytest.skip("the tables are Triton's")
+def run(card: Lane, call: str, dtype: torch.dtype, dim: int) -> None:
+    length = sized(card, 300, 20)
+    if call in ("plain", "terms"):
+        shared: dict[str, Any] = {"lengths": ((length,), (length,)), "heads": (2, 1), "head_dims": (dim, dim)}
+        terms = TERMS if call == "terms" else {"mask": "causal"}
+        check(Case(dtype=dtype, **shared, **terms), card, gradients=True)
+        return
+    queries = 1 if call == "decode" else length
+    terms = {"distance_radius": 7, "softcap": 3.0, "sink": True} if call == "prefill with terms" else {}
+    lengths = ((queries, queries), (length + 40, length))
+    pool.make(pool.Case(lengths, (4, 2), (dim, dim), dtype, **terms)).check(card)
+
+
+@pytest.mark.parametrize("card", TRITON, ids=str, indirect=True)
+@pytest.mark.parametrize("dim", tuning.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("call", KINDS)
+def test_each_of_the_table(
+    card: Lane, call: str, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: set[tuple[str, int, int]] = set()
     real = tuning.config
 
@@ -31,15 +59,13 @@ def test_all_of_the_table(card: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
         return real(kernel, table, bits, head_dim)
 
     monkeypatch.setattr(tuning, "config", config)
-    length = sized(card, 300, 20)
-    for dtype in (FLOAT32, FLOAT16, BFLOAT16)[: sized(card, 3, 2)]:
-        for dim in tuning.HEAD_DIMS:
-            shared: dict[str, Any] = {"lengths": ((length,), (length,)), "heads": (2, 1), "head_dims": (dim, dim)}
-            check(Case(dtype=dtype, mask="causal", **shared), card, gradients=True)
-            check(Case(dtype=dtype, **shared, **TERMS), card, gradients=True)
-    assert {kind for kind, _, _ in asked} >= KINDS
-    table = tuning.table_for(torch.device(card.device))
-    inherited = tuning.tables()[tuning.base(table)]
-    kinds = {kind for kind, _, _ in asked}
-    held = {(kind, int(bits), int(dim)) for kind in kinds for bits, dims in inherited[kind].items() for dim in dims}
-    assert asked == held
+    run(card, call, dtype, dim)
+    assert asked >= {(kind, 8 * dtype.itemsize, dim) for kind in KINDS[call]}
+
+
+@pytest.mark.parametrize("table", ["sm_80", "sm_90", "interpreter"])
+def test_these_calls_meet_every_kind_of_kernel(table: str) -> None:
+    held = {kind for kind, entry in tuning.tables()[table].items() if isinstance(entry, dict)}
+    assert held == set().union(*KINDS.values())
+    for kind in held:
+        assert {int(dim) for dims in tuning.tables()[table][kind].values() for dim in dims} == set(tuning.HEAD_DIMS)

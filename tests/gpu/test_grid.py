@@ -9,7 +9,7 @@ from .conftest import CARD, SMALL
 
 PAIRS = [
     *((lane, case) for lane in SMALL for case in grid()[7:8]),  # all of them run in tests/kernels
-    *(pytest.param(lane, case, marks=pytest.mark.gpu) for lane in CARD for case in grid()[::2]),
+    *(pytest.param(lane, case, marks=pytest.mark.gpu) for lane in CARD for case in grid()[::8]),
 ]
 
 

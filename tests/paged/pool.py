@@ -10,7 +10,7 @@ import duplex_attn as da
 import torch
 from torch import Tensor
 
-from ..lanes import Lane, on_own_stack
+from ..lanes import Lane, on, on_own_stack
 from ..oracle import Answer, Call, answer, assert_accurate, floors
 
 QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -63,7 +63,7 @@ class Pool:
         """out and lse; out is a window of a storage full of NaN, in which nothing else may be written."""
         case, call = self.case, self.packed
         *rows, dim = (*self.q.shape[:-1], self.v_pages.shape[-1])
-        storage = torch.full((rows[0] + 2, rows[1] + 2, dim + 2), math.nan, dtype=case.dtype)
+        storage = torch.full((rows[0] + 2, rows[1] + 2, dim + 2), math.nan, dtype=case.dtype, device=lane.device)
         out = storage[1:-1, 1:-1, 1:-1]
         given = {
             name: getattr(call, name) for name in ("bias", "distance_bias", "alibi_slopes", "sink", "scale", "softcap")
@@ -71,20 +71,22 @@ class Pool:
         if not self.decodes:
             longest = int(self.cu_seqlens_q.diff().max()) if len(self.cu_seqlens_q) > 1 else 0
             given |= {"cu_seqlens_q": self.cu_seqlens_q, "max_seqlen_q": longest}
-        mask = da.Mask(call.prefix, call.left, call.right, "top_left" if call.top_left else "bottom_right")
-        given |= options
+
+        def there(x: object) -> object:
+            return on(x, lane.device) if isinstance(x, Tensor) else x
+
+        mask = da.Mask(there(call.prefix), call.left, call.right, "top_left" if call.top_left else "bottom_right")
+        given = {name: there(x) for name, x in (given | options).items()}
+        pages = [there(x) for x in (self.q, self.k_pages, self.v_pages, self.block_table, self.seqlens_k)]
         found, lse = on_own_stack(
             lane,
-            lambda: da.paged_attention(
-                self.q, self.k_pages, self.v_pages, self.block_table, self.seqlens_k, mask, **given,
-                backend=lane.backend,
-            ),
-        )  # fmt: skip
+            lambda: da.paged_attention(*pages, mask, **given, backend=lane.backend),
+        )
         assert found is out
-        inside = torch.zeros(storage.shape, dtype=torch.bool)
+        inside = torch.zeros(storage.shape, dtype=torch.bool, device=lane.device)
         inside[1:-1, 1:-1, 1:-1] = True
         assert storage[~inside].isnan().all(), "written outside of out"
-        return {"out": found, "lse": lse}
+        return {"out": found.cpu(), "lse": lse.cpu()}
 
     @property
     def decodes(self) -> bool:

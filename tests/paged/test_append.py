@@ -6,7 +6,7 @@ import duplex_attn as da
 import pytest
 import torch
 
-from ..lanes import Lane
+from ..lanes import Lane, written_on
 from .pool import bits, rotated
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -44,7 +44,7 @@ def test_tokens_land_in_their_slots(
     before = [bits(x).clone() for x in (k_pages, v_pages)]
     before_scales = {name: x.clone() for name, x in scales.items()}
 
-    da.paged_append(k, v, k_pages, v_pages, block_table, positions, cu_seqlens, **options, backend=lane.backend)
+    written_on(lane, da.paged_append, k, v, k_pages, v_pages, block_table, positions, cu_seqlens, **options)
 
     live = positions >= 0
     place = [
@@ -81,7 +81,7 @@ def test_given_scales_are_read(lane: Lane, stored: torch.dtype, shape: tuple[int
     k_pages = torch.zeros(2, 4, 2, 16).to(stored)
     v_pages = k_pages.clone()
     table, positions = torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([2, 0], dtype=torch.int32)
-    da.paged_append(k, -k, k_pages, v_pages, table, positions, k_scales=scale, v_scales=scale, backend=lane.backend)
+    written_on(lane, da.paged_append, k, -k, k_pages, v_pages, table, positions, k_scales=scale, v_scales=scale)
     assert (scale == 0.01).all()
     largest = LARGEST[stored]
     for n, place in enumerate(((1, 2), (0, 0))):
@@ -100,7 +100,7 @@ def test_every_float8_is_rounded_to_nearest_even(lane: Lane) -> None:
     pages = torch.zeros(2, 1, 1, 256).to(torch.float8_e4m3fn)
     one, table = torch.ones(1, 1, 1), torch.tensor([[0], [1]], dtype=torch.int32)
     positions = torch.zeros(2, dtype=torch.int32)
-    da.paged_append(k, -k, pages, pages.clone(), table, positions, k_scales=one, v_scales=one, backend=lane.backend)
+    written_on(lane, da.paged_append, k, -k, pages, pages.clone(), table, positions, k_scales=one, v_scales=one)
     assert torch.equal(pages[:, 0].float(), k.clamp(max=448).to(torch.float8_e4m3fn).float())
 
 
@@ -115,7 +115,7 @@ def test_copied_pages(lane: Lane, dtype: torch.dtype, strided: bool) -> None:
     scales = [torch.rand(6, 4, 3, generator=g) for _ in range(2)] if dtype in LARGEST else [None, None]
     before = [None if x is None else x.clone() for x in (*made, *scales)]
     src, dst = torch.tensor([5, 0, 5], dtype=torch.int32), torch.tensor([1, 2, 3], dtype=torch.int32)
-    da.copy_pages(*made, src, dst, k_scales=scales[0], v_scales=scales[1], backend=lane.backend)
+    written_on(lane, da.copy_pages, *made, src, dst, k_scales=scales[0], v_scales=scales[1])
     for x, was in zip((*made, *scales), before, strict=True):
         if x is not None and was is not None:
             want = bits(was).clone()
@@ -126,5 +126,5 @@ def test_copied_pages(lane: Lane, dtype: torch.dtype, strided: bool) -> None:
 def test_per_tensor_scales_are_not_copied(lane: Lane) -> None:
     pages, scale = torch.zeros(3, 2, 1, 16, dtype=torch.int8), torch.full((1, 1, 1), 0.5)
     src, dst = (torch.tensor([n], dtype=torch.int32) for n in (0, 2))
-    da.copy_pages(pages, pages.clone(), src, dst, k_scales=scale, v_scales=scale, backend=lane.backend)
+    written_on(lane, da.copy_pages, pages, pages.clone(), src, dst, k_scales=scale, v_scales=scale)
     assert float(scale) == 0.5

@@ -15,7 +15,7 @@ from ..settings import Settings
 from ..store import Store
 
 FIRST = ("tests/gpu", "tests/contracts")  # these must come to their end
-WORKERS = 10  # processes on one card: what takes long is the compiler and the oracle, both of which have one thread
+WORKERS = 14  # processes on one card: what takes long is the compiler and the oracle, both of which have one thread
 SAVED_EVERY = 1.0  # seconds
 
 
@@ -24,7 +24,7 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     arguments = [*(FIRST if on_card else FIRST[:1]), "-q", "--no-header", "-p", "no:cacheprovider"]
     arguments += ["-m", "gpu" if on_card else "not gpu", *(["-k", settings.tests] if settings.tests else [])]
     if on_card and importlib.util.find_spec("xdist"):
-        arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+        arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
     crashed = record.get("crashed", [])
     arguments += [f"--deselect={test}" for test in crashed]
     first = Recorder(store, record, deadline)
