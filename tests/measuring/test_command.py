@@ -100,6 +100,16 @@ def test_a_peer_that_crashes_and_one_that_is_wrong(rehearse: Run, tmp_path: Path
     assert bench["status"] == "done" and len(bench["crashes"]) == 1
 
 
+@pytest.mark.slow
+def test_a_peer_that_never_ends_is_stopped_at_the_limit(rehearse: Run, tmp_path: Path) -> None:
+    hangs = "import time\n\ndef flash_attn_func(*given, **options):\n    time.sleep(1000)\n"
+    (tmp_path / "flash_attn.py").write_text(hangs)
+    ran = rehearse("bench", "--only", "^forward hd64 full 512", "--limit", "bench=25", PYTHONPATH=str(tmp_path))
+    bench = found_in(tmp_path)["stages"]["bench"]
+    assert ran.returncode == 1 and bench["status"] == "cut" and bench["seconds"] < 60
+    assert bench["reason"] == "stopped at its limit of 25 s in forward hd64 full 512, batch 32: flash-attn 2"
+
+
 def test_a_wrong_backend_of_ours_fails_the_stage(rehearse: Run, tmp_path: Path) -> None:
     spoilt = "import torch\nimport duplex_attn\nreal = duplex_attn.attention\n"
     spoilt += "duplex_attn.attention = lambda *given, **options: real(*given, **options) + 1\n"
