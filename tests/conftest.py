@@ -10,7 +10,7 @@ import torch
 
 try:
     from hypothesis import Phase, settings
-except ImportError:  # a machine that was lent with a card may lack it: its random tests are left out
+except ImportError:  # a machine with a card may lack it: its random tests are then left out
     collect_ignore = [
         "runtime/test_model.py", "kernels/test_random.py", "kernels/test_visibility.py", "paged/test_plan.py",
         "integrations/test_transformers_masks.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..workload import Peer, Problem, Unavailable, Workload
 
 SECONDS = 0.12  # of measuring a system
 AS_CHOSEN = "duplex-attn"
+TENSORS, TIMING = "its tensors", "timing all together"  # what a process may be at besides one system
 Record = dict[str, Any]
 
 
@@ -62,37 +63,52 @@ def measure_all(
 
 def measure(w: Workload, clock: Clock, store: Store, record: Record, found: Record, peers: set[str] | None) -> None:
     systems: Record = found["systems"]
-    crashed = [died.split(": ", 1)[1] for died in record.get("crashed", ()) if died.split(": ", 1)[0] == w.name]
-    with watched(store, record, f"{w.name}: its tensors"):
+    crashed = {died.split(": ", 1)[1] for died in record.get("crashed", ()) if died.split(": ", 1)[0] == w.name}
+
+    def watched(what: str) -> AbstractContextManager[None]:
+        return watch(store, record, f"{w.name}: {what}")
+
+    with watched(TENSORS):
         try:
-            if "its tensors" in crashed:
-                raise Unavailable("its process died")
+            if TENSORS in crashed:
+                raise Unavailable("the process that made its tensors died")
             problem = build(w, clock.device)
         except (torch.OutOfMemoryError, Unavailable) as error:
             systems["all"] = {"status": "skipped", "reason": in_short(error)}
-            found["complete"] = True
-            return
-    found.update(flops=problem.flops, moved=problem.moved)
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, make, is_ours in candidates(problem, clock.device, peers):
-        if name in crashed:
-            systems[name] = {"status": "crashed", "reason": f"its process died; see {record['crashes'][-1]}"}
+        except Exception as error:
+            systems["all"] = {"status": "failed", "reason": in_short(error), "ours": True}
+    if "all" not in systems:
+        found.update(flops=problem.flops, moved=problem.moved)
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, make, is_ours in candidates(problem, clock.device, peers):
+            with watched(name):
+                if name in crashed:
+                    systems[name], call = {"status": "crashed", "reason": "its process died"}, None
+                else:
+                    systems[name], call = first_call(problem, make, is_ours, clock)
             if is_ours:
                 systems[name]["ours"] = True
-            continue
-        with watched(store, record, f"{w.name}: {name}"):
-            systems[name], call = first_call(problem, make, is_ours, clock)
-            if is_ours:
-                systems[name]["ours"] = True
-        if call is not None:
-            calls[name] = call
-    with watched(store, record, f"{w.name}: {next(iter(calls), 'nothing')}"):
-        try:
-            samples = clock.rounds(calls, SECONDS * len(calls), problem.on_host) if calls else {}
-        except torch.OutOfMemoryError as error:  # each alone had room
-            samples = {}
-            for name in calls:
-                systems[name] |= {"status": "skipped", "reason": in_short(error)}
+            if call is not None:
+                calls[name] = call
+        # Together, so that all see the same minute; where that killed a process before, each by itself.
+        for names in [[name] for name in calls] if TIMING in crashed else [list(calls)]:
+            with watched(names[0] if len(names) == 1 else TIMING):
+                time_some(problem, {name: calls[name] for name in names}, systems, clock)
+    found["complete"] = True
+    store.save()
+    times = {name: one["seconds"]["median"] for name, one in systems.items() if "seconds" in one}
+    shown = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in times.items())
+    print(f"  {w.name}: {shown or 'nothing was measured'}", flush=True)
+
+
+def time_some(problem: Problem, calls: dict[str, Callable[[], Any]], systems: Record, clock: Clock) -> None:
+    try:
+        samples = clock.rounds(calls, SECONDS * len(calls), problem.on_host) if calls else {}
+    except Exception as error:  # out of memory, where each alone had room
+        abort_unless_it_works(clock.device, error)
+        for name in calls:
+            systems[name] |= {"status": "skipped", "reason": f"when it was timed: {in_short(error)}"}
+        return
     for name, seconds in samples.items():
         spread = Spread.of([s / problem.repeat for s in seconds])
         measured = {"median": spread.median, "q1": spread.q1, "q3": spread.q3, "rounds": len(seconds)}
@@ -100,14 +116,8 @@ def measure(w: Workload, clock: Clock, store: Store, record: Record, found: Reco
         if systems[name].get("ours"):
             try:
                 systems[name] |= problem.facts(calls[name])
-            except Unavailable as error:
-                systems[name]["without_facts"] = str(error)
-    found["complete"] = True
-    store.save()
-    shown = ", ".join(
-        f"{name} {one['seconds']['median'] * 1e6:.0f} us" for name, one in systems.items() if "seconds" in one
-    )
-    print(f"  {w.name}: {shown or 'nothing was measured'}", flush=True)
+            except Exception as error:
+                systems[name]["without_facts"] = in_short(error)
 
 
 def backends(device: torch.device) -> list[str]:
@@ -147,9 +157,7 @@ def first_call(
         torch.cuda.empty_cache()
         return {"status": "skipped", "reason": in_short(error)}, None
     except Exception as error:  # whatever a peer raises
-        if not works(clock.device):  # an illegal access, say, after which this process can measure nothing
-            print(in_short(error), flush=True)
-            os.abort()
+        abort_unless_it_works(clock.device, error)
         refused = isinstance(error, (ValueError, TypeError)) and str(error).startswith("backend:")
         status = "skipped" if refused or not is_ours else "failed"
         return {"status": status, "reason": in_short(error)}, None
@@ -159,11 +167,13 @@ def first_call(
     return record, peer.call
 
 
-def works(device: torch.device) -> bool:
+def abort_unless_it_works(device: torch.device, error: Exception) -> None:
+    """After an illegal access, say, this process can measure nothing more: another one goes on."""
     try:
-        return torch.ones(1, device=device).item() == 1
+        torch.ones(1, device=device).item()
     except RuntimeError:
-        return False
+        print(in_short(error), flush=True)
+        os.abort()
 
 
 def waiting(first: float) -> Record:
@@ -172,7 +182,7 @@ def waiting(first: float) -> Record:
 
 
 @contextmanager
-def watched(store: Store, record: Record, what: str) -> Iterator[None]:
+def watch(store: Store, record: Record, what: str) -> Iterator[None]:
     """Should the process die here, its successor knows of what."""
     record.update(running=what, since=time.time())
     store.save()
