@@ -94,8 +94,7 @@ def supervise(settings: Settings, store: Store, stage: str) -> None:
             record.setdefault("crashes", []).append(f"{running} took more than {STUCK:.0f} s")
     elif code < 0 or (code > 0 and record["status"] == "cut"):
         record["status"] = "failed"
-        if code > 0:
-            record["reason"] = f"its process ended with status {code}"
+        record["reason"] = record["crashes"][-1] if code < 0 else f"its process ended with status {code}"
     store.save()
 
 
