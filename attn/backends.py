@@ -225,7 +225,8 @@ class CudaBackend(Backend):
             return f"its kernels are for compute capability 9.0, this card has {card[0]}.{card[1]}"
         if reason := self.load():
             return reason
-        driver, built = torch._C._cuda_getDriverVersion(), torch.ops.duplex_attn_cuda.runtime_version()
+        driver = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009  only a CUDA torch has it
+        built = torch.ops.duplex_attn_cuda.runtime_version()
         if driver // 1000 < built // 1000:
             return f"the driver is of CUDA {_version(driver)}, the library of {_version(built)}"
         return None

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -74,9 +76,32 @@ def functions() -> ctypes.CDLL:
     return ctypes.CDLL(str(library()))
 
 
+class Box(ctypes.Structure):
+    """csrc/cuda/box.h"""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("size", ctypes.c_int64 * 4),
+        ("stride", ctypes.c_int64 * 4),
+        ("columns", ctypes.c_int),
+        ("rows", ctypes.c_int),
+    ]
+
+
 def draw(seed: int, processors: int = 2) -> None:
     """What the next launches are free to choose: the order of threads, when copies land, when products read."""
     functions().emulation_set(ctypes.c_uint64(seed), ctypes.c_int(processors))
+
+
+FAULTS = ("nothing", "mbarrier_wait", "named_sync", "proxy_fence", "product_wait", "product_fence", "block_sync")
+
+
+@contextmanager
+def left_out(what: str, number: int = 0) -> Iterator[None]:
+    """The machine ignores an operation of the kernels: of mbarriers and named barriers, the one with this number."""
+    functions().emulation_leave_out(FAULTS.index(what), number)
+    yield
+    functions().emulation_leave_out(0, 0)
 
 
 class EmulatedCuda(CudaBackend):

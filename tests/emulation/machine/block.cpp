@@ -6,6 +6,7 @@
 namespace emulation {
 
 Block* block = nullptr;
+Fault fault;
 
 namespace {
 Stacks stacks;
@@ -73,10 +74,9 @@ void Block::run(const std::function<void()>& kernel) {
     if (ready_.empty() && !land_one(true)) {
       failure_ = "deadlock: ";
       std::map<std::string, int> reasons;
-      for (const Warp& w : warps_) reasons[w.meeting && w.met ? w.meeting : ""] += 0;
-      for (int t = 0; t < threads; ++t) ++reasons[waits_for_[t]];
+      for (const char* reason : waits_for_) ++reasons[reason];
       for (const auto& [reason, count] : reasons)
-        if (count) failure_ += std::to_string(count) + " threads at " + (reason.empty() ? "their end" : reason) + "; ";
+        if (!reason.empty()) failure_ += std::to_string(count) + " threads at " + reason + "; ";
       break;
     }
     if (ready_.empty()) continue;
@@ -143,6 +143,7 @@ void Block::load(uint32_t address, void* to, int bytes) {
 }
 
 void Block::fence_async_proxy() {
+  if (fault.kind == Fault::PROXY_FENCE) return;
   for (uint32_t unit : unfenced_[current])
     if (dirty_[unit] == current) dirty_[unit] = -1;
   unfenced_[current].clear();
@@ -158,7 +159,7 @@ Mbarrier& Block::mbarrier(uint32_t address) {
 void Block::barrier_init(uint32_t address, int arrivals) {
   shared(address, 8);
   if (mbarriers_.count(address)) fail("an mbarrier is initialised twice");
-  mbarriers_[address] = {arrivals, arrivals, 0, 0, {}};
+  mbarriers_[address] = {arrivals, arrivals, 0, 0, int(mbarriers_.size()), {}};
 }
 
 void Block::barrier_arrive(uint32_t address, int64_t bytes) {
@@ -180,6 +181,7 @@ void Block::complete(Mbarrier& b) {
 void Block::barrier_wait(uint32_t address, int parity) {
   maybe_yield();
   Mbarrier& b = mbarrier(address);
+  if (fault.kind == Fault::MBARRIER_WAIT && fault.number == b.number) return;
   while (b.parity == parity) {
     waits_for_[current] = "an mbarrier";
     wait(b.waiting);
@@ -189,6 +191,7 @@ void Block::barrier_wait(uint32_t address, int parity) {
 void Block::named(int id, int count, bool sync) {
   maybe_yield();
   if (id < 0 || id > 15 || count % 32) fail("no such named barrier");
+  if (id > 0 ? fault.kind == Fault::NAMED_SYNC && fault.number == id : fault.kind == Fault::BLOCK_SYNC) return;
   NamedBarrier& b = named_[id];
   if (b.arrived > 0 && b.threads != count) fail("threads disagree about the size of a named barrier");
   b.threads = count;
@@ -294,7 +297,8 @@ void Block::wait_for_products(int pending) {
   maybe_yield();
   Warp& w = warp();
   Lane& l = lane();
-  l.fenced = false;
+  l.fenced = fault.kind == Fault::PRODUCT_WAIT && l.fenced;
+  if (fault.kind == Fault::PRODUCT_WAIT) return;
   const int target = l.commits - pending;  // groups below it
   const auto covered = [&](int64_t n) { return w.products[n - w.first].group < target; };
   for (int64_t n = w.first; n < l.issued && covered(n); ++n)

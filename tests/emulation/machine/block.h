@@ -21,6 +21,13 @@ constexpr uint32_t SHARED_BEGIN = 1024;  // no address of shared memory is 0
 
 using Waiting = std::vector<int>;  // threads
 
+// What the machine leaves out on purpose, to see that the kernels need it and that tests notice.
+struct Fault {
+  enum Kind { NONE, MBARRIER_WAIT, NAMED_SYNC, PROXY_FENCE, PRODUCT_WAIT, PRODUCT_FENCE, BLOCK_SYNC } kind = NONE;
+  int number = 0;  // of the mbarrier, in the order of their initialisation, or of the named barrier
+};
+extern Fault fault;
+
 struct TensorMap {
   const char* data;
   int64_t size[4], stride[4];  // innermost first; strides in bytes
@@ -30,6 +37,7 @@ struct TensorMap {
 struct Mbarrier {
   int arrivals = 0, pending = 0, parity = 0;
   int64_t bytes = 0;
+  int number = 0;
   Waiting waiting;
 };
 

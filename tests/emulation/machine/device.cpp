@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "block.h"
+
 namespace emulation {
 uint64_t seed = 0;
 int processors = 2;
@@ -16,7 +18,11 @@ Device::Device(int32_t) : processors(emulation::processors) {}
 Device::~Device() = default;
 }  // namespace duplex
 
-extern "C" __attribute__((visibility("default"))) void emulation_set(uint64_t seed, int processors) {
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void emulation_set(uint64_t seed, int processors) {
   emulation::seed = seed;
   emulation::processors = processors;
 }
+
+EXPORTED void emulation_leave_out(int kind, int number) { emulation::fault = {emulation::Fault::Kind(kind), number}; }

@@ -103,7 +103,7 @@ uint32_t pack(float low, float high) {
   return uint32_t(round_to<T>(low)) | uint32_t(round_to<T>(high)) << 16;
 }
 
-inline void wgmma_fence() { block->lane().fenced = true; }
+inline void wgmma_fence() { block->lane().fenced = emulation::fault.kind != emulation::Fault::PRODUCT_FENCE; }
 inline void wgmma_commit() { ++block->lane().commits; }
 template <int PENDING>
 void wgmma_wait() {
