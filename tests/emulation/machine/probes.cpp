@@ -128,6 +128,7 @@ EXPORTED void places_of(int entries, int heads, int section, int blocks, int64_t
   for (int64_t round = 0; round < rounds; ++round)
     for (int n = 0; n < blocks; ++n, ++tiles, ++ranks, ++head) {
       *tiles = tile_of(round, n, blocks);
+      if (*tiles >= int64_t(entries) * heads) continue;
       const TilePlace place = place_of(*tiles, entries, heads, section);
       *ranks = place.rank;
       *head = place.head;
