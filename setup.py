@@ -63,6 +63,7 @@ CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"
 
 # One object per head_dim from the same source, for Hopper alone: wgmma is in no other generation.
 HEAD_DIMS = (64, 96, 128, 192, 256)
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 OLDEST_NVCC = (12, 5)  # whose runtime finds the driver's functions by version
 
 
@@ -104,7 +105,7 @@ def cpu_jobs(torch: Path) -> list[Job]:
 def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
     flags = ["-std=c++20", "-O3", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
     flags += ["-isystem", str(torch / "include"), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
-    flags += ["-gencode=arch=compute_90a,code=sm_90a", "--resource-usage", "-diag-suppress=177"]
+    flags += [HOPPER, "--resource-usage"]
     kernels = [Job(CUDA / "sm90/forward.cu", f"{d}", [*flags, f"-DDUPLEX_HEAD_DIM={d}"]) for d in HEAD_DIMS]
     others = [*CUDA.glob("*.cu"), *CUDA.glob("*.cpp"), *CUDA.glob("sm90/*.cpp")]
     return kernels + [Job(s, "host", flags) for s in sorted(others)]
@@ -163,7 +164,7 @@ class BuildNative(build_ext):
             raise RuntimeError("torch >= 2.10 is needed to build the CPU backend: pip install torch first")
         elif ext.name == "duplex_attn.libduplex_cuda":
             nvidia, stub = nvcc() or "", cuda_stub(cxx)
-            link = [nvidia, "-ccbin", cxx, "-cudart", "static", "-Xlinker", "--no-as-needed"]
+            link = [nvidia, HOPPER, "-ccbin", cxx, "-cudart", "static", "-Xlinker", "--no-as-needed"]
             links = [f"-L{stub.parent}", "-ltorch_cuda", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
             self.build_library(nvidia, link, ext, CUDA, cuda_jobs(torch, cxx), links)
         else:

@@ -52,8 +52,8 @@ struct Compute {
 
   // Values past the sequence's last key may be anything, NaN too, and 0 * NaN is NaN: they are made 0.
   DUPLEX_DEVICE void clear_strangers(const Work& w, int t, int n) {
-    const int live = w.at.len_k - w.keys.at(t) * S::BLOCK_N;
-    if (live >= S::BLOCK_N || w.at.row_k + w.at.len_k >= a.lengths.rows_k) return;
+    const int live = w.len_k - w.keys.at(t) * S::BLOCK_N;
+    if (live >= S::BLOCK_N || w.row_k + w.len_k >= a.lengths.rows_k) return;
     using V = typename S::Keys;
     constexpr int UNITS = V::ROW_BYTES / 16;
     ptx::barrier_wait(shared.v_full(stage(n)), phase(n));
@@ -67,8 +67,8 @@ struct Compute {
   template <bool EDGE>
   DUPLEX_DEVICE void weigh(float (&x)[PRODUCTS], const Work& w, int t, int i, Softmax& softmax, float (&decay)[2]) {
     const int j = w.keys.at(t) * S::BLOCK_N + 2 * quad_lane();
-    if constexpr (TERMS) add_terms(x, a.terms, w.head, i, j, int(w.at.span.offset));
-    if constexpr (EDGE) hide(x, w.at.span, i, j);
+    if constexpr (TERMS) add_terms(x, a.terms, w.head, i, j, w.offset);
+    if constexpr (EDGE) hide(x, w, i, j);
     softmax.next<EDGE || TERMS, TERMS>(x, a.terms.scale * LOG2E, decay);
   }
 

@@ -28,9 +28,9 @@ void launch_forward(ForwardLaunch& l) {
 
 #define DUPLEX_JOIN(a, b) a##b
 #define DUPLEX_NAME(a, b) DUPLEX_JOIN(a, b)
-using Chosen = Shape<DUPLEX_HEAD_DIM>;
+using Built = Shape<DUPLEX_HEAD_DIM>;
 extern const Variant DUPLEX_NAME(FORWARD_, DUPLEX_HEAD_DIM);
-const Variant DUPLEX_NAME(FORWARD_, DUPLEX_HEAD_DIM) = {Chosen::HEAD_DIM, Chosen::BLOCK_M, Chosen::BLOCK_N,
-                                                        &launch_forward<Chosen>};
+const Variant DUPLEX_NAME(FORWARD_, DUPLEX_HEAD_DIM) = {Built::HEAD_DIM, Built::BLOCK_M, Built::BLOCK_N,
+                                                        &launch_forward<Built>};
 
 }  // namespace duplex::sm90

@@ -30,12 +30,12 @@ DUPLEX_DEVICE void load(const ForwardArguments& a, const Maps& maps, Shared<S> s
     const int batch = a.lengths.cu_q ? 0 : w.batch;
     for (int t = 0; t < count; ++t, ++step) {
       const int stage = step % S::STAGES, empty = (step / S::STAGES & 1) ^ 1;
-      const int row = w.at.row_k + w.keys.at(t) * S::BLOCK_N;
+      const int row = w.row_k + w.keys.at(t) * S::BLOCK_N;
       ptx::barrier_wait(shared.k_empty(stage), empty);
       load_tile<typename S::Keys>(shared.k(stage), maps.k, shared.k_full(stage), row, kv_head, batch);
       if (t == 0) {
         ptx::barrier_wait(shared.q_empty(), (tiles & 1) ^ 1);
-        load_tile<typename S::Queries>(shared.q(), maps.q, shared.q_full(), w.at.row_q + w.i0, w.head, batch);
+        load_tile<typename S::Queries>(shared.q(), maps.q, shared.q_full(), w.row_q + w.i0, w.head, batch);
       }
       ptx::barrier_wait(shared.v_empty(stage), empty);
       load_tile<typename S::Keys>(shared.v(stage), maps.v, shared.v_full(stage), row, kv_head, batch);

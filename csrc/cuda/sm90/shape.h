@@ -7,41 +7,39 @@
 
 namespace duplex::sm90 {
 
-// Smaller head_dims take the next one here; the copies fill the rest with 0.
-constexpr int HEAD_DIMS[] = {64, 96, 128, 192, 256};
+// By head_dim; those between take the next one, whose rest the copies fill with 0. Keys a block, blocks of keys (and of
+// values) in flight, computing warpgroups of 64 rows each, and the registers that a loading thread keeps; in the
+// widest, the loader spills between tiles so that the others need not within them.
+template <int BLOCK_N_, int STAGES_, int WARPGROUPS_, int LOADER_REGISTERS_>
+struct Chosen {
+  static constexpr int BLOCK_N = BLOCK_N_, STAGES = STAGES_, WARPGROUPS = WARPGROUPS_;
+  static constexpr int LOADER_REGISTERS = LOADER_REGISTERS_;
+};
 
 template <int HEAD_DIM>
-struct Choice;  // keys a block, blocks of keys (and of values) in flight
+struct Choice;
 template <>
-struct Choice<64> {
-  static constexpr int BLOCK_N = 128, STAGES = 4, WARPGROUPS = 2;
-};
+struct Choice<64> : Chosen<128, 4, 2, 40> {};
 template <>
-struct Choice<96> {
-  static constexpr int BLOCK_N = 128, STAGES = 3, WARPGROUPS = 2;
-};
+struct Choice<96> : Chosen<128, 3, 2, 40> {};
 template <>
-struct Choice<128> {
-  static constexpr int BLOCK_N = 128, STAGES = 2, WARPGROUPS = 2;
-};
+struct Choice<128> : Chosen<128, 2, 2, 40> {};
 template <>
-struct Choice<192> {
-  static constexpr int BLOCK_N = 96, STAGES = 2, WARPGROUPS = 2;
-};
+struct Choice<192> : Chosen<96, 2, 2, 40> {};
 template <>
-struct Choice<256> {
-  static constexpr int BLOCK_N = 64, STAGES = 2, WARPGROUPS = 2;
-};
+struct Choice<256> : Chosen<64, 2, 2, 24> {};
 
 template <int HEAD_DIM_>
 struct Shape : Choice<HEAD_DIM_> {
-  using Choice<HEAD_DIM_>::BLOCK_N, Choice<HEAD_DIM_>::STAGES, Choice<HEAD_DIM_>::WARPGROUPS;
+  using Choice<HEAD_DIM_>::BLOCK_N, Choice<HEAD_DIM_>::STAGES, Choice<HEAD_DIM_>::WARPGROUPS,
+      Choice<HEAD_DIM_>::LOADER_REGISTERS;
   static constexpr int HEAD_DIM = HEAD_DIM_;
   static constexpr int BLOCK_M = 64 * WARPGROUPS;
   static constexpr int THREADS = 128 * (WARPGROUPS + 1);  // a warpgroup that loads, and those that compute
-  // Registers a thread: 64 Ki for all, in eights, divided anew once the roles are known.
-  static constexpr int LOADER_REGISTERS = WARPGROUPS == 2 ? 40 : 32;
-  static constexpr int COMPUTE_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+  // A thread's at the start, and of those what the loading warpgroup leaves to each that computes; in eights.
+  static constexpr int ENTRY_REGISTERS = 65536 / THREADS / 8 * 8;
+  static constexpr int LEFT = (ENTRY_REGISTERS * (WARPGROUPS + 1) - LOADER_REGISTERS) / WARPGROUPS / 8 * 8;
+  static constexpr int COMPUTE_REGISTERS = LEFT < 240 ? LEFT : 240;
 
   using Queries = Tile<BLOCK_M, HEAD_DIM>;
   using Keys = Tile<BLOCK_N, HEAD_DIM>;

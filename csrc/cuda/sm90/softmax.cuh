@@ -55,10 +55,9 @@ DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const Terms& t, int head, int i,
 
 // -inf where the span hides a key; i and j as above.
 template <int COUNT>
-DUPLEX_DEVICE void hide(float (&x)[COUNT], const Span& span, int i, int j) {
-  const int live = int(span.len_k) - j, prefix = int(span.prefix) - j;
-  const int low[2] = {int(span.first(i)) - j, int(span.first(i + 8)) - j};
-  const int high[2] = {int(span.last(i)) - j, int(span.last(i + 8)) - j};
+DUPLEX_DEVICE void hide(float (&x)[COUNT], const Work& w, int i, int j) {
+  const int live = w.len_k - j, prefix = w.prefix - j, place = i + w.offset - j;
+  const int low[2] = {place - w.left, place + 8 - w.left}, high[2] = {place + w.right, place + 8 + w.right};
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) {
     const int c = column_of(n), r = row_of(n);

@@ -29,8 +29,8 @@ DUPLEX_DEVICE void store_rows(const ForwardArguments& a, const Work& w, const fl
   const bool packed = a.lengths.cu_q != nullptr, whole = a.head_dim_v % 8 == 0;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool live = i + 8 * r < w.at.len_q;
-    const int64_t row = w.at.row_q + i + 8 * r, batch = packed ? 0 : w.batch;
+    const bool live = i + 8 * r < w.len_q;
+    const int64_t row = w.row_q + i + 8 * r, batch = packed ? 0 : w.batch;
     uint16_t* to = static_cast<uint16_t*>(a.out) + batch * a.out_batch + row * a.out_row + w.head * a.out_head;
 #pragma unroll
     for (int g = 0; g < COUNT / 16; ++g) {  // 32 columns

@@ -7,9 +7,10 @@
 namespace duplex::sm90 {
 
 struct Work {
-  Extent at;
-  KeyBlocks keys;
   int32_t batch, head, i0;
+  int32_t row_q, len_q, row_k, len_k;   // as in Extent
+  int32_t prefix, offset, left, right;  // of the span; 32 bits are enough here
+  KeyBlocks keys;
 };
 
 // Calls f(work) for each tile of this block, in order; every warp walks the same way.
@@ -23,14 +24,12 @@ DUPLEX_DEVICE void for_each_tile(const ForwardArguments& a, F&& f) {
     if (tile >= tiles) continue;
     const TilePlace place = place_of(tile, entries, a.heads_q, a.section);
     const int32_t entry = a.order[1 + place.rank];
-    Work w;
-    w.batch = entry / a.entries.blocks;
-    w.head = place.head;
-    w.i0 = entry % a.entries.blocks * a.entries.block_m;
-    w.at = extent(a.lengths, w.batch);
-    const int32_t end = w.i0 + a.entries.block_m;
-    w.keys = key_blocks(w.at.span, w.i0, end < w.at.len_q ? end : w.at.len_q, a.entries.block_n);
-    f(w);
+    const int32_t batch = entry / a.entries.blocks, i0 = entry % a.entries.blocks * a.entries.block_m;
+    const Extent x = extent(a.lengths, batch);
+    const Span& s = x.span;
+    const int32_t end = i0 + a.entries.block_m < x.len_q ? i0 + a.entries.block_m : x.len_q;
+    f(Work{batch, place.head, i0, x.row_q, x.len_q, x.row_k, x.len_k, int32_t(s.prefix), int32_t(s.offset),
+           int32_t(s.left), int32_t(s.right), key_blocks(s, i0, end, a.entries.block_n)});
   }
 }
 
