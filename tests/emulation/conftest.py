@@ -1,24 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
-from duplex_attn.backends import BACKENDS
 
-from ..lanes import Lane
-from .library import EmulatedCuda
-
-EMULATED = EmulatedCuda()
+from ..lanes import Lane, missing
 
 
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lane]:
-    """The lane of the CUDA kernels on the emulated machine."""
-    if reason := EMULATED.missing():
-        pytest.skip(reason)
-    monkeypatch.setitem(BACKENDS, "cuda", EMULATED)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the machine is one thread, and the oracle's tiny tensors leave a second one spinning
-    yield Lane("cuda")
-    torch.set_num_threads(threads)
+@pytest.fixture(params=["emulated", pytest.param("card", marks=pytest.mark.gpu)])
+def hopper(request: pytest.FixtureRequest) -> Lane:
+    """The same kernels emulated and, where there is one, on a card."""
+    if request.param == "emulated":
+        lane: Lane = request.getfixturevalue("emulated")
+        return lane
+    lane = Lane("cuda", device="cuda")
+    if reason := missing(lane):
+        pytest.skip(f"{lane}: {reason}")
+    return lane

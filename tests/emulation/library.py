@@ -115,3 +115,6 @@ class EmulatedCuda(CudaBackend):
             return "no C++ compiler found: the CUDA kernels are not emulated"
         self.library = library()
         return self.load()
+
+
+EMULATED = EmulatedCuda()
