@@ -15,7 +15,7 @@ from .library import Box, compiler, draw, functions
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 BF16, FP16 = torch.bfloat16, torch.float16
-SEEDS = range(4)
+SEEDS = (0, 4, 11, 14)  # products at once, late and mixed
 
 
 def call(name: str, *arguments: object) -> str | None:
@@ -218,12 +218,12 @@ def run_wrong(kind: int, seed: int) -> str:
 
 
 def test_a_right_kernel_is_right_whatever_the_order() -> None:
-    assert {run_wrong(0, seed) for seed in range(30)} == {""}
+    assert {run_wrong(0, seed) for seed in range(48)} == {""}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_kernel_is_reported(name: str) -> None:
     kind, report = WRONG[name]
-    told = {run_wrong(kind, seed) for seed in range(10)}
+    told = {run_wrong(kind, seed) for seed in range(24)}
     told -= {""} if name == "copy_is_not_waited_for" else set()  # a copy may land in time by luck
     assert told and all(re.search(report, text) for text in told), told

@@ -45,6 +45,9 @@ Block::Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed
       waits_for_(threads, ""),
       alive_(threads),
       generator_(uint32_t(seed * 0x9E3779B1u + index)),
+      late_copies_(seed / 2 % 2 ? 100 : 50),
+      late_products_(seed / 4 % 3 == 2 ? 50 : seed / 4 % 3 * 100),
+      copies_first_(seed / 12 % 2 ? 95 : 5),
       by_priority_(seed % 2) {
   for (Warp& w : warps_) w.priority = int(random() % 1000);
   block = this;
@@ -70,8 +73,8 @@ void Block::run(const std::function<void()>& kernel) {
     ready_.push_back(t);
   }
   while (failure_.empty() && alive_ > 0) {
-    if (random() % 16 == 0) land_one(false);
-    if (ready_.empty() && !land_one(true)) {
+    if (random() % 16 == 0) finish_one(false);
+    if (ready_.empty() && !finish_one(true)) {
       failure_ = "deadlock: ";
       std::map<std::string, int> reasons;
       for (const char* reason : waits_for_) ++reasons[reason];
@@ -83,12 +86,14 @@ void Block::run(const std::function<void()>& kernel) {
     current = next();
     waits_for_[current] = "";
     switch_context(scheduler_, contexts_[current]);
+    current = -1;
   }
   if (failure_.empty() && !copies_.empty()) failure_ = "the block ends with bulk copies that nobody waited for";
   if (!failure_.empty()) throw std::runtime_error("block " + std::to_string(index) + ": " + failure_);
 }
 
 void Block::fail(const std::string& what) {
+  if (current < 0) throw std::runtime_error("block " + std::to_string(index) + ": " + what);
   failure_ = "thread " + std::to_string(current) + ": " + what;
   Context ignored;
   switch_context(ignored, scheduler_);
@@ -213,20 +218,37 @@ void Block::copy(const Copy& given) {
   if (copy.to % (8 * row_bytes)) fail("the target of a swizzled copy is not aligned to its pattern");
   shared(copy.to, row_bytes * copy.map.box_rows);
   mbarrier(copy.barrier);
-  copy.late = random() % 2;
+  copy.late = int(random() % 100) < late_copies_;
   copies_.push_back(copy);
 }
 
-// One copy in flight lands, if there is one; those that are late do so only when nothing else can happen.
-bool Block::land_one(bool any) {
-  std::vector<size_t> can;
+// One copy in flight lands or one product that is waited for is computed; late ones when nothing else can happen.
+bool Block::finish_one(bool any) {
+  std::vector<int> can;  // copies, then warps
   for (size_t n = 0; n < copies_.size(); ++n)
-    if (any || !copies_[n].late) can.push_back(n);
+    if (any || !copies_[n].late) can.push_back(int(n));
+  for (size_t n = 0; any && n < warps_.size(); ++n)
+    if (warps_[n].wanted > 0) can.push_back(int(copies_.size() + n));
   if (can.empty()) return false;
-  const size_t n = can[random() % can.size()];
-  const Copy copy = copies_[n];
-  copies_.erase(copies_.begin() + n);
-  land(copy);
+  const bool copy_first = int(random() % 100) < copies_first_;
+  const auto others =
+      std::partition(can.begin(), can.end(), [&](int n) { return (n < int(copies_.size())) == copy_first; });
+  const size_t preferred = others - can.begin();
+  const size_t n = can[random() % (preferred ? preferred : can.size())];
+  if (n < copies_.size()) {
+    const Copy copy = copies_[n];
+    copies_.erase(copies_.begin() + n);
+    land(copy);
+    return true;
+  }
+  Warp& w = warps_[n - copies_.size()];
+  int64_t next = w.first;
+  while (next < w.wanted && w.products[next - w.first].done) ++next;
+  if (next < w.wanted) execute(w, next++);
+  if (next >= w.wanted) {
+    w.wanted = 0;
+    wake(w.product_waiting);
+  }
   return true;
 }
 
@@ -264,7 +286,7 @@ void Block::issue(const Product& product, float* d, const uint32_t* registers) {
   if (number == w.first + int64_t(w.products.size())) {
     w.products.push_back(product);
     w.products.back().group = l.commits;
-    w.products.back().late = random() % 2;
+    w.products.back().late = int(random() % 100) < late_products_;
   }
   Product& p = w.products[number - w.first];
   if (p.n != product.n || p.a != product.a || p.b != product.b || p.accumulate != product.accumulate ||
@@ -307,7 +329,15 @@ void Block::wait_for_products(int pending) {
       wait(w.product_waiting);
     }
   for (int64_t n = w.first; n < l.issued && covered(n); ++n)
-    if (!w.products[n - w.first].done) execute(w, n);
+    while (n >= w.first && !w.products[n - w.first].done) {
+      if (!w.products[n - w.first].late) {
+        execute(w, n);
+        continue;
+      }
+      w.wanted = std::max(w.wanted, n + 1);
+      waits_for_[current] = "a product";
+      wait(w.product_waiting);
+    }
   for (size_t x = 0; x < l.pending.size();) {
     Pending& p = l.pending[x];
     if (p.last >= w.first && !covered(p.last)) {

@@ -84,7 +84,8 @@ struct Warp {
   int argument = 0;
   Waiting waiting, product_waiting;
   std::deque<Product> products;
-  int64_t first = 0;  // number of products.front()
+  int64_t first = 0;   // number of products.front()
+  int64_t wanted = 0;  // lanes wait for the products before this one
   std::array<Lane, 32> lanes;
 };
 
@@ -124,7 +125,7 @@ class Block {
   void wait(Waiting& waiting);
   void wake(Waiting& waiting);
   int next();
-  bool land_one(bool any);
+  bool finish_one(bool any);
   void land(const Copy& copy);
   void complete(Mbarrier& barrier);
   Mbarrier& mbarrier(uint32_t address);
@@ -148,6 +149,9 @@ class Block {
   Context scheduler_{};
   std::string failure_;
   std::mt19937 generator_;
+  // How far this block goes to the ends of what hardware may do: in percent, how many copies and products are late, and
+  // how often a copy comes first when only late events are left.
+  int late_copies_, late_products_, copies_first_;
   bool by_priority_;
 };
 
