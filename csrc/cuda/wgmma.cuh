@@ -27,6 +27,14 @@ DUPLEX_DEVICE void settle(float (&x)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
+// The same for A in registers, which products read until they are waited for.
+template <int COUNT>
+DUPLEX_DEVICE void settle(uint32_t (&x)[COUNT][4]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
+}
+
 // Registers by number in the text of an instruction, and as operands of it.
 
 #define DUPLEX_R32                                                       \

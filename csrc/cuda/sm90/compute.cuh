@@ -97,6 +97,7 @@ struct Compute {
     weigh<EDGE>(x, w, t, i, softmax, decay);
     ptx::wgmma_wait<0>();
     ptx::settle(out);
+    ptx::settle(p);
     release(shared.v_empty(stage(step)));
 #pragma unroll
     for (int n = 0; n < OUT; ++n) out[n] *= decay[row_of(n)];

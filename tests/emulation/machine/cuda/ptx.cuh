@@ -111,6 +111,8 @@ void wgmma_wait() {
 }
 template <int COUNT>
 void settle(float (&)[COUNT]) {}
+template <int COUNT>
+void settle(uint32_t (&)[COUNT][4]) {}
 
 template <class T, Major MAJOR_A, Major MAJOR_B, int HALF>
 void wgmma(float (&d)[HALF], uint64_t a, uint64_t b, bool accumulate) {
