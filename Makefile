@@ -14,7 +14,7 @@ STAMPS := $(VENV)/.duplex-attn/$(subst /,_,$(CURDIR))
 # A folder changes when a file is added or removed (an editable install links files); sources also when edited.
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f) \
     $(shell find attn kernels csrc -type d -not -name __pycache__)
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # The root holds a folder `kernels`, which is also a package on PyPI: nothing may put the root on sys.path.
 export PYTHONSAFEPATH := 1

@@ -1,18 +1,21 @@
 """Maps the source folders to the package and builds the native libraries.
 
 The CPU library uses torch's stable ABI only (no Python, no ATen header), so one build serves every Python and every
-torch >= 2.10. The runtime is bound with pybind11, for one Python, and knows nothing of torch. Without a C++ compiler
-the package is still complete, less its CPU backend and its cache, and the build says so once.
+torch >= 2.10; so does the CUDA library, which is built wherever nvcc is, with a card or without. The runtime is bound
+with pybind11, for one Python, and knows nothing of torch. Without a C++ compiler the package is still complete, less
+its CPU backend and its cache, and the build says so once.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -21,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 CPU = CSRC / "cpu"
+CUDA = CSRC / "cuda"
 RUNTIME = CSRC / "runtime"
 TORCH_ABI = "0x020a000000000000"  # 2.10
 
@@ -57,6 +61,28 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{CSRC
 CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
 
 
+# One object per head_dim from the same source, for Hopper alone: wgmma is in no other generation.
+HEAD_DIMS = (64, 96, 128, 192, 256)
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
+OLDEST_NVCC = (12, 5)  # whose runtime finds the driver's functions by version
+
+
+def nvcc() -> str | None:
+    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
+    found = shutil.which("nvcc") or next((p for h in homes if (p := shutil.which("nvcc", path=f"{h}/bin"))), None)
+    return found if found and nvcc_version(found) >= OLDEST_NVCC else None
+
+
+@cache
+def nvcc_version(path: str) -> tuple[int, ...]:
+    try:
+        printed = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return (0,)
+    release = re.search(r"release (\d+)\.(\d+)", printed)
+    return tuple(map(int, release.groups())) if release else (0,)
+
+
 @dataclass(frozen=True)
 class Job:
     """One object file to compile."""
@@ -76,6 +102,23 @@ def cpu_jobs(torch: Path) -> list[Job]:
     return kernels + [Job(s, "host", flags + [f"-DDUPLEX_HAVE_{isa.upper()}" for isa in ISAS]) for s in HOST_SOURCES]
 
 
+def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
+    flags = ["-std=c++20", "-O3", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
+    flags += ["-isystem", str(torch / "include"), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
+    flags += [HOPPER, "--resource-usage"]
+    kernels = [Job(CUDA / "sm90/forward.cu", f"{d}", [*flags, f"-DDUPLEX_HEAD_DIM={d}"]) for d in HEAD_DIMS]
+    others = [*CUDA.glob("*.cu"), *CUDA.glob("*.cpp"), *CUDA.glob("sm90/*.cpp")]
+    return kernels + [Job(s, "host", flags) for s in sorted(others)]
+
+
+def cuda_stub(cxx: str) -> Path:
+    """Nothing, under the name of torch's CUDA library: what links to it finds its symbols there beside a CUDA torch."""
+    stub = ROOT / "build" / "objects" / "cuda" / "libtorch_cuda.so"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c", os.devnull, "-o", str(stub)], check=True)
+    return stub
+
+
 def runtime_jobs() -> list[Job]:
     try:
         import pybind11
@@ -89,6 +132,8 @@ def missing(name: str) -> str | None:
     """What of the package is not built on this machine, and why."""
     if name == "duplex_attn.libduplex_cpu":
         return "no C++ compiler found: no CPU backend (Triton and reference remain)" if compiler() is None else None
+    if name == "duplex_attn.libduplex_cuda":
+        return "no nvcc found: no CUDA kernels (Triton remains)" if nvcc() is None or compiler() is None else None
     if compiler() is None:
         return "no C++ compiler found: no PagedKVCache"
     headers = Path(sysconfig.get_path("include")) / "Python.h"
@@ -114,30 +159,48 @@ class BuildNative(build_ext):
             ext.optional = True
             self.warn(f"{reason}")
         elif ext.name == "duplex_attn._runtime":
-            self.build_library(cxx, ext, RUNTIME, runtime_jobs(), [])
+            self.build_library(cxx, [cxx], ext, RUNTIME, runtime_jobs(), [])
         elif torch is None:
             raise RuntimeError("torch >= 2.10 is needed to build the CPU backend: pip install torch first")
+        elif ext.name == "duplex_attn.libduplex_cuda":
+            nvidia, stub = nvcc() or "", cuda_stub(cxx)
+            link = [nvidia, HOPPER, "-ccbin", cxx, "-cudart", "static", "-Xlinker", "--no-as-needed"]
+            links = [f"-L{stub.parent}", "-ltorch_cuda", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+            self.build_library(nvidia, link, ext, CUDA, cuda_jobs(torch, cxx), links)
         else:
-            self.build_library(cxx, ext, CPU, cpu_jobs(torch), [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"])
+            links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+            self.build_library(cxx, [cxx], ext, CPU, cpu_jobs(torch), links)
 
-    def build_library(self, cxx: str, ext: Extension, sources: Path, jobs: list[Job], links: list[str]) -> None:
+    def build_library(
+        self, cxx: str, linker: list[str], ext: Extension, sources: Path, jobs: list[Job], links: list[str]
+    ) -> None:
         folder = ROOT / "build" / "objects" / sources.name  # kept from build to build, unlike pip's temporary folder
         folder.mkdir(parents=True, exist_ok=True)
-        headers = [*(CSRC / "common").glob("*.h"), *sources.rglob("*.h"), Path(__file__)]
+        headers = [*(CSRC / "common").glob("*.h"), *sources.rglob("*.h"), *sources.rglob("*.cuh"), Path(__file__)]
         newest_header = max(header.stat().st_mtime for header in headers)
 
         def compile_one(job: Job) -> str:
             how = zlib.crc32(" ".join([cxx, *job.flags]).encode())
             target = folder / f"{job.source.stem}.{job.variant}.{how:08x}.o"
             if not target.exists() or target.stat().st_mtime < max(job.source.stat().st_mtime, newest_header):
-                subprocess.run([cxx, *job.flags, "-c", str(job.source), "-o", str(target)], check=True)
+                done = subprocess.run(
+                    [cxx, *job.flags, "-c", str(job.source), "-o", str(target)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                report = target.with_suffix(".txt")  # the compiler's remarks; of nvcc, what each kernel uses
+                report.write_text(done.stdout)
+                if done.returncode or "warning" in done.stdout:
+                    print(done.stdout)
+                done.check_returncode()
             return str(target)
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             objects = list(pool.map(compile_one, jobs))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([cxx, "-shared", *objects, "-o", str(library), *links], check=True)
+        subprocess.run([*linker, "-shared", *objects, "-o", str(library), *links], check=True)
 
 
 setup(
@@ -152,7 +215,11 @@ setup(
         "duplex_attn": ["py.typed", "*.pyi", "*.txt", "*.json", "*.so"],
         "duplex_attn.kernels": ["tuning/*.json"],
     },
-    ext_modules=[Extension("duplex_attn.libduplex_cpu", []), Extension("duplex_attn._runtime", [])],
+    ext_modules=[
+        Extension("duplex_attn.libduplex_cpu", []),
+        Extension("duplex_attn.libduplex_cuda", []),
+        Extension("duplex_attn._runtime", []),
+    ],
     cmdclass={"build_ext": BuildNative},
     setup_requires=[] if torch_folder() or compiler() is None else ["torch>=2.10"],
 )

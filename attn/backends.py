@@ -26,6 +26,7 @@ from .paged.call import PagedCall
 
 _INTERPRET_HINT = " (TRITON_INTERPRET=1 interprets it on the CPU)"
 _FLOAT64 = "float64 runs in the reference only"
+_NOT_RUN = "compiled and emulated, it has not run on a card yet"
 _ROW_BIAS = "row_distance_bias and col_distance_bias run in the reference only"
 
 
@@ -55,6 +56,9 @@ class Backend:
     def refuses(self, call: Call) -> str | None:
         """Why it does not take a call; asked only where it is not missing, and so below."""
         return None
+
+    def refuses_backward(self, call: Call) -> str | None:
+        return self.refuses(call)
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
         return None
@@ -202,6 +206,84 @@ class TritonBackend(Backend):
         self._kernels("paged_calls").copy_pages(*arguments)
 
 
+class CudaBackend(Backend):
+    """The CUDA C++ kernels for Hopper, built beside the package where nvcc is."""
+
+    name = "cuda"
+    library = Path(__file__).parent / "libduplex_cuda.so"
+    device_type = "cuda"
+
+    @cache  # noqa: B019  one instance lives as long as the process
+    def missing(self) -> str | None:
+        if not self.library.exists():
+            return f"{self.library.name} is not there: the package was built without nvcc"
+        if torch.version.cuda is None:
+            return "this torch is built without CUDA"
+        if not torch.cuda.is_available():
+            return "there is no CUDA card"
+        if (card := torch.cuda.get_device_capability()) != (9, 0):
+            return f"its kernels are for compute capability 9.0, this card has {card[0]}.{card[1]}"
+        if reason := self.load():
+            return reason
+        driver = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009  only a CUDA torch has it
+        built = torch.ops.duplex_attn_cuda.runtime_version()
+        if driver // 1000 < built // 1000:
+            return f"the driver is of CUDA {_version(driver)}, the library of {_version(built)}"
+        return None
+
+    def load(self) -> str | None:
+        """Loads the library; why it does not load. Never beside a torch that has no CUDA to give it."""
+        try:
+            torch.ops.load_library(self.library)
+            self.attention_forward = torch.ops.duplex_attn_cuda.attention_forward.default
+        except (OSError, RuntimeError, AttributeError) as error:
+            return f"{self.library.name} does not load: {error}"
+        return None
+
+    def refuses(self, call: Call) -> str | None:
+        if call.row_distance_bias is not None or call.col_distance_bias is not None:
+            return _ROW_BIAS
+        if call.q.device.type != self.device_type:
+            return f"it runs on CUDA tensors, these are on {call.q.device}"
+        if call.q.dtype not in (torch.bfloat16, torch.float16):
+            return _FLOAT64 if call.q.dtype == torch.float64 else "it takes bfloat16 and float16"
+        if call.bias is not None:
+            return "its kernels have no bias"
+        if call.dropout_p > 0:
+            return "its kernels have no dropout"
+        for name, x in zip("qkv", call[:3], strict=True):
+            if not _has_bulk_rows(x):
+                return f"{name}: bulk copies want strides and a first element at multiples of 16 bytes"
+        return None
+
+    def refuses_backward(self, call: Call) -> str | None:
+        return "its kernels have no backward yet"
+
+    def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
+        return "its kernels have no merge yet"
+
+    def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
+        return "its kernels have no paged calls yet"
+
+    def detail(self) -> str:
+        return f"forward for Hopper; {_NOT_RUN}"
+
+    def tile(self, call: Call) -> str:
+        head_dim = max(call.q.shape[-1], call.v.shape[-1])
+        return f"{torch.ops.duplex_attn_cuda.forward_tile(head_dim)}; {_NOT_RUN}"
+
+
+def _has_bulk_rows(x: Tensor) -> bool:
+    if x.numel() == 0:
+        return True
+    strides = [stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 @cache
 def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
@@ -211,9 +293,9 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-_CPU, _TRITON, _REFERENCE = CpuBackend(), TritonBackend(), ReferenceBackend()
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (_CPU, _TRITON, _REFERENCE)}
-_ORDER: dict[str, tuple[Backend, ...]] = {"cpu": (_CPU, _REFERENCE), "cuda": (_TRITON, _REFERENCE)}
+_CPU, _TRITON, _CUDA, _REFERENCE = CpuBackend(), TritonBackend(), CudaBackend(), ReferenceBackend()
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (_CPU, _TRITON, _CUDA, _REFERENCE)}
+_ORDER: dict[str, tuple[Backend, ...]] = {"cpu": (_CPU, _REFERENCE), "cuda": (_TRITON, _CUDA, _REFERENCE)}
 
 
 def names_for(device_type: str) -> list[str]:
@@ -246,17 +328,25 @@ def _ranked(device: torch.device, shape: str) -> tuple[Backend, ...]:
     )
 
 
-def choose(call: Call, name: str, kind: str = "forward") -> Backend:
-    """The backend that runs `call`, or its backward. ValueError when the named one cannot."""
+def choose(call: Call, name: str) -> Backend:
+    """The backend that runs `call`. ValueError when the named one cannot."""
     if name:
         return _named(name, lambda backend: backend.refuses(call))
-    if call.q.is_cpu:
-        candidates = _candidates("cpu")
-    else:
-        device = call.q.device
-        contested = device.type == "cuda" and _is_contested("cuda")
-        candidates = _ranked(device, evidence.class_of(call, kind)) if contested else _candidates(device.type)
-    return next(backend for backend in candidates if backend.refuses(call) is None)
+    return next(backend for backend in _contenders(call, "forward") if backend.refuses(call) is None)
+
+
+def choose_backward(call: Call, name: str) -> Backend:
+    """The same for the gradients of `call`."""
+    if name:
+        return _named(name, lambda backend: backend.refuses_backward(call))
+    return next(backend for backend in _contenders(call, "backward") if backend.refuses_backward(call) is None)
+
+
+def _contenders(call: Call, kind: str) -> tuple[Backend, ...]:
+    device = call.q.device
+    if device.type == "cuda" and _is_contested("cuda"):
+        return _ranked(device, evidence.class_of(call, kind))
+    return _candidates(device.type)
 
 
 def choose_merge(outs: Sequence[Tensor], name: str) -> Backend:

@@ -62,7 +62,7 @@ def attention(
     dropout_p: in [0, 1), of the probabilities. seed: int or int64 tensor (1,); None draws one from torch's generator.
     deterministic: the same gradient bits in every run; None follows torch.use_deterministic_algorithms.
     batch_invariant: a sequence's bits do not depend on the rest of the batch.
-    backend: "cpu", "triton" or "reference", obeyed or refused with its reason; None chooses (see `explain`).
+    backend: "cpu", "triton", "cuda" or "reference", obeyed or refused with its reason; None chooses (see `explain`).
 
     Returns out (B, Sq, Hq, Dv), and with return_lse also lse (B, Hq, Sq), the natural log of the softmax's denominator,
     float32; both are differentiable. A row that sees nothing has out 0 and lse -inf.

@@ -17,7 +17,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import checks
-from .backends import check_name, choose, choose_merge
+from .backends import check_name, choose, choose_backward, choose_merge
 from .call import GRADIENTS, Call
 
 _CALL = """
@@ -65,7 +65,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest
     out = out if _has_contiguous_rows(out) else out.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     lse = lse.contiguous()  # kernels lay out what they keep for a row as lse
-    return tuple(choose(call, backend, "backward").attention_backward(dout, dlse, out, lse, *call, output_mask))
+    return tuple(choose_backward(call, backend).attention_backward(dout, dlse, out, lse, *call, output_mask))
 
 
 def _checked_call(arguments: Sequence[Any]) -> Call:

@@ -126,6 +126,12 @@ CHOICES: dict[str, Sequence[object]] = {
     "lse_gradient": [True, False],
     "deterministic": [True, False],
 }
+# Not in the grid: as above with gaps of whole bulk copies.
+LAYOUTS |= {
+    "dense_sliced_by_8": ("dense", (0, 1, 2, 3), 8, 0),
+    "padded_anywhere_by_8": ("anywhere", (0, 1, 2, 3), 8, 0),
+    "packed_heads_first_by_8": ("packed", (2, 1, 3), 8, 0),
+}
 
 
 def covering(choices: Mapping[str, Sequence[object]], seed: int = 0, tries: int = 12) -> list[dict[str, object]]:

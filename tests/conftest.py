@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from duplex_attn.backends import BACKENDS
 
 try:
     from hypothesis import Phase, settings
@@ -23,6 +24,7 @@ else:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run on CPU tensors
 
+from .emulation.library import EMULATED
 from .lanes import CPU_LANES, GPU_LANES, Lane, missing
 
 
@@ -43,6 +45,18 @@ def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if lane.slow:  # the interpreter is one thread, and the oracle's tiny tensors leave a second one spinning
         torch.set_num_threads(1)
     yield lane
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lane]:
+    """The lane of the CUDA kernels on the emulated machine."""
+    if reason := EMULATED.missing():
+        pytest.skip(reason)
+    monkeypatch.setitem(BACKENDS, "cuda", EMULATED)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the machine is one thread, and the oracle's tiny tensors leave a second one spinning
+    yield Lane("cuda")
     torch.set_num_threads(threads)
 
 

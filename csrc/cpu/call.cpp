@@ -9,13 +9,6 @@ namespace duplex {
 
 using torch::headeronly::ScalarType;
 
-const char* const CALL_SCHEMA =
-    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, Tensor? seqlens_q, Tensor? seqlens_k, Tensor? starts_q, Tensor? starts_k, Tensor? prefix, "
-    "SymInt? left, SymInt? right, bool top_left, Tensor? bias, Tensor? distance_bias, Tensor? alibi_slopes, "
-    "Tensor? row_distance_bias, Tensor? col_distance_bias, Tensor? sink, float? scale, float softcap, "
-    "float dropout_p, Tensor? seed, bool deterministic, bool batch_invariant";
-
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::FLOAT32;

@@ -1,73 +1,10 @@
-// The arguments of an attention operator, as torch hands them over, made into a Problem.
+// The arguments of an attention operator made into a Problem.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-
+#include "common/call_arguments.h"
 #include "common/problem.h"
 
 namespace duplex {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Every operator takes these, in the order of the schema.
-struct CallArguments {
-  Tensor q, k, v;
-  OptionalTensor cu_seqlens_q, cu_seqlens_k;
-  int64_t max_seqlen_q, max_seqlen_k;
-  OptionalTensor seqlens_q, seqlens_k, starts_q, starts_k, prefix;
-  std::optional<int64_t> left, right;
-  bool top_left;
-  OptionalTensor bias, distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink;
-  std::optional<double> scale;
-  double softcap, dropout_p;
-  OptionalTensor seed;
-  bool deterministic, batch_invariant;
-
-  bool packed() const { return cu_seqlens_q.has_value(); }
-  int64_t heads_q() const { return q.size(q.dim() - 2); }
-};
-
-extern const char* const CALL_SCHEMA;
-
-#define DUPLEX_CALL_PARAMETERS                                                                                   \
-  Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,  \
-      int64_t max_seqlen_k, OptionalTensor seqlens_q, OptionalTensor seqlens_k, OptionalTensor starts_q,         \
-      OptionalTensor starts_k, OptionalTensor prefix, std::optional<int64_t> left, std::optional<int64_t> right, \
-      bool top_left, OptionalTensor bias, OptionalTensor distance_bias, OptionalTensor alibi_slopes,             \
-      OptionalTensor row_distance_bias, OptionalTensor col_distance_bias, OptionalTensor sink,                   \
-      std::optional<double> scale, double softcap, double dropout_p, OptionalTensor seed, bool deterministic,    \
-      bool batch_invariant
-#define DUPLEX_CALL_ARGUMENTS \
-  {q,                         \
-   k,                         \
-   v,                         \
-   cu_seqlens_q,              \
-   cu_seqlens_k,              \
-   max_seqlen_q,              \
-   max_seqlen_k,              \
-   seqlens_q,                 \
-   seqlens_k,                 \
-   starts_q,                  \
-   starts_k,                  \
-   prefix,                    \
-   left,                      \
-   right,                     \
-   top_left,                  \
-   bias,                      \
-   distance_bias,             \
-   alibi_slopes,              \
-   row_distance_bias,         \
-   col_distance_bias,         \
-   sink,                      \
-   scale,                     \
-   softcap,                   \
-   dropout_p,                 \
-   seed,                      \
-   deterministic,             \
-   batch_invariant}
 
 // Throws std::invalid_argument for a dtype the kernels do not take.
 DType dtype_of(const Tensor& t);

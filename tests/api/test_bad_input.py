@@ -103,7 +103,7 @@ BAD_IN_BOTH: list[Bad] = [
       for side in ("left", "right")),
     ({"deterministic": "yes"}, TypeError, "deterministic: expected bool", "str"),
     ({"batch_invariant": "yes"}, TypeError, "batch_invariant: expected bool", "str"),
-    ({"backend": "gpu"}, ValueError, "backend: expected one of cpu, triton, reference", "gpu"),
+    ({"backend": "gpu"}, ValueError, "backend: expected one of cpu, triton, cuda, reference", "gpu"),
     ({"backend": 1}, TypeError, "backend: expected str", "int"),
 ]  # fmt: skip
 
@@ -209,7 +209,7 @@ BAD_MERGE: list[Bad] = [
     ({"lses": [LSES[0], LSES[1].half()]}, TypeError, "lses[1]: expected torch.float32", "torch.float16"),
     ({"lses": [LSES[0].mT, LSES[1]]}, ValueError, "lses[0]: expected shape (2, 4, 5)", "(2, 5, 4)"),
     ({"lses": [LSES[0], meta(*LSES[1].shape)]}, ValueError, "lses[1]: expected outs[0]'s device cpu", "meta"),
-    ({"backend": "gpu"}, ValueError, "backend: expected one of cpu, triton, reference", "gpu"),
+    ({"backend": "gpu"}, ValueError, "backend: expected one of cpu, triton, cuda, reference", "gpu"),
     ({"backend": 1}, TypeError, "backend: expected str", "int"),
     ({"outs": [x.double() for x in OUTS], "lses": [x.double() for x in LSES], "backend": "cpu"}, ValueError, "backend: expected one that can", "cpu: float64"),
 ]  # fmt: skip
@@ -304,7 +304,7 @@ SEEN_WHILE_TRACING = [
     (da.attention, DENSE, ({"bias": zeros(SEQLEN_Q, 8)}, ValueError, "bias: expected a shape that broadcasts", "(1, 1, 5, 8)")),
     (da.attention, DENSE, ({"v": DENSE["v"].detach().half()}, TypeError, "v: expected q's dtype", "torch.float16")),
     (da.attention, DENSE, ({"softcap": -1.0}, ValueError, "softcap: expected 0 for none", "-1.0")),
-    (da.attention, DENSE, ({"backend": "gpu"}, ValueError, "backend: expected one of cpu, triton, reference", "gpu")),
+    (da.attention, DENSE, ({"backend": "gpu"}, ValueError, "backend: expected one of cpu, triton, cuda, reference", "gpu")),
     (da.attention, DENSE, ({"mask": "causal"}, TypeError, "mask: expected a Mask", "str")),
     (da.varlen_attention, PACKED, ({"cu_seqlens_k": int32(0, 8)}, ValueError, "cu_seqlens_k: expected the shape of", "(2,)")),
     (da.varlen_attention, PACKED, ({"cu_seqlens_q": None}, TypeError, "cu_seqlens_q: expected a tensor", "NoneType")),

@@ -18,6 +18,15 @@ from .calls import BATCH, HEADS, SEQLEN_Q, int32
 Call = dict[str, Any]
 NO_CARD = "there is no CUDA card (TRITON_INTERPRET=1 interprets it on the CPU)"
 ON_THE_CPU = "it runs on CUDA tensors, these are on cpu (TRITON_INTERPRET=1 interprets it on the CPU)"
+NO_CUDA = (  # why the CUDA kernels do not run a call on the CPU
+    "libduplex_cuda.so is not there: the package was built without nvcc"
+    if not BACKENDS["cuda"].library.exists()
+    else "this torch is built without CUDA"
+    if torch.version.cuda is None
+    else "there is no CUDA card"
+    if not torch.cuda.is_available()
+    else "it runs on CUDA tensors, these are on cpu"
+)
 NOT_INTERPRETED = ON_THE_CPU if torch.cuda.is_available() else NO_CARD
 
 pytestmark = pytest.mark.skipif(not da.backends()["cpu"].available, reason="built without the CPU backend")
@@ -93,7 +102,12 @@ def test_who_runs_a_call_and_why_the_others_do_not(interpreted: None, name: str)
     explanation = da.explain(**arguments)
     assert explanation.backend == runs
     first = "could run it, cpu comes first" if runs == "cpu" else f"could run it, {runs} was asked for"
-    reasons = {"cpu": cpu, "triton": triton, "reference": first}
+    reasons = {
+        "cpu": cpu,
+        "triton": triton,
+        "cuda": NO_CUDA if name != "meta" else NO_CUDA.replace("on cpu", "on meta"),
+        "reference": first,
+    }
     assert explanation.refusals == {name: reason for name, reason in reasons.items() if name != runs}
 
 
@@ -107,7 +121,8 @@ def test_the_call_takes_the_backend_that_explain_names(interpreted: None, ran: l
 
 def test_a_line_for_each_backend(not_interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUPLEX_ATTN_ISA", "portable")
-    lines = ["cpu: runs the call, portable", f"triton: {NOT_INTERPRETED}", "reference: could run it, cpu comes first"]
+    lines = ["cpu: runs the call, portable", f"triton: {NOT_INTERPRETED}", f"cuda: {NO_CUDA}"]
+    lines.append("reference: could run it, cpu comes first")
     assert str(da.explain(**dense())).split("\n") == lines
 
 
@@ -171,8 +186,8 @@ def test_a_named_backend_is_obeyed_in_backward_and_merge(ran: list[str], monkeyp
 
 def test_backends_says_what_this_machine_has(interpreted: None) -> None:
     status = da.backends()
-    assert list(status) == ["cpu", "triton", "reference"]
-    assert all(s.available and s.name == name for name, s in status.items())
+    assert list(status) == ["cpu", "triton", "cuda", "reference"]
+    assert all(s.available and s.name == name for name, s in status.items() if name != "cuda")
     assert status["cpu"].detail.split(", of ")[1].split(", ") == torch.ops.duplex_attn_cpu.isas()
     assert status["triton"].detail == "interpreted"
     assert str(status["reference"]).startswith("reference: torch operations on any device")

@@ -1,0 +1,32 @@
+#include "cuda/device.h"
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace duplex {
+namespace {
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("duplex_attn_cuda: ") + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+int64_t runtime_version() { return CUDART_VERSION; }
+
+Device::Device(int32_t index) : index_(index) {
+  check(cudaGetDevice(&before_));
+  if (before_ != index_) check(cudaSetDevice(index_));
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index_));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS, "no current stream");
+}
+
+Device::~Device() {
+  if (before_ != index_) cudaSetDevice(before_);
+}
+
+}  // namespace duplex

@@ -1,0 +1,21 @@
+// The two 16-bit types, as tags: kernels move their bits and let the hardware do the arithmetic.
+#pragma once
+
+#include <stdint.h>
+
+namespace duplex {
+
+constexpr int BFLOAT16_BITS = 0, FLOAT16_BITS = 1;
+
+struct Bfloat16 {
+  static constexpr int BITS = BFLOAT16_BITS;
+};
+struct Float16 {
+  static constexpr int BITS = FLOAT16_BITS;
+};
+
+struct alignas(16) Words4 {
+  uint32_t word[4];
+};
+
+}  // namespace duplex

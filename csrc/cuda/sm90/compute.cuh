@@ -1,0 +1,160 @@
+// The computing warpgroups: each has 64 rows of every tile. While one does its softmax, another's products run (they
+// take turns at issuing them), and within each the products with values run under the softmax of the next scores.
+// (Shah et al., "FlashAttention-3", 2024.)
+#pragma once
+
+#include "cuda/sm90/load.cuh"
+#include "cuda/sm90/softmax.cuh"
+#include "cuda/sm90/store.cuh"
+
+namespace duplex::sm90 {
+
+template <class T, class S, bool TERMS>
+struct Compute {
+  static constexpr int BARRIER_ALL = 1 + S::WARPGROUPS;  // named barriers; 1 to WARPGROUPS are turns
+  static constexpr float UNIT = TERMS ? 1 : LN2;         // of the softmax's references
+  static constexpr int PRODUCTS = S::BLOCK_N / 2, OUT = S::HEAD_DIM / 2, WEIGHTS = S::BLOCK_N / 16;
+
+  const ForwardArguments& a;
+  const Shared<S> shared;
+  const int warpgroup, thread, lane;  // thread: of the warpgroup
+  int step = 0, tiles = 0;            // blocks of keys and tiles so far
+
+  DUPLEX_DEVICE Compute(const ForwardArguments& a, Shared<S> shared, int warpgroup, int thread)
+      : a(a), shared(shared), warpgroup(warpgroup), thread(thread), lane(thread % 32) {}
+
+  DUPLEX_DEVICE int quad_lane() const { return lane % 4; }
+  DUPLEX_DEVICE int stage(int n) const { return n % S::STAGES; }
+  DUPLEX_DEVICE int phase(int n) const { return n / S::STAGES & 1; }
+
+  DUPLEX_DEVICE void take_turn() { ptx::named_sync(1 + warpgroup, 256); }
+  DUPLEX_DEVICE void pass_turn() { ptx::named_arrive(1 + (warpgroup + 1) % S::WARPGROUPS, 256); }
+
+  // Every warp tells for itself: a wait for products covers the warp's own.
+  DUPLEX_DEVICE void release(uint32_t empty) {
+    if (lane == 0) ptx::barrier_arrive(empty);
+  }
+
+  DUPLEX_DEVICE void multiply_keys(float (&x)[PRODUCTS], int n) {
+#pragma unroll
+    for (int k = 0; k < S::HEAD_DIM / 16; ++k)
+      ptx::wgmma<T, Major::K, Major::K>(x, columns_operand<typename S::Queries>(shared.q(), 64 * warpgroup, k),
+                                        columns_operand<typename S::Keys>(shared.k(stage(n)), 0, k), k > 0);
+    ptx::wgmma_commit();
+  }
+
+  DUPLEX_DEVICE void multiply_values(float (&out)[OUT], const uint32_t (&p)[WEIGHTS][4], int n, bool accumulate) {
+#pragma unroll
+    for (int k = 0; k < WEIGHTS; ++k)
+      ptx::wgmma<T, Major::MN>(out, p[k], rows_operand<typename S::Keys>(shared.v(stage(n)), k), accumulate || k > 0);
+    ptx::wgmma_commit();
+  }
+
+  // Values past the sequence's last key may be anything, NaN too, and 0 * NaN is NaN: they are made 0.
+  DUPLEX_DEVICE void clear_strangers(const Work& w, int t, int n) {
+    const int live = w.len_k - w.keys.at(t) * S::BLOCK_N;
+    if (live >= S::BLOCK_N || w.row_k + w.len_k >= a.lengths.rows_k) return;
+    using V = typename S::Keys;
+    constexpr int UNITS = V::ROW_BYTES / 16;
+    ptx::barrier_wait(shared.v_full(stage(n)), phase(n));
+    for (int u = live * UNITS + 128 * warpgroup + thread; u < S::BLOCK_N * UNITS; u += 128 * S::WARPGROUPS)
+      for (int p = 0; p < V::PANELS; ++p) ptx::shared_zero16(shared.v(stage(n)) + p * V::PANEL_BYTES + u * 16);
+    ptx::fence_async_proxy();
+    ptx::named_sync(BARRIER_ALL, 128 * S::WARPGROUPS);
+  }
+
+  // Products to probabilities, these to two numbers a register.
+  template <bool EDGE>
+  DUPLEX_DEVICE void weigh(float (&x)[PRODUCTS], const Work& w, int t, int i, Softmax& softmax, float (&decay)[2]) {
+    const int j = w.keys.at(t) * S::BLOCK_N + 2 * quad_lane();
+    if constexpr (TERMS) add_terms(x, a.terms, w.head, i, j, w.offset);
+    if constexpr (EDGE) hide(x, w, i, j);
+    softmax.next<EDGE || TERMS, TERMS>(x, a.terms.scale * LOG2E, decay);
+  }
+
+  DUPLEX_DEVICE static void pack_weights(const float (&x)[PRODUCTS], uint32_t (&p)[WEIGHTS][4]) {
+#pragma unroll
+    for (int n = 0; n < PRODUCTS / 2; ++n) p[n / 4][n % 4] = ptx::pack<T>(x[2 * n], x[2 * n + 1]);
+  }
+
+  // One more block of keys: its scores, under which the products of the block before it with their values finish.
+  template <bool EDGE>
+  DUPLEX_DEVICE void next_block(const Work& w, int t, int count, int i, float (&x)[PRODUCTS], float (&out)[OUT],
+                                uint32_t (&p)[WEIGHTS][4], Softmax& softmax) {
+    clear_strangers(w, t - 1, step);
+    ptx::barrier_wait(shared.k_full(stage(step + 1)), phase(step + 1));
+    take_turn();
+    ptx::wgmma_fence();
+    multiply_keys(x, step + 1);
+    ptx::barrier_wait(shared.v_full(stage(step)), phase(step));
+    multiply_values(out, p, step, t > 1);
+    pass_turn();
+    ptx::wgmma_wait<1>();
+    ptx::settle(x);
+    release(shared.k_empty(stage(step + 1)));
+    if (t == count - 1) release(shared.q_empty());
+    float decay[2];
+    weigh<EDGE>(x, w, t, i, softmax, decay);
+    ptx::wgmma_wait<0>();
+    ptx::settle(out);
+    ptx::settle(p);
+    release(shared.v_empty(stage(step)));
+#pragma unroll
+    for (int n = 0; n < OUT; ++n) out[n] *= decay[row_of(n)];
+    pack_weights(x, p);
+    ++step;
+  }
+
+  DUPLEX_DEVICE void tile(const Work& w) {
+    const int count = w.keys.count(), edges = w.keys.edges();
+    const int i = w.i0 + 64 * warpgroup + thread / 32 * 16 + lane / 4;
+    Softmax softmax;
+    softmax.start(a.sink, w.head, UNIT, quad_lane());
+    float out[OUT];
+    if (count > 0) {
+      float x[PRODUCTS], decay[2];
+      uint32_t p[WEIGHTS][4];
+      ptx::barrier_wait(shared.q_full(), tiles & 1);
+      ptx::barrier_wait(shared.k_full(stage(step)), phase(step));
+      take_turn();
+      ptx::wgmma_fence();
+      multiply_keys(x, step);
+      pass_turn();
+      ptx::wgmma_wait<0>();
+      ptx::settle(x);
+      release(shared.k_empty(stage(step)));
+      if (count == 1) release(shared.q_empty());
+      if (TERMS || edges > 0)
+        weigh<true>(x, w, 0, i, softmax, decay);
+      else
+        weigh<false>(x, w, 0, i, softmax, decay);
+      pack_weights(x, p);
+      int t = 1;
+      for (; t < (TERMS ? count : edges); ++t) next_block<true>(w, t, count, i, x, out, p, softmax);
+      if constexpr (!TERMS)
+        for (; t < count; ++t) next_block<false>(w, t, count, i, x, out, p, softmax);
+      clear_strangers(w, count - 1, step);
+      ptx::barrier_wait(shared.v_full(stage(step)), phase(step));
+      ptx::wgmma_fence();
+      multiply_values(out, p, step, count > 1);
+      ptx::wgmma_wait<0>();
+      ptx::settle(out);
+      release(shared.v_empty(stage(step)));
+      ++step;
+      ++tiles;
+    } else {
+#pragma unroll
+      for (int n = 0; n < OUT; ++n) out[n] = 0;
+    }
+    float weight[2], lse[2];
+    softmax.finish(UNIT, weight, lse);
+    store_rows<T>(a, w, out, i, quad_lane(), weight, lse);
+  }
+
+  DUPLEX_DEVICE void run() {
+    if (warpgroup == S::WARPGROUPS - 1) pass_turn();  // the first to go needs a turn passed to it
+    for_each_tile(a, [&](const Work& w) { tile(w); });
+  }
+};
+
+}  // namespace duplex::sm90

@@ -1,0 +1,36 @@
+// Forward for Hopper: a block stays on its multiprocessor and walks over tiles; its first warpgroup loads, the others
+// compute.
+#pragma once
+
+#include "cuda/sm90/compute.cuh"
+
+namespace duplex::sm90 {
+
+template <class T, class S, bool TERMS>
+DUPLEX_KERNEL(S::THREADS)
+forward_kernel(DUPLEX_PARAMETER ForwardArguments a, DUPLEX_PARAMETER Maps maps) {
+  const Shared<S> shared{ptx::shared_base()};
+  const int warpgroup = ptx::uniform(ptx::thread_index() / 128);
+  if (ptx::thread_index() == 0) {
+    constexpr int WARPS = 4 * S::WARPGROUPS;
+    ptx::barrier_init(shared.q_full(), 1);
+    ptx::barrier_init(shared.q_empty(), WARPS);
+    for (int n = 0; n < S::STAGES; ++n) {
+      ptx::barrier_init(shared.k_full(n), 1);
+      ptx::barrier_init(shared.k_empty(n), WARPS);
+      ptx::barrier_init(shared.v_full(n), 1);
+      ptx::barrier_init(shared.v_empty(n), WARPS);
+    }
+    ptx::barrier_init_fence();
+  }
+  ptx::block_sync();
+  if (warpgroup == 0) {
+    ptx::fewer_registers<S::LOADER_REGISTERS>();
+    if (ptx::uniform(ptx::thread_index() / 32) == 0 && ptx::elect()) load(a, maps, shared);
+  } else {
+    ptx::more_registers<S::COMPUTE_REGISTERS>();
+    Compute<T, S, TERMS>(a, shared, warpgroup - 1, ptx::thread_index() % 128).run();
+  }
+}
+
+}  // namespace duplex::sm90

@@ -1,0 +1,118 @@
+// Scores and their online softmax, on accumulators as wgmma leaves them: a thread has two rows, 8 apart, of which it
+// holds columns 8 g + 2 (lane % 4) + {0, 1}. (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+// 2018.)
+//
+// Where a score is nothing but a positive scale * <q, k> (no TERMS), scale * log2(e) is one factor in the exponent, and
+// references are in units of log2; else scores and references are natural.
+#pragma once
+
+#include <math.h>
+
+#include "cuda/sm90/work.cuh"
+
+namespace duplex::sm90 {
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// Which of a thread's two rows an accumulator belongs to, and its column, less 2 * (lane % 4).
+DUPLEX_DEVICE constexpr int row_of(int i) { return i / 2 % 2; }
+DUPLEX_DEVICE constexpr int column_of(int i) { return i / 4 * 8 + i % 2; }
+
+// To about 1 ulp, small arguments too: the polynomial is that of Cephes' tanhf.
+DUPLEX_DEVICE float tanh(float x) {
+  const float z = x * x, size = fabsf(x);
+  float p = ptx::fma(-5.70498872745e-3f, z, 2.06390887954e-2f);
+  p = ptx::fma(p, z, -5.37397155531e-2f);
+  p = ptx::fma(p, z, 1.33314422036e-1f);
+  p = ptx::fma(p, z, -3.33332819422e-1f);
+  const float e = ptx::exp2(size * (-2 * LOG2E)), large = (1 - e) / (1 + e);
+  return size < 0.625f ? ptx::fma(p * z, x, x) : x < 0 ? -large : large;
+}
+
+// The terms of section 3 on a block of products; i and j are those of the thread's first row and column.
+template <int COUNT>
+DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const Terms& t, int head, int i, int j, int offset) {
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n) x[n] *= t.scale;
+  if (t.softcap > 0) {
+    const float inverse = 1 / t.softcap;
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) x[n] = tanh(x[n] * inverse) * t.softcap;
+  }
+  const int distance = j - (i + offset);  // of the thread's first number
+  if (t.distance_bias) {
+    const float* middle = t.distance_bias + int64_t(head) * (2 * t.radius + 1) + t.radius;
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n)
+      x[n] += middle[clamp32(distance + column_of(n) - 8 * row_of(n), -t.radius, t.radius)];
+  }
+  if (t.alibi_slopes) {
+    const float slope = t.alibi_slopes[head];
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) x[n] -= slope * fabsf(float(distance + column_of(n) - 8 * row_of(n)));
+  }
+}
+
+// -inf where the span hides a key; i and j as above.
+template <int COUNT>
+DUPLEX_DEVICE void hide(float (&x)[COUNT], const Work& w, int i, int j) {
+  const int live = w.len_k - j, prefix = w.prefix - j, place = i + w.offset - j;
+  const int low[2] = {place - w.left, place + 8 - w.left}, high[2] = {place + w.right, place + 8 + w.right};
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n) {
+    const int c = column_of(n), r = row_of(n);
+    const bool seen = c < live && (c < prefix || (low[r] <= c && c <= high[r]));
+    x[n] = seen ? x[n] : -INFINITY;
+  }
+}
+
+struct Softmax {
+  float largest[2], total[2];  // total: of this thread's columns alone
+
+  // A sink is a key with this score and no value; one lane of four has it.
+  DUPLEX_DEVICE void start(const float* sink, int head, float unit, int quad_lane) {
+    const float score = sink ? sink[head] / unit : -INFINITY;
+    for (int r = 0; r < 2; ++r) {
+      largest[r] = score;
+      total[r] = quad_lane == 0 && score != -INFINITY ? 1.f : 0.f;
+    }
+  }
+
+  // Scores to probabilities, relative to the largest score so far; `decay` is what earlier ones shrink by.
+  template <bool MAY_BE_EMPTY, bool TERMS, int COUNT>
+  DUPLEX_DEVICE void next(float (&x)[COUNT], float log2_scale, float (&decay)[2]) {
+    float most[2] = {-INFINITY, -INFINITY}, reference[2];
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) most[row_of(n)] = fmaxf(most[row_of(n)], x[n]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      most[r] = fmaxf(most[r], ptx::shuffle_xor(most[r], 1));
+      most[r] = fmaxf(most[r], ptx::shuffle_xor(most[r], 2));
+      const float now = fmaxf(largest[r], TERMS ? most[r] : most[r] * log2_scale);
+      reference[r] = MAY_BE_EMPTY && now == -INFINITY ? 0.f : now;
+      decay[r] = ptx::exp2(TERMS ? (largest[r] - reference[r]) * LOG2E : largest[r] - reference[r]);
+      largest[r] = now;
+      total[r] *= decay[r];
+    }
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) {
+      const float at = reference[row_of(n)];
+      x[n] = ptx::exp2(TERMS ? (x[n] - at) * LOG2E : ptx::fma(x[n], log2_scale, -at));
+      total[row_of(n)] += x[n];
+    }
+  }
+
+  // What rows are multiplied by in the end, and their log-sum-exp.
+  DUPLEX_DEVICE void finish(float unit, float (&weight)[2], float (&lse)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total[r] += ptx::shuffle_xor(total[r], 1);
+      total[r] += ptx::shuffle_xor(total[r], 2);
+      const bool seen = total[r] != 0;
+      weight[r] = seen ? 1 / total[r] : 0;
+      lse[r] = seen ? largest[r] * unit + ptx::log2(total[r]) * LN2 : -INFINITY;
+    }
+  }
+};
+
+}  // namespace duplex::sm90

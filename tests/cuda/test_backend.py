@@ -1,0 +1,132 @@
+"""Why the CUDA kernels are not there, or do not take a call; and that they come after Triton until they have been measured."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import duplex_attn as da
+import pytest
+import torch
+from duplex_attn.backends import _ORDER, BACKENDS, CudaBackend
+
+from ..lanes import Lane
+
+
+@pytest.fixture
+def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+    """Its library is a file, its torch has CUDA and a card of Hopper; loading it does nothing."""
+    backend = CudaBackend()
+    backend.library = tmp_path / "libduplex_cuda.so"
+    backend.library.touch()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(backend, "load", lambda: None)
+    monkeypatch.setattr(torch.ops, "duplex_attn_cuda", SimpleNamespace(runtime_version=lambda: 13000), raising=False)
+    return backend
+
+
+def test_there_is_nothing_missing_on_a_card_of_hopper(backend: CudaBackend) -> None:
+    assert backend.missing() is None
+
+
+def test_without_the_library(backend: CudaBackend) -> None:
+    backend.library.unlink()
+    assert backend.missing() == "libduplex_cuda.so is not there: the package was built without nvcc"
+
+
+def test_without_cuda_in_torch_the_library_is_not_even_loaded(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_load() -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(backend, "load", must_not_load)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert backend.missing() == "this torch is built without CUDA"
+
+
+def test_without_a_card(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.missing() == "there is no CUDA card"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
+def test_on_another_card(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    major, minor = capability
+    assert backend.missing() == f"its kernels are for compute capability 9.0, this card has {major}.{minor}"
+
+
+def test_with_an_old_driver(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    assert backend.missing() == "the driver is of CUDA 12.8, the library of 13.0"
+
+
+def test_a_library_that_does_not_load() -> None:
+    backend = CudaBackend()
+    backend.library = Path(__file__)
+    assert str(backend.load()).startswith("test_backend.py does not load: ")
+
+
+def test_triton_comes_first() -> None:
+    assert [backend.name for backend in _ORDER["cuda"]] == ["triton", "cuda", "reference"]
+
+
+def x(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape or (1, 4, 2, 64)).to(dtype)
+
+
+REFUSED = {
+    "float32": ({"q": x(dtype=torch.float32)}, "it takes bfloat16 and float16"),
+    "float64": ({"q": x(dtype=torch.float64)}, "float64 runs in the reference only"),
+    "bias": ({"q": x(), "bias": torch.zeros(4, 4)}, "its kernels have no bias"),
+    "dropout": ({"q": x(), "dropout_p": 0.5}, "its kernels have no dropout"),
+    "row_bias": ({"q": x(), "row_distance_bias": x(1, 2, 4, 3)}, "row_distance_bias and col_distance_bias run in the reference only"),
+    "width": ({"q": x(1, 4, 2, 12)}, "q: bulk copies want strides and a first element at multiples of 16 bytes"),
+    "address": ({"q": x(1, 4, 2, 72)[..., 4:68]}, "q: bulk copies want strides and a first element at multiples of 16 bytes"),
+    "expanded": ({"q": x(), "k": x(1, 1, 2, 64).expand(1, 4, 2, 64)}, "k: bulk copies want strides and a first element at multiples of 16 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_does_not_take(emulated: Lane, name: str) -> None:
+    arguments, reason = REFUSED[name]
+    arguments = {"k": arguments["q"], "v": arguments["q"]} | arguments
+    with pytest.raises(ValueError) as error:
+        da.attention(**arguments, backend="cuda")
+    assert f"cuda: {reason}" in str(error.value)
+
+
+def test_it_says_that_it_has_not_run_on_a_card(emulated: Lane) -> None:
+    told = "compiled and emulated, it has not run on a card yet"
+    explanation = da.explain(x(), x(), x(), backend="cuda")
+    assert explanation.tile == f"128x128 of head_dim 64; {told}"
+    assert da.explain(x(1, 4, 2, 200), x(1, 4, 2, 200), x(1, 4, 2, 8), backend="cuda").tile.startswith(
+        "128x64 of head_dim 256;"
+    )
+    assert da.backends()["cuda"].detail == f"forward for Hopper; {told}"
+
+
+def test_gradients_are_refused_where_it_is_named_and_found_elsewhere_where_not(
+    emulated: Lane,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q = x().requires_grad_()
+    out = da.attention(q, q, q, backend="cuda")
+    with pytest.raises(ValueError, match="cuda: its kernels have no backward yet"):
+        out.sum().backward()
+    monkeypatch.setattr(
+        sys.modules[CudaBackend.__module__], "_candidates", lambda _: (BACKENDS["cuda"], BACKENDS["reference"])
+    )
+    da.attention(q, q, q).sum().backward()
+    assert q.grad is not None and q.grad.isfinite().all()
+
+
+def test_merge_and_paged_calls_are_refused(emulated: Lane) -> None:
+    out, lse = x(1, 2, 2, 8), torch.randn(1, 2, 2)
+    with pytest.raises(ValueError, match="cuda: its kernels have no merge yet"):
+        da.merge_attention([out], [lse], backend="cuda")

@@ -1,0 +1,432 @@
+#include "block.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace emulation {
+
+Block* block = nullptr;
+Fault fault;
+
+namespace {
+Stacks stacks;
+
+float from_half(uint16_t x) {
+  _Float16 y;
+  std::memcpy(&y, &x, 2);
+  return float(y);
+}
+float from_bfloat(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+float poison() {
+  const uint32_t bits = 0x7FDEAD00;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+bool is_poison(float x) {
+  const float p = poison();
+  return std::memcmp(&x, &p, 4) == 0;
+}
+}  // namespace
+
+Block::Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed)
+    : index(index),
+      blocks(blocks),
+      threads(threads),
+      memory_(shared_bytes, char(0xFF)),  // NaN in both types
+      dirty_(shared_bytes / 16 + 1, -1),
+      warps_(threads / 32),
+      contexts_(threads),
+      waits_for_(threads, ""),
+      alive_(threads),
+      generator_(uint32_t(seed * 0x9E3779B1u + index)),
+      late_copies_(seed / 2 % 2 ? 100 : 50),
+      late_products_(seed / 4 % 3 == 2 ? 50 : seed / 4 % 3 * 100),
+      copies_first_(seed / 12 % 2 ? 95 : 5),
+      by_priority_(seed % 2) {
+  for (Warp& w : warps_) w.priority = int(random() % 1000);
+  block = this;
+}
+
+Block::~Block() { block = nullptr; }
+
+void Block::entry() {
+  (*block->kernel_)();
+  Block& b = *block;
+  for (const Pending& p : b.lane().pending)
+    if (p.own) b.fail("a thread ends with products that it never waited for");
+  --b.alive_;
+  Context ignored;
+  switch_context(ignored, b.scheduler_);
+}
+
+void Block::run(const std::function<void()>& kernel) {
+  kernel_ = &kernel;
+  stacks.reserve(threads);
+  for (int t = 0; t < threads; ++t) {
+    make_context(contexts_[t], stacks.at(t), Stacks::BYTES, &Block::entry);
+    ready_.push_back(t);
+  }
+  while (failure_.empty() && alive_ > 0) {
+    if (random() % 16 == 0) finish_one(false);
+    if (ready_.empty() && !finish_one(true)) {
+      failure_ = "deadlock: ";
+      std::map<std::string, int> reasons;
+      for (const char* reason : waits_for_) ++reasons[reason];
+      for (const auto& [reason, count] : reasons)
+        if (!reason.empty()) failure_ += std::to_string(count) + " threads at " + reason + "; ";
+      break;
+    }
+    if (ready_.empty()) continue;
+    current = next();
+    waits_for_[current] = "";
+    switch_context(scheduler_, contexts_[current]);
+    current = -1;
+  }
+  if (failure_.empty() && !copies_.empty()) failure_ = "the block ends with bulk copies that nobody waited for";
+  if (!failure_.empty()) throw std::runtime_error("block " + std::to_string(index) + ": " + failure_);
+}
+
+void Block::fail(const std::string& what) {
+  if (current < 0) throw std::runtime_error("block " + std::to_string(index) + ": " + what);
+  failure_ = "thread " + std::to_string(current) + ": " + what;
+  Context ignored;
+  switch_context(ignored, scheduler_);
+  __builtin_unreachable();
+}
+
+int Block::next() {
+  size_t best = random() % ready_.size();
+  for (int tries = by_priority_ ? 6 : 0; tries > 0; --tries) {
+    const size_t other = random() % ready_.size();
+    if (warps_[ready_[other] / 32].priority > warps_[ready_[best] / 32].priority) best = other;
+  }
+  std::swap(ready_[best], ready_.back());
+  const int thread = ready_.back();
+  ready_.pop_back();
+  return thread;
+}
+
+void Block::yield() {
+  ready_.push_back(current);
+  switch_context(contexts_[current], scheduler_);
+}
+
+void Block::wait(Waiting& waiting) {
+  waiting.push_back(current);
+  switch_context(contexts_[current], scheduler_);
+}
+
+void Block::wake(Waiting& waiting) {
+  ready_.insert(ready_.end(), waiting.begin(), waiting.end());
+  waiting.clear();
+}
+
+char* Block::shared(uint32_t address, int bytes) {
+  if (address < SHARED_BEGIN || address + bytes > SHARED_BEGIN + memory_.size())
+    fail("shared memory has no address " + std::to_string(int64_t(address) - SHARED_BEGIN));
+  return memory_.data() + (address - SHARED_BEGIN);
+}
+
+void Block::store(uint32_t address, const void* from, int bytes) {
+  maybe_yield();
+  std::memcpy(shared(address, bytes), from, bytes);
+  for (uint32_t unit = (address - SHARED_BEGIN) / 16; unit <= (address - SHARED_BEGIN + bytes - 1) / 16; ++unit) {
+    dirty_[unit] = current;
+    unfenced_[current].push_back(unit);
+  }
+}
+
+void Block::load(uint32_t address, void* to, int bytes) {
+  maybe_yield();
+  std::memcpy(to, shared(address, bytes), bytes);
+}
+
+void Block::fence_async_proxy() {
+  if (fault.kind == Fault::PROXY_FENCE) return;
+  for (uint32_t unit : unfenced_[current])
+    if (dirty_[unit] == current) dirty_[unit] = -1;
+  unfenced_[current].clear();
+  maybe_yield();
+}
+
+Mbarrier& Block::mbarrier(uint32_t address) {
+  shared(address, 8);
+  if (!mbarriers_.count(address)) fail("an mbarrier is used before it is initialised");
+  return mbarriers_[address];
+}
+
+void Block::barrier_init(uint32_t address, int arrivals) {
+  shared(address, 8);
+  if (mbarriers_.count(address)) fail("an mbarrier is initialised twice");
+  mbarriers_[address] = {arrivals, arrivals, 0, 0, int(mbarriers_.size()), {}};
+}
+
+void Block::barrier_arrive(uint32_t address, int64_t bytes) {
+  maybe_yield();
+  Mbarrier& b = mbarrier(address);
+  if (b.pending == 0) fail("more threads arrive at an mbarrier than it was made for");
+  b.bytes += bytes;
+  --b.pending;
+  complete(b);
+}
+
+void Block::complete(Mbarrier& b) {
+  if (b.pending > 0 || b.bytes != 0) return;
+  b.parity ^= 1;
+  b.pending = b.arrivals;
+  wake(b.waiting);
+}
+
+void Block::barrier_wait(uint32_t address, int parity) {
+  maybe_yield();
+  Mbarrier& b = mbarrier(address);
+  if (fault.kind == Fault::MBARRIER_WAIT && fault.number == b.number) return;
+  while (b.parity == parity) {
+    waits_for_[current] = "an mbarrier";
+    wait(b.waiting);
+  }
+}
+
+void Block::named(int id, int count, bool sync) {
+  maybe_yield();
+  if (id < 0 || id > 15 || count % 32) fail("no such named barrier");
+  if (id > 0 ? fault.kind == Fault::NAMED_SYNC && fault.number == id : fault.kind == Fault::BLOCK_SYNC) return;
+  NamedBarrier& b = named_[id];
+  if (b.arrived > 0 && b.threads != count) fail("threads disagree about the size of a named barrier");
+  b.threads = count;
+  if (++b.arrived > count) fail("more threads at a named barrier than it was made for");
+  if (b.arrived == count) {
+    b.arrived = 0;
+    wake(b.waiting);
+    maybe_yield();
+  } else if (sync) {
+    waits_for_[current] = "a named barrier";
+    wait(b.waiting);
+  }
+}
+
+void Block::copy(const Copy& given) {
+  maybe_yield();
+  Copy copy = given;
+  const int row_bytes = 2 * copy.map.box_columns;
+  if (copy.to % (8 * row_bytes)) fail("the target of a swizzled copy is not aligned to its pattern");
+  shared(copy.to, row_bytes * copy.map.box_rows);
+  mbarrier(copy.barrier);
+  copy.late = int(random() % 100) < late_copies_;
+  copies_.push_back(copy);
+}
+
+// One copy in flight lands or one product that is waited for is computed; late ones when nothing else can happen.
+bool Block::finish_one(bool any) {
+  std::vector<int> can;  // copies, then warps
+  for (size_t n = 0; n < copies_.size(); ++n)
+    if (any || !copies_[n].late) can.push_back(int(n));
+  for (size_t n = 0; any && n < warps_.size(); ++n)
+    if (warps_[n].wanted > 0) can.push_back(int(copies_.size() + n));
+  if (can.empty()) return false;
+  const bool copy_first = int(random() % 100) < copies_first_;
+  const auto others =
+      std::partition(can.begin(), can.end(), [&](int n) { return (n < int(copies_.size())) == copy_first; });
+  const size_t preferred = others - can.begin();
+  const size_t n = can[random() % (preferred ? preferred : can.size())];
+  if (n < copies_.size()) {
+    const Copy copy = copies_[n];
+    copies_.erase(copies_.begin() + n);
+    land(copy);
+    return true;
+  }
+  Warp& w = warps_[n - copies_.size()];
+  int64_t next = w.first;
+  while (next < w.wanted && w.products[next - w.first].done) ++next;
+  if (next < w.wanted) execute(w, next++);
+  if (next >= w.wanted) {
+    w.wanted = 0;
+    wake(w.product_waiting);
+  }
+  return true;
+}
+
+void Block::land(const Copy& c) {
+  const TensorMap& m = c.map;
+  const int row_bytes = 2 * m.box_columns;
+  for (int r = 0; r < m.box_rows; ++r) {
+    const int64_t row = int64_t(c.at[1]) + r;
+    const bool in =
+        row >= 0 && row < m.size[1] && c.at[2] >= 0 && c.at[2] < m.size[2] && c.at[3] >= 0 && c.at[3] < m.size[3];
+    const char* from = m.data + row * m.stride[1] + c.at[2] * m.stride[2] + c.at[3] * m.stride[3];
+    for (int x = 0; x < m.box_columns; ++x) {
+      const int64_t column = int64_t(c.at[0]) + x;
+      uint16_t value = 0;
+      if (in && column >= 0 && column < m.size[0]) std::memcpy(&value, from + 2 * column, 2);
+      uint32_t to = c.to + r * row_bytes + 2 * x;
+      to ^= (to >> 7 & (row_bytes == 128 ? 7 : 3)) << 4;
+      std::memcpy(memory_.data() + (to - SHARED_BEGIN), &value, 2);
+      if (dirty_[(to - SHARED_BEGIN) / 16] >= 0 && failure_.empty())
+        failure_ = "a bulk copy overwrites ordinary writes that were not fenced for it";
+    }
+  }
+  Mbarrier& b = mbarriers_[c.barrier];
+  b.bytes -= int64_t(row_bytes) * m.box_rows;
+  complete(b);
+}
+
+void Block::issue(const Product& product, float* d, const uint32_t* registers) {
+  maybe_yield();
+  Warp& w = warp();
+  Lane& l = lane();
+  const int at = current % 32, count = product.n / 2;
+  if (!l.fenced) fail("a product begins without wgmma.fence after registers were free to be touched");
+  const int64_t number = l.issued++;
+  if (number == w.first + int64_t(w.products.size())) {
+    w.products.push_back(product);
+    w.products.back().group = l.commits;
+    w.products.back().late = int(random() % 100) < late_products_;
+  }
+  Product& p = w.products[number - w.first];
+  if (p.n != product.n || p.a != product.a || p.b != product.b || p.accumulate != product.accumulate ||
+      p.group != l.commits)
+    fail("lanes of a warp disagree about a product");
+  p.accumulators[at] = d;
+  p.registers[at] = registers;
+  if (registers) std::copy(registers, registers + 4, p.copies[at].begin());
+  auto found = std::find_if(l.pending.begin(), l.pending.end(), [&](const Pending& x) { return x.own == d; });
+  if (found == l.pending.end()) {
+    l.pending.push_back({d, std::vector<float>(d, d + count), number});
+    std::fill(d, d + count, poison());
+  } else {
+    if (!std::all_of(d, d + count, is_poison)) fail("accumulators were touched while a product adds to them");
+    found->last = number;
+  }
+  if (++p.lanes < 32) return;
+  // All are here: the product may read its operands now, or not before somebody waits for it.
+  while (true) {
+    int64_t n = w.first;
+    for (const Product& x : w.products)
+      if (x.done) ++n;
+    if (n > number || w.products[n - w.first].late || w.products[n - w.first].lanes < 32) break;
+    execute(w, n);
+  }
+  wake(w.product_waiting);
+}
+
+void Block::wait_for_products(int pending) {
+  maybe_yield();
+  Warp& w = warp();
+  Lane& l = lane();
+  l.fenced = fault.kind == Fault::PRODUCT_WAIT && l.fenced;
+  if (fault.kind == Fault::PRODUCT_WAIT) return;
+  const int target = l.commits - pending;  // groups below it
+  const auto covered = [&](int64_t n) { return w.products[n - w.first].group < target; };
+  for (int64_t n = w.first; n < l.issued && covered(n); ++n)
+    while (n >= w.first && w.products[n - w.first].lanes < 32) {
+      waits_for_[current] = "a product that other lanes have not begun";
+      wait(w.product_waiting);
+    }
+  for (int64_t n = w.first; n < l.issued && covered(n); ++n)
+    while (n >= w.first && !w.products[n - w.first].done) {
+      if (!w.products[n - w.first].late) {
+        execute(w, n);
+        continue;
+      }
+      w.wanted = std::max(w.wanted, n + 1);
+      waits_for_[current] = "a product";
+      wait(w.product_waiting);
+    }
+  for (size_t x = 0; x < l.pending.size();) {
+    Pending& p = l.pending[x];
+    if (p.last >= w.first && !covered(p.last)) {
+      ++x;
+      continue;
+    }
+    if (!std::all_of(p.own, p.own + p.values.size(), is_poison))
+      fail("accumulators were touched while a product adds to them");
+    std::copy(p.values.begin(), p.values.end(), p.own);
+    l.pending.erase(l.pending.begin() + x);
+  }
+  // Products that every lane has seen done are forgotten.
+  while (!w.products.empty() && w.products.front().done) {
+    const bool held = std::any_of(w.lanes.begin(), w.lanes.end(), [&](const Lane& other) {
+      return other.issued <= w.first || std::any_of(other.pending.begin(), other.pending.end(),
+                                                    [&](const Pending& p) { return p.last >= w.first; });
+    });
+    if (held) break;
+    w.products.pop_front();
+    ++w.first;
+  }
+}
+
+uint16_t Block::element(uint32_t address) {
+  const char* at = shared(address, 2);
+  if (dirty_[(address - SHARED_BEGIN) / 16] >= 0)
+    fail("a product reads ordinary writes to shared memory that were not fenced for it (fence.proxy.async)");
+  uint16_t x;
+  std::memcpy(&x, at, 2);
+  return x;
+}
+
+namespace {
+// Where element (outer, inner) of an operand lies, as its descriptor says.
+uint32_t operand_address(uint64_t descriptor, bool mn_major, int outer, int inner) {
+  const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4;
+  const uint32_t leading = uint32_t(descriptor >> 16 & 0x3FFF) << 4, stride = uint32_t(descriptor >> 32 & 0x3FFF) << 4;
+  const int mode = int(descriptor >> 62), row_bytes = mode == 1 ? 128 : 64;
+  uint32_t at = start;
+  if (mn_major) {
+    const int wide = row_bytes / 2;
+    at += outer / wide * leading + inner / 8 * stride + inner % 8 * row_bytes + outer % wide * 2;
+  } else {
+    at += outer / 8 * stride + outer % 8 * row_bytes + inner * 2;
+  }
+  return at ^ (at >> 7 & (mode == 1 ? 7 : 3)) << 4;
+}
+}  // namespace
+
+void Block::execute(Warp& w, int64_t number) {
+  Product& p = w.products[number - w.first];
+  const auto convert = p.bf16 ? from_bfloat : from_half;
+  const int warp_of_group = int(&w - warps_.data()) % 4;
+  float a[16][16], acc[16][256];
+  static float b[16][256];
+  for (int k = 0; k < 16; ++k)
+    for (int n = 0; n < p.n; ++n) b[k][n] = convert(element(operand_address(p.b, p.b_is_mn, n, k)));
+  for (int lane = 0; lane < 32; ++lane) {
+    if (p.registers[lane] && std::memcmp(p.registers[lane], p.copies[lane].data(), 16) != 0)
+      fail("registers of A were touched while a product reads them");
+    for (int x = 0; x < 8 && p.registers[lane]; ++x) {
+      const uint16_t half = uint16_t(p.copies[lane][x / 2] >> (x % 2 * 16));
+      a[lane / 4 + 8 * (x / 2 % 2)][2 * (lane % 4) + x % 2 + 8 * (x / 4)] = convert(half);
+    }
+  }
+  if (p.a_is_shared)
+    for (int r = 0; r < 16; ++r)
+      for (int k = 0; k < 16; ++k)
+        a[r][k] = convert(element(operand_address(p.a, p.a_is_mn, 16 * warp_of_group + r, k)));
+  std::array<Pending*, 32> targets;
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& pending = w.lanes[lane].pending;
+    const auto it =
+        std::find_if(pending.begin(), pending.end(), [&](const Pending& x) { return x.own == p.accumulators[lane]; });
+    targets[lane] = &*it;
+    for (int i = 0; i < p.n / 2; ++i)
+      acc[lane / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (lane % 4) + i % 2] = p.accumulate ? it->values[i] : 0.f;
+  }
+  for (int r = 0; r < 16; ++r)
+    for (int k = 0; k < 16; ++k) {
+      const float x = a[r][k];
+      float* sums = acc[r];
+      const float* row = b[k];
+      for (int n = 0; n < p.n; ++n) sums[n] += x * row[n];
+    }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < p.n / 2; ++i)
+      targets[lane]->values[i] = acc[lane / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (lane % 4) + i % 2];
+  p.done = true;
+}
+
+}  // namespace emulation

@@ -1,0 +1,37 @@
+// The second implementation of csrc/cuda/device.cuh: a launch runs its blocks one after the other, in any order.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cuda/box.h"
+#include "cuda/ptx.cuh"
+
+namespace emulation {
+extern uint64_t seed;  // of the next launch; each launch moves on
+}
+
+namespace duplex {
+
+inline ptx::TensorMap encode(const Box& box) {
+  ptx::TensorMap map{static_cast<const char*>(box.data), {}, {}, box.columns, box.rows};
+  std::copy(box.size, box.size + 4, map.size);
+  std::copy(box.stride, box.stride + 4, map.stride);
+  return map;
+}
+
+template <auto KERNEL, class... Arguments>
+void launch(const char*, int blocks, int threads, int shared_bytes, void*, const Arguments&... arguments) {
+  std::vector<int> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  const uint64_t seed = emulation::seed++;
+  std::shuffle(order.begin(), order.end(), std::mt19937(uint32_t(seed)));
+  for (int index : order) {
+    emulation::Block block(index, blocks, threads, shared_bytes, seed);
+    block.run([&] { KERNEL(arguments...); });
+  }
+}
+
+}  // namespace duplex

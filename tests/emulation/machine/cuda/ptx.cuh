@@ -1,0 +1,141 @@
+// The second implementation of csrc/cuda/ptx.cuh: the same functions on the emulated machine.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "block.h"
+#include "cuda/numbers.h"
+#include "cuda/swizzle.h"
+
+#define DUPLEX_DEVICE inline
+#define DUPLEX_KERNEL(THREADS) inline void
+#define DUPLEX_PARAMETER const
+
+namespace duplex::ptx {
+
+using emulation::block;
+using TensorMap = emulation::TensorMap;
+
+inline int thread_index() { return block->current; }
+inline int block_index() { return block->index; }
+inline int blocks() { return block->blocks; }
+inline uint32_t shared_base() { return emulation::SHARED_BEGIN; }
+
+inline bool elect() {
+  return block->meet("elect", 0, 0, [](const auto&, auto& got) {
+    got.fill(0);
+    got[0] = 1;
+  });
+}
+inline int uniform(int x) {
+  return int(block->meet("shfl.idx", 0, uint32_t(x), [](const auto& given, auto& got) { got.fill(given[0]); }));
+}
+inline uint32_t shuffle_xor(uint32_t x, int mask) {
+  return block->meet("shfl.bfly", mask, x, [mask](const auto& given, auto& got) {
+    for (int lane = 0; lane < 32; ++lane) got[lane] = given[lane ^ mask];
+  });
+}
+inline float shuffle_xor(float x, int mask) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = shuffle_xor(bits, mask);
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline void shared_store(uint32_t address, int x) { block->store(address, &x, 4); }
+inline int shared_load(uint32_t address) {
+  int x;
+  block->load(address, &x, 4);
+  return x;
+}
+inline void shared_zero16(uint32_t address) {
+  const char zeros[16] = {};
+  block->store(address, zeros, 16);
+}
+inline void fence_async_proxy() { block->fence_async_proxy(); }
+
+inline void block_sync() { block->named(0, block->threads, true); }
+inline void named_sync(int barrier, int threads) { block->named(barrier, threads, true); }
+inline void named_arrive(int barrier, int threads) { block->named(barrier, threads, false); }
+
+inline void barrier_init(uint32_t barrier, int arrivals) { block->barrier_init(barrier, arrivals); }
+inline void barrier_init_fence() {}
+inline void barrier_arrive(uint32_t barrier) { block->barrier_arrive(barrier, 0); }
+inline void barrier_expect(uint32_t barrier, int bytes) { block->barrier_arrive(barrier, bytes); }
+inline void barrier_wait(uint32_t barrier, int parity) { block->barrier_wait(barrier, parity); }
+
+inline void prefetch(const TensorMap&) {}
+inline void copy_box(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+  block->copy({map, to, barrier, {c0, c1, c2, c3}, false});
+}
+
+template <int COUNT>
+void more_registers() {
+  block->meet("setmaxnreg", COUNT, 0, [](const auto&, auto&) {});
+}
+template <int COUNT>
+void fewer_registers() {
+  block->meet("setmaxnreg", COUNT, 0, [](const auto&, auto&) {});
+}
+
+inline float exp2(float x) { return std::exp2(x); }
+inline float log2(float x) { return std::log2(x); }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+
+template <class T>
+uint16_t round_to(float x) {
+  if constexpr (T::BITS == FLOAT16_BITS) {
+    const _Float16 y = _Float16(x);
+    uint16_t bits;
+    std::memcpy(&bits, &y, 2);
+    return bits;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (std::isnan(x)) return 0x7FFF;
+  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+template <class T>
+uint32_t pack(float low, float high) {
+  return uint32_t(round_to<T>(low)) | uint32_t(round_to<T>(high)) << 16;
+}
+
+inline void wgmma_fence() { block->lane().fenced = emulation::fault.kind != emulation::Fault::PRODUCT_FENCE; }
+inline void wgmma_commit() { ++block->lane().commits; }
+template <int PENDING>
+void wgmma_wait() {
+  block->wait_for_products(PENDING);
+}
+template <int COUNT>
+void settle(float (&)[COUNT]) {}
+template <int COUNT>
+void settle(uint32_t (&)[COUNT][4]) {}
+
+template <class T, Major MAJOR_A, Major MAJOR_B, int HALF>
+void wgmma(float (&d)[HALF], uint64_t a, uint64_t b, bool accumulate) {
+  emulation::Product p{};
+  p.n = 2 * HALF;
+  p.bf16 = T::BITS == BFLOAT16_BITS;
+  p.a_is_shared = true;
+  p.a_is_mn = MAJOR_A == Major::MN;
+  p.b_is_mn = MAJOR_B == Major::MN;
+  p.accumulate = accumulate;
+  p.a = a;
+  p.b = b;
+  block->issue(p, d, nullptr);
+}
+template <class T, Major MAJOR_B, int HALF>
+void wgmma(float (&d)[HALF], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  emulation::Product p{};
+  p.n = 2 * HALF;
+  p.bf16 = T::BITS == BFLOAT16_BITS;
+  p.b_is_mn = MAJOR_B == Major::MN;
+  p.accumulate = accumulate;
+  p.b = b;
+  block->issue(p, d, a);
+}
+
+}  // namespace duplex::ptx

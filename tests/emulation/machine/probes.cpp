@@ -1,0 +1,144 @@
+// The probes, and kernels that are wrong on purpose, behind plain functions. 0 is success, else what the machine
+// reports.
+#include "probes.cuh"
+
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "cuda/device.cuh"
+#include "cuda/key_blocks.h"
+#include "cuda/prepare.h"
+#include "cuda/schedule.h"
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace duplex;
+constexpr int SHARED = 96 * 1024;
+constexpr Major K = Major::K, MN = Major::MN;
+
+template <class F>
+const char* report(F&& f) {
+  static std::string what;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& error) {
+    what = error.what();
+    return what.c_str();
+  }
+}
+
+// A tile of 64 rows that is copied, multiplied with itself, and added to: with one thing left out.
+enum Wrong { NOTHING, FENCE_OF_WRITES, BARRIER, WAIT, TOUCHED, FENCE, BYTES, ARRIVALS, COPY_FENCE, LANES };
+
+DUPLEX_KERNEL(128) wrong(DUPLEX_PARAMETER ptx::TensorMap map, int kind, float* d) {
+  const uint32_t barrier = ptx::shared_base(), tile = barrier + 1024;
+  const int thread = ptx::thread_index();
+  if (thread == 0) ptx::barrier_init(barrier, 1);
+  if (kind == COPY_FENCE && thread == 0) ptx::shared_store(tile, 0);
+  ptx::block_sync();
+  if (thread == 0) {
+    ptx::barrier_expect(barrier, kind == BYTES ? 64 * 128 + 16 : 64 * 128);
+    if (kind == ARRIVALS) ptx::barrier_arrive(barrier);
+    ptx::copy_box(tile, map, barrier, 0, 0, 0, 0);
+  }
+  if (kind != BARRIER) ptx::barrier_wait(barrier, 0);
+  ptx::shared_store(tile + 4 * thread, ptx::shared_load(tile + 4 * thread));
+  if (kind != FENCE_OF_WRITES) ptx::fence_async_proxy();
+  ptx::block_sync();
+  float x[32];
+  for (float& y : x) y = 0;
+  if (kind != FENCE) ptx::wgmma_fence();
+  const uint64_t a = descriptor(tile, 16, 1024, 128);
+  if (kind != LANES || thread != 5) ptx::wgmma<Bfloat16, K, K>(x, a, a, true);
+  ptx::wgmma_commit();
+  if (kind == TOUCHED) x[3] = 1;
+  if (kind != WAIT) ptx::wgmma_wait<0>();
+  for (int n = 0; n < 32; ++n) d[32 * thread + n] = x[n];
+  if (kind == WAIT) ptx::wgmma_wait<0>();
+}
+
+}  // namespace
+
+EXPORTED const char* probe_product(int which, const int* image, int words, uint64_t a, uint64_t b, int accumulate,
+                                   float* d) {
+  const auto go = [&]<auto KERNEL>() {
+    launch<KERNEL>("", 1, 128, SHARED, nullptr, image, words, a, b, accumulate, d);
+  };
+  return report([&] {
+    switch (which) {
+      case 0: return go.operator()<probes::product<Bfloat16, K, K, 32>>();
+      case 1: return go.operator()<probes::product<Float16, K, K, 48>>();
+      case 2: return go.operator()<probes::product<Bfloat16, K, MN, 64>>();
+      case 3: return go.operator()<probes::product<Float16, MN, MN, 96>>();
+      case 4: return go.operator()<probes::product<Bfloat16, MN, K, 128>>();
+    }
+  });
+}
+
+EXPORTED const char* probe_product_registers(int which, const int* image, int words, const uint32_t* a, uint64_t b,
+                                             int accumulate, float* d) {
+  const auto go = [&]<auto KERNEL>() {
+    launch<KERNEL>("", 1, 128, SHARED, nullptr, image, words, a, b, accumulate, d);
+  };
+  return report([&] {
+    switch (which) {
+      case 0: return go.operator()<probes::product_registers<Bfloat16, MN, 32>>();
+      case 1: return go.operator()<probes::product_registers<Float16, MN, 48>>();
+      case 2: return go.operator()<probes::product_registers<Bfloat16, K, 64>>();
+    }
+  });
+}
+
+EXPORTED const char* probe_copy(const Box* box, const int* at, int* image) {
+  return report([&] {
+    launch<probes::copy>("", 1, 128, SHARED, nullptr, encode(*box), box->columns * box->rows * 2, at[0], at[1], at[2],
+                         at[3], image);
+  });
+}
+
+EXPORTED const char* probe_lanes(int bfloat16, int mask, const float* x, uint32_t* out) {
+  return report([&] {
+    if (bfloat16)
+      launch<probes::lanes<Bfloat16>>("", 1, 128, SHARED, nullptr, mask, x, out);
+    else
+      launch<probes::lanes<Float16>>("", 1, 128, SHARED, nullptr, mask, x, out);
+  });
+}
+
+EXPORTED const char* probe_wrong(int kind, const Box* box, float* d) {
+  return report([&] { launch<wrong>("", 1, 128, SHARED, nullptr, encode(*box), kind, d); });
+}
+
+// Arithmetic that needs no machine.
+
+EXPORTED int key_blocks_of(int64_t len_k, int64_t prefix, int64_t offset, int64_t left, int64_t right, int64_t i0,
+                           int64_t i1, int block, int* edges, int* visited) {
+  const KeyBlocks keys = key_blocks({len_k, prefix, offset, left, right}, i0, i1, block);
+  *edges = keys.edges();
+  for (int t = 0; t < keys.count(); ++t) visited[t] = keys.at(t);
+  return keys.count();
+}
+
+EXPORTED void places_of(int entries, int heads, int section, int blocks, int64_t rounds, int64_t* tiles, int* ranks,
+                        int* head) {
+  for (int64_t round = 0; round < rounds; ++round)
+    for (int n = 0; n < blocks; ++n, ++tiles, ++ranks, ++head) {
+      *tiles = tile_of(round, n, blocks);
+      if (*tiles >= int64_t(entries) * heads) continue;
+      const TilePlace place = place_of(*tiles, entries, heads, section);
+      *ranks = place.rank;
+      *head = place.head;
+    }
+}
+
+EXPORTED const char* schedule_of(const Lengths* lengths, const Entries* entries, int* order) {
+  return report([&] { schedule(*lengths, *entries, order, nullptr); });
+}
+
+EXPORTED int cost_of(const Lengths* lengths, const Entries* entries, int entry) {
+  return cost(*entries, *lengths, entry);
+}

@@ -1,0 +1,80 @@
+// One primitive each, alone: what goes in is given, what comes out is kept as it is. The same text runs emulated and on
+// a card.
+#pragma once
+
+#include "cuda/ptx.cuh"
+
+namespace duplex::probes {
+
+// Shared memory as given, less its first kilobyte, which is for barriers.
+DUPLEX_DEVICE uint32_t write_image(const int* image, int words) {
+  const uint32_t at = ptx::shared_base() + 1024;
+  for (int n = ptx::thread_index(); n < words; n += 128) ptx::shared_store(at + 4 * n, image[n]);
+  return at;
+}
+
+// D += A B by descriptors that count from the image's start; d is (128, HALF), a thread's accumulators a row.
+template <class T, Major MAJOR_A, Major MAJOR_B, int HALF>
+DUPLEX_KERNEL(128)
+product(const int* image, int words, uint64_t a, uint64_t b, int accumulate, float* d) {
+  const uint64_t at = write_image(image, words) >> 4;
+  ptx::fence_async_proxy();
+  ptx::block_sync();
+  float x[HALF];
+  for (int n = 0; n < HALF; ++n) x[n] = d[ptx::thread_index() * HALF + n];
+  ptx::wgmma_fence();
+  ptx::wgmma<T, MAJOR_A, MAJOR_B>(x, a + at, b + at, accumulate);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::settle(x);
+  for (int n = 0; n < HALF; ++n) d[ptx::thread_index() * HALF + n] = x[n];
+}
+
+// The same with A from registers: (128, 4) words.
+template <class T, Major MAJOR_B, int HALF>
+DUPLEX_KERNEL(128)
+product_registers(const int* image, int words, const uint32_t* a, uint64_t b, int accumulate, float* d) {
+  const uint64_t at = write_image(image, words) >> 4;
+  ptx::fence_async_proxy();
+  ptx::block_sync();
+  float x[HALF];
+  uint32_t registers[4];
+  for (int n = 0; n < HALF; ++n) x[n] = d[ptx::thread_index() * HALF + n];
+  for (int n = 0; n < 4; ++n) registers[n] = a[ptx::thread_index() * 4 + n];
+  ptx::wgmma_fence();
+  ptx::wgmma<T, MAJOR_B>(x, registers, b + at, accumulate);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::settle(x);
+  for (int n = 0; n < HALF; ++n) d[ptx::thread_index() * HALF + n] = x[n];
+}
+
+// A box at (c0, c1, c2, c3), as it lies in shared memory.
+DUPLEX_KERNEL(128)
+copy(DUPLEX_PARAMETER ptx::TensorMap map, int bytes, int c0, int c1, int c2, int c3, int* image) {
+  const uint32_t barrier = ptx::shared_base(), to = barrier + 1024;
+  if (ptx::thread_index() == 0) {
+    ptx::barrier_init(barrier, 1);
+    ptx::barrier_init_fence();
+  }
+  ptx::block_sync();
+  if (ptx::thread_index() == 0) {
+    ptx::barrier_expect(barrier, bytes);
+    ptx::copy_box(to, map, barrier, c0, c1, c2, c3);
+  }
+  ptx::barrier_wait(barrier, 0);
+  for (int n = ptx::thread_index(); n < bytes / 4; n += 128) image[n] = ptx::shared_load(to + 4 * n);
+}
+
+// (128, 4): a shuffle's result, the warp's first value, who is elected, a packed pair.
+template <class T>
+DUPLEX_KERNEL(128)
+lanes(int mask, const float* x, uint32_t* out) {
+  const int thread = ptx::thread_index();
+  out[4 * thread] = ptx::shuffle_xor(uint32_t(thread), mask);
+  out[4 * thread + 1] = uint32_t(ptx::uniform(thread));
+  out[4 * thread + 2] = ptx::elect();
+  out[4 * thread + 3] = ptx::pack<T>(x[2 * thread], x[2 * thread + 1]);
+}
+
+}  // namespace duplex::probes

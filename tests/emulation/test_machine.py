@@ -1,0 +1,229 @@
+"""The emulated primitives, each alone, against the layouts of the PTX manual as written down here a second time; and what it reports."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from .library import Box, compiler, draw, functions
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+BF16, FP16 = torch.bfloat16, torch.float16
+SEEDS = (0, 4, 11, 14)  # products at once, late and mixed
+
+
+def call(name: str, *arguments: object) -> str | None:
+    function = getattr(functions(), name)
+    function.restype = ctypes.c_char_p
+    told = function(*arguments)
+    return told and told.decode()
+
+
+def pointer(x: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.ctypes.data)
+
+
+def bits(x: torch.Tensor) -> np.ndarray:
+    return x.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+# Layouts of the manual: "Shared memory matrix layout", "Register fragments for wgmma.mma_async.m64nNk16".
+
+
+def swizzle(rows: np.ndarray) -> np.ndarray:
+    """(rows, 64 or 32) numbers as they lie: lines of 128 bytes in groups of 8 (or 4); in line n, 16-byte units move to unit ^ n."""
+    units = 8 if rows.shape[1] == 64 else 4
+    lines = rows.reshape(-1, 8 // units, units, 8)  # of 128 bytes: one row, or two
+    out = np.empty_like(lines)
+    for n, unit in itertools.product(range(len(lines)), range(units)):
+        out[n, :, unit ^ (n % units)] = lines[n, :, unit]
+    return out.reshape(-1)
+
+
+class Image:
+    """Operands side by side in shared memory, NaN around them."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+
+    def add(self, matrix: torch.Tensor, inner_contiguous: bool, width: int, step: int) -> int:
+        """(outer, 16) as the step-th 16 of a larger operand in rows of `width`; its descriptor from the image's start."""
+        at, outer = sum(p.size for p in self.parts) * 2, matrix.shape[0]
+        row_bytes = 2 * width
+        if inner_contiguous:
+            tile = torch.full((outer, width), float("nan"), dtype=matrix.dtype)
+            tile[:, 16 * step : 16 * step + 16] = matrix
+            self.parts.append(swizzle(bits(tile)))
+            at, leading = at + 32 * step, 16
+        else:  # panels of (inner, width), one behind the other
+            depth = 16 * (step + 2)
+            leading = depth * row_bytes
+            for panel in matrix.split(width):
+                tile = torch.full((depth, width), float("nan"), dtype=matrix.dtype)
+                tile[16 * step : 16 * step + 16] = panel.T
+                self.parts.append(swizzle(bits(tile)))
+            at += 16 * step * row_bytes
+        mode = 1 if width == 64 else 2
+        return at >> 4 | leading >> 4 << 16 | 8 * row_bytes >> 4 << 32 | mode << 62
+
+    def words(self) -> np.ndarray:
+        return np.concatenate(self.parts).view(np.int32)
+
+
+def accumulators() -> Iterator[tuple[int, int, int, int]]:
+    """Thread, number, row, column of the first 8 columns of D: four numbers a thread."""
+    for thread in range(128):
+        group, member = divmod(thread % 32, 4)
+        top = thread // 32 * 16 + group
+        for number, (row, column) in enumerate([(0, 0), (0, 1), (8, 0), (8, 1)]):
+            yield thread, number, top + row, 2 * member + column
+
+
+def to_registers(d: torch.Tensor) -> torch.Tensor:
+    """(64, N) to (128, N / 2)."""
+    out = torch.empty(128, d.shape[1] // 2)
+    for thread, number, row, column in accumulators():
+        out[thread, number::4] = d[row, column::8]
+    return out
+
+
+def a_registers(a: torch.Tensor) -> np.ndarray:
+    """(64, 16) to (128, 4) words of two numbers."""
+    out = torch.empty(128, 8, dtype=a.dtype)
+    for thread, number, row, column in accumulators():
+        out[thread, number::4] = a[row, column::8]
+    return bits(out).view(np.uint32)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+PRODUCTS = [  # N, dtype, whether A's and B's inner dimension is contiguous
+    (64, BF16, True, True),
+    (96, FP16, True, True),
+    (128, BF16, True, False),
+    (192, FP16, False, False),
+    (256, BF16, False, True),
+]
+
+
+@pytest.mark.parametrize("width", [64, 32])
+@pytest.mark.parametrize("which", range(len(PRODUCTS)))
+def test_product_of_shared_memory(which: int, width: int) -> None:
+    n, dtype, a_inner, b_inner = PRODUCTS[which]
+    a, b, c = normal(64, 16, dtype=dtype), normal(n, 16, dtype=dtype), to_registers(normal(64, n))
+    for seed, accumulate in itertools.product(SEEDS, (0, 1)):
+        draw(seed)
+        image = Image()
+        step = seed % (width // 16)
+        a_at, b_at = image.add(a, a_inner, width, step), image.add(b, b_inner, width, step)
+        words, d = image.words(), c.numpy().copy()
+        told = call(
+            "probe_product", which, pointer(words), len(words), ctypes.c_uint64(a_at), ctypes.c_uint64(b_at), accumulate, pointer(d)
+        )  # fmt: skip
+        assert told is None
+        want = to_registers((a.double() @ b.double().T).float()) + c * accumulate
+        torch.testing.assert_close(torch.from_numpy(d), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("which", "n", "dtype", "b_inner"), [(0, 64, BF16, False), (1, 96, FP16, False), (2, 128, BF16, True)])  # fmt: skip
+def test_product_of_registers(which: int, n: int, dtype: torch.dtype, b_inner: bool) -> None:
+    a, b, c = normal(64, 16, dtype=dtype), normal(n, 16, dtype=dtype), to_registers(normal(64, n))
+    for seed in SEEDS:
+        draw(seed)
+        image = Image()
+        b_at = image.add(b, b_inner, 32 if n == 96 else 64, seed % 2)
+        words, registers, d = image.words(), a_registers(a), c.numpy().copy()
+        told = call(
+            "probe_product_registers", which, pointer(words), len(words), pointer(registers), ctypes.c_uint64(b_at), 1, pointer(d)
+        )  # fmt: skip
+        assert told is None
+        want = to_registers((a.double() @ b.double().T).float()) + c
+        torch.testing.assert_close(torch.from_numpy(d), want, rtol=1e-5, atol=1e-4)
+
+
+def box_of(x: torch.Tensor, columns: int, rows: int) -> Box:
+    """x is (batch, row, head, head_dim)."""
+    order = [3, 1, 2, 0]
+    return Box(x.data_ptr(), tuple(x.shape[n] for n in order), tuple(2 * x.stride(n) for n in order), columns, rows)
+
+
+@pytest.mark.parametrize("columns", [64, 32])
+@pytest.mark.parametrize(
+    "at", [(0, 0, 0, 0), (64, 5, 2, 1), (32, 15, 1, 0), (0, -3, 0, 1), (64, 40, 1, 1), (128, 0, 0, 0)]
+)
+def test_copy_swizzles_and_fills_with_zeros(columns: int, at: tuple[int, ...]) -> None:
+    storage = normal(2, 20, 3, 96, dtype=FP16)
+    x = storage[..., :80]  # head_dim 80 in rows of 96
+    wanted = torch.zeros(16, columns, dtype=FP16)
+    for row, column in itertools.product(range(16), range(columns)):
+        if 0 <= at[1] + row < 20 and at[0] + column < 80:
+            wanted[row, column] = x[at[3], at[1] + row, at[2], at[0] + column]
+    image = np.full(16 * columns // 2, -1, np.int32)
+    for seed in SEEDS:
+        draw(seed)
+        assert call("probe_copy", ctypes.byref(box_of(x, columns, 16)), (ctypes.c_int * 4)(*at), pointer(image)) is None
+        assert np.array_equal(image.view(np.uint16), swizzle(bits(wanted)))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_lanes(dtype: torch.dtype) -> None:
+    x = torch.cat([normal(128, 2), torch.tensor([[1e-8, -70000.0], [3e38, 1 + 2**-8], [1 + 3 * 2**-8, 0.1]])])[-128:]
+    out = np.zeros((128, 4), np.uint32)
+    for seed, mask in itertools.product(SEEDS, (1, 2, 16, 31)):
+        draw(seed)
+        assert call("probe_lanes", int(dtype == BF16), mask, pointer(x.numpy()), pointer(out)) is None
+        threads = np.arange(128)
+        assert np.array_equal(out[:, 0], threads ^ mask)
+        assert np.array_equal(out[:, 1], threads // 32 * 32)
+        assert out[:, 2].reshape(4, 32).sum(1).tolist() == [1, 1, 1, 1]
+        assert np.array_equal(out[:, 3], bits(x.to(dtype)).view(np.uint32)[:, 0])
+
+
+WRONG = {  # what a kernel does wrong, as probes.cpp numbers it -> what the machine says, or None where the numbers are NaN
+    "writes_are_not_fenced": (1, "a product reads ordinary writes to shared memory that were not fenced"),
+    "copy_is_not_waited_for": (2, "a bulk copy overwrites ordinary writes|with bulk copies that nobody waited for|NaN"),
+    "product_is_not_waited_for": (3, "NaN"),
+    "accumulators_are_touched": (4, "accumulators were touched while a product adds to them"),
+    "registers_are_not_fenced": (5, "without wgmma.fence"),
+    "more_bytes_are_expected": (6, "deadlock: 128 threads at an mbarrier"),
+    "more_threads_arrive": (7, "more threads arrive at an mbarrier than it was made for"),
+    "copy_over_unfenced_writes": (8, "a bulk copy overwrites ordinary writes"),
+    "a_lane_stays_away": (
+        9,
+        "deadlock: 31 threads at a product that other lanes have not begun|lanes of a warp disagree",
+    ),
+}
+
+
+def run_wrong(kind: int, seed: int) -> str:
+    """What the machine says of the kernel `wrong`; nothing if its result is right."""
+    x = normal(1, 64, 1, 64, dtype=BF16)
+    d = np.zeros((128, 32), np.float32)
+    draw(seed)
+    if told := call("probe_wrong", kind, ctypes.byref(box_of(x, 64, 64)), pointer(d)):
+        return told
+    if np.isnan(d).any():
+        return "NaN"
+    exact = to_registers((x[0, :, 0, :16].double() @ x[0, :, 0, :16].double().T).float())
+    torch.testing.assert_close(torch.from_numpy(d), exact, rtol=1e-5, atol=1e-4)
+    return ""
+
+
+def test_a_right_kernel_is_right_whatever_the_order() -> None:
+    assert {run_wrong(0, seed) for seed in range(48)} == {""}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_kernel_is_reported(name: str) -> None:
+    kind, report = WRONG[name]
+    told = {run_wrong(kind, seed) for seed in range(24)}
+    told -= {""} if name == "copy_is_not_waited_for" else set()  # a copy may land in time by luck
+    assert told and all(re.search(report, text) for text in told), told

@@ -1,0 +1,132 @@
+"""Which blocks of keys a tile visits and who does which tile when: arithmetic on the host, tried exhaustively at small sizes."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from .library import compiler, draw, functions
+from .test_machine import call, pointer
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+FAR = 2**29
+
+
+def sees(len_k: int, prefix: int, offset: int, left: int, right: int, rows: range) -> np.ndarray:
+    """(rows, len_k), by the definition."""
+    j, p = np.arange(len_k)[None, :], np.array(rows)[:, None] + offset
+    return (j < prefix) | ((p - left <= j) & (j <= p + right))
+
+
+def visited(
+    len_k: int, prefix: int, offset: int, left: int, right: int, rows: range, block: int
+) -> tuple[list[int], int]:
+    out, edges = np.zeros(64, np.int32), ctypes.c_int()
+    numbers = [ctypes.c_int64(x) for x in (len_k, prefix, offset, left, right, rows.start, rows.stop)]
+    count = functions().key_blocks_of(*numbers, block, ctypes.byref(edges), pointer(out))
+    return out[:count].tolist(), edges.value
+
+
+def check_span(*span: int, rows: range, block: int) -> None:
+    blocks, edges = visited(*span, rows, block)
+    mask = sees(*span, rows)
+    assert len(set(blocks)) == len(blocks)
+    needed = {int(j) // block for j in np.flatnonzero(mask.any(0))}
+    assert needed <= set(blocks), "a key that is seen lies in no visited block"
+    # Windows of neighbouring rows overlap or touch, so what lies between two seen keys is the only slack there may be.
+    if span[3] + span[4] >= 0:
+        assert set(blocks) == needed, "a block that no row sees is visited"
+    for n, b in enumerate(blocks):
+        whole = (b + 1) * block <= span[0] and bool(mask[:, b * block : (b + 1) * block].all())
+        assert n < edges or whole, "an inside block hides a key"
+        assert n >= edges or not whole or span[1] > 0, "an edge block hides nothing"
+
+
+def test_every_small_span() -> None:
+    block = 4
+    for len_k, offset, prefix in itertools.product((0, 1, 7, 8, 13), (-9, -3, 0, 2, 9), (0, 1, 4, 6, 13)):
+        for left, right in itertools.product((-2, 0, 1, 5, FAR), (-3, 0, 2, 6, FAR)):
+            for rows in (range(0, 1), range(0, 4), range(4, 8), range(6, 9)):
+                check_span(len_k, min(prefix, len_k), offset, left, right, rows=rows, block=block)
+
+
+def test_random_spans() -> None:
+    rng = random.Random(0)
+    for _ in range(3000):
+        len_k, start, block = rng.randrange(0, 60), rng.randrange(0, 40), rng.choice([1, 2, 3, 8, 16])
+        left, right = (rng.choice([FAR, rng.randrange(-5, 30)]) for _ in range(2))
+        rows = range(start, start + rng.randrange(1, 20))
+        check_span(len_k, rng.randrange(0, len_k + 1), rng.randrange(-40, 40), left, right, rows=rows, block=block)
+
+
+class Lengths(ctypes.Structure):
+    """csrc/cuda/lengths.h"""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cu_q", "cu_k", "len_q", "len_k", "start_q", "start_k", "prefix")),
+        *((name, ctypes.c_int32) for name in ("batch", "rows_q", "rows_k", "max_q", "max_k", "left", "right")),
+        ("top_left", ctypes.c_bool),
+    ]
+
+
+class Entries(ctypes.Structure):
+    """csrc/cuda/schedule.h"""
+
+    _fields_ = [("blocks", ctypes.c_int32), ("block_m", ctypes.c_int32), ("block_n", ctypes.c_int32)]
+
+
+def packed(lens_q: list[int], lens_k: list[int], left: int, right: int) -> tuple[Lengths, list[torch.Tensor]]:
+    cu = [torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32) for lens in (lens_q, lens_k)]
+    lengths = Lengths(
+        cu[0].data_ptr(), cu[1].data_ptr(), None, None, None, None, None,
+        len(lens_q), sum(lens_q), sum(lens_k), max(lens_q), max(lens_k), left, right, False,
+    )  # fmt: skip
+    return lengths, cu
+
+
+@pytest.mark.parametrize(("left", "right"), [(FAR, FAR), (FAR, 0), (0, FAR), (100, 100)])
+def test_entries_are_ranked_longest_first(left: int, right: int) -> None:
+    """Of 400 sequences, so that several blocks of the ranking kernel work on them; every block of rows once, no other."""
+    rng = random.Random(left + right)
+    lens_q = [rng.choice([0, 1, 64, 65, 500, rng.randrange(900)]) for _ in range(400)]
+    lens_k = [rng.choice([0, n, n + 200]) for n in lens_q]
+    lengths, kept = packed(lens_q, lens_k, left, right)
+    entries = Entries(-(-max(lens_q) // 64), 64, 32)
+    order = np.full(1 + entries.blocks * 400, -1, np.int32)
+    draw(1)
+    assert call("schedule_of", ctypes.byref(lengths), ctypes.byref(entries), pointer(order)) is None
+    real = {b * entries.blocks + n for b, rows in enumerate(lens_q) for n in range(-(-rows // 64))}
+    assert order[0] == len(real) and (order[1 + len(real) :] == -1).all()
+    ranked = order[1 : 1 + len(real)].tolist()
+    assert set(ranked) == real
+    costs = []
+    for entry in ranked:
+        b, n = divmod(entry, entries.blocks)
+        rows = range(64 * n, min(64 * n + 64, lens_q[b]))
+        mask = sees(lens_k[b], 0, lens_k[b] - lens_q[b], left, right, rows)
+        costs.append(len({int(j) // 32 for j in np.flatnonzero(mask.any(0))}))
+    assert costs == sorted(costs, reverse=True)
+    assert all(a < b for (a, x), (b, y) in itertools.pairwise(zip(ranked, costs, strict=True)) if x == y), "not stable"
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 132])
+def test_each_tile_is_done_once(blocks: int) -> None:
+    for entries, heads, section in itertools.product((1, 3, 40), (1, 4, 6), (1, 2, 4, 6)):
+        if section > heads:
+            continue
+        rounds = -(-entries * heads // blocks)
+        tiles = np.zeros(rounds * blocks, np.int64)
+        ranks, head = np.zeros(rounds * blocks, np.int32), np.zeros(rounds * blocks, np.int32)
+        functions().places_of(entries, heads, section, blocks, ctypes.c_int64(rounds), pointer(tiles), pointer(ranks), pointer(head))  # fmt: skip
+        assert sorted(tiles.tolist()) == list(range(rounds * blocks))
+        done = [(r, h) for t, r, h in zip(tiles, ranks, head, strict=True) if t < entries * heads]
+        assert sorted(done) == list(itertools.product(range(entries), range(heads)))
+        in_time = sorted(zip(tiles, ranks, head, strict=True))[: entries * heads]
+        for s in range(0, heads, section):  # within a section of heads the longest come first
+            of_section = [int(r) for _, r, h in in_time if s <= h < s + section]
+            assert of_section == sorted(of_section)
