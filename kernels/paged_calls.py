@@ -25,7 +25,6 @@ from .pages import Pages, Table
 from .problem import UNBOUNDED, row_view, view
 from .rope import Rope
 
-MERGE_OPTIONS = {"num_warps": 4}
 NATIVE_FLOAT8 = ("sm_90",)  # architectures that convert float8_e4m3fn themselves
 
 
@@ -117,7 +116,7 @@ def attention(c: PagedCall, out: Tensor, lse: Tensor, workspace: Tensor, d: Divi
     ]  # fmt: skip
     if d.splits > 1:
         launches.append(
-            Launch(parts_kernel, blocks, (*shared.arguments, d.splits, d.blocks), shared.constants, MERGE_OPTIONS)
+            Launch(parts_kernel, blocks, (*shared.arguments, d.splits, d.blocks), shared.constants, _merging(shared))
         )
     return launches
 
@@ -141,7 +140,7 @@ def planned(c: PagedCall, plan: Tensor, out: Tensor, lse: Tensor, workspace: Ten
         Launch(
             planned_parts_kernel, launches[-1].programs,
             (out_view, lse_view, *parts_and_sink, c.q.shape[0], *shared.arguments[-3:], plan, capacity),
-            {name: shared.constants[name] for name in ("HEADS", "HEAD_DIM_V", "BLOCK_DV", "BLOCK_M")}, MERGE_OPTIONS,
+            {name: shared.constants[name] for name in ("HEADS", "HEAD_DIM_V", "BLOCK_DV", "BLOCK_M")}, _merging(shared),
         )
     )  # fmt: skip
     return launches
@@ -167,6 +166,11 @@ def _shared(c: PagedCall, pack: Packing, out: Tensor, lse: Tensor, workspace: Te
         {"TOP_LEFT": c.top_left, "FIXED": FIXED_SPLIT if c.batch_invariant else 0, "HEADS": pack.heads,
          "HEAD_DIM_V": dim_v, "BLOCK_DV": tuning.padded(dim_v), "BLOCK_M": pack.tile.block_m, "BLOCK_N": pack.tile.block_n},
     )  # fmt: skip
+
+
+def _merging(shared: Shared) -> dict[str, int]:
+    """Two tiles of float32 fit the registers of so many warps."""
+    return {"num_warps": 4 if shared.constants["BLOCK_M"] * shared.constants["BLOCK_DV"] <= 4096 else 16}
 
 
 def _reading(c: PagedCall, table: str) -> tuple:
