@@ -34,7 +34,7 @@ def append_kernel(
 
     rows = (x.data + token * x.row + head * x.head)[:, None]
     new = load_rotated(rows, live, position, rope, DIM, COLUMNS, PAIRS, INTERLEAVED)
-    slot = position % PAGE_SIZE
+    slot = (position % PAGE_SIZE).to(tl.int64)
     if LARGEST != 0:
         new = new.to(tl.float32)
         if pages.scales is not None:

@@ -15,7 +15,7 @@ from .outside import clear, clear_row, share
 from .philox import kept
 from .schedule import SIZES, job
 from .span import bias_origin, count, key_blocks, pick, sequence
-from .tile import LN2, LOG2E, dot, load, load_block, logits, probabilities, store, store_row
+from .tile import LN2, dot, load, load_block, logits, softmax_step, store, store_row
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -63,17 +63,7 @@ def forward_kernel(
             tile_k = load_block(k, k_descriptor, b, kv_head, row_k, live_k, EDGE, FILLED, BLOCK_N, BLOCK_D, HEAD_DIM)
             products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             x, _ = logits(products, terms, s, b, h, i0, j0, origin, PLAIN, EDGE, KEYS_DOWN=False)
-            if PLAIN:
-                new_largest = tl.maximum(largest, tl.max(x, 1) * terms.log2_scale)
-            else:
-                new_largest = tl.maximum(largest, tl.max(x, 1))
-            reference = new_largest
-            if EDGE or not FINITE:
-                reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-            p = probabilities(x, reference[:, None], terms, PLAIN)
-            decay = tl.exp2((largest - reference) * (UNIT * LOG2E))
-            total = total * decay + tl.sum(p, 1)
-            largest = new_largest
+            p, largest, total, decay = softmax_step(x, largest, total, terms, PLAIN, EDGE or not FINITE)
             if dropout is not None:
                 p = tl.where(kept(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
             tile_v = load_block(v, v_descriptor, b, kv_head, row_k, live_k, EDGE, FILLED, BLOCK_N, BLOCK_DV, HEAD_DIM_V)

@@ -16,7 +16,7 @@ from .outside import clear, clear_row
 from .pages import load_scales, load_stored, places
 from .rope import load_rotated
 from .span import Sequence, clamp, count, key_blocks, pick
-from .tile import LN2, LOG2E, dot, probabilities, scores
+from .tile import LN2, LOG2E, dot, scores, softmax_step
 
 # Kernel arguments that change from call to call: never compiled in.
 SIZES = [
@@ -233,17 +233,7 @@ def attend(
                 products *= load_scales(k_pages, kv_head, page, slot, inside, not EDGE)[None, :]
             nearest, furthest = j0 - (i1 - 1 + s.offset), j0 + BLOCK_N - 1 - (i0 + s.offset)
             x, _ = scores(products, terms, s, b, head, i, j[None, :], nearest, furthest, (0, first), PLAIN, EDGE)
-            if PLAIN:
-                new_largest = tl.maximum(largest, tl.max(x, 1) * terms.log2_scale)
-            else:
-                new_largest = tl.maximum(largest, tl.max(x, 1))
-            reference = new_largest
-            if EDGE or not FINITE:
-                reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-            p = probabilities(x, reference[:, None], terms, PLAIN)
-            decay = tl.exp2((largest - reference) * (UNIT * LOG2E))
-            total = total * decay + tl.sum(p, 1)
-            largest = new_largest
+            p, largest, total, decay = softmax_step(x, largest, total, terms, PLAIN, EDGE or not FINITE)
             if v_pages.scales is not None:
                 p *= load_scales(v_pages, kv_head, page, slot, inside, not EDGE)[None, :]
             tile_v = load_stored(

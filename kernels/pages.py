@@ -33,10 +33,10 @@ class Table(NamedTuple):
 
 @triton.jit
 def places(table, b, j, live, num_pages, PAGE_SIZE: tl.constexpr, ALL_LIVE: tl.constexpr):
-    """Page and slot of keys j of sequence b. Contents are not trusted: no page past the pool."""
+    """Page and slot of keys j of sequence b, wide enough for any stride. Contents are not trusted: no page past the pool."""
     pointers = table.data + tl.cast(b, tl.int64) * table.row + tl.cast(j // PAGE_SIZE, tl.int64) * table.column
     page = tl.load(pointers) if ALL_LIVE else tl.load(pointers, mask=live, other=0)
-    return clamp(page, 0, num_pages - 1).to(tl.int64), j % PAGE_SIZE
+    return clamp(page, 0, num_pages - 1).to(tl.int64), (j % PAGE_SIZE).to(tl.int64)
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def load_stored(
 def load_scales(pages, head, page, slot, live, ALL_LIVE: tl.constexpr):
     """(rows,) float32."""
     pointers = pages.scales + tl.cast(head, tl.int64) * pages.scales_head
-    pointers += page * pages.scales_page + slot.to(tl.int64) * pages.scales_slot
+    pointers += page * pages.scales_page + slot * pages.scales_slot
     if ALL_LIVE:
         return tl.load(pointers)
     else:

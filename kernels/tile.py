@@ -120,6 +120,23 @@ def probabilities(x, reference, terms, PLAIN: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(x, largest, total, terms, PLAIN: tl.constexpr, MAYBE_EMPTY: tl.constexpr):
+    """Probabilities of a tile's scores against the running maximum, that maximum, the running sum, and what older sums shrink by.
+
+    MAYBE_EMPTY: a row may have seen nothing yet.
+    """
+    unit: tl.constexpr = LN2 if PLAIN else 1.0
+    highest = tl.max(x, 1) * terms.log2_scale if PLAIN else tl.max(x, 1)
+    new_largest = tl.maximum(largest, highest)
+    reference = new_largest
+    if MAYBE_EMPTY:
+        reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+    p = probabilities(x, reference[:, None], terms, PLAIN)
+    decay = tl.exp2((largest - reference) * (unit * LOG2E))
+    return p, new_largest, total * decay + tl.sum(p, 1), decay
+
+
+@triton.jit
 def reference_of(lse, PLAIN: tl.constexpr):
     """Of rows as stored; a row that sees nothing gets no probability at all."""
     unit: tl.constexpr = LOG2E if PLAIN else 1.0
