@@ -61,9 +61,11 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{CSRC
 CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
 
 
-# One object per head_dim from the same source, for Hopper alone: wgmma is in no other generation.
+# One object per head_dim from the same source. What is in a generation's folder is compiled for it (wgmma is in no
+# other than Hopper), what all share for each; later cards compile Ampere's PTX.
 HEAD_DIMS = (64, 96, 128, 192, 256)
 HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
+AMPERE = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
 OLDEST_NVCC = (12, 5)  # whose runtime finds the driver's functions by version
 
 
@@ -105,10 +107,15 @@ def cpu_jobs(torch: Path) -> list[Job]:
 def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
     flags = ["-std=c++20", "-O3", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
     flags += ["-isystem", str(torch / "include"), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
-    flags += [HOPPER, "--resource-usage"]
-    kernels = [Job(CUDA / "sm90/forward.cu", f"{d}", [*flags, f"-DDUPLEX_HEAD_DIM={d}"]) for d in HEAD_DIMS]
-    others = [*CUDA.glob("*.cu"), *CUDA.glob("*.cpp"), *CUDA.glob("sm90/*.cpp")]
-    return kernels + [Job(s, "host", flags) for s in sorted(others)]
+    flags += ["--resource-usage"]
+    kernels = [
+        Job(source, f"{folder}.{d}", [*flags, target, f"-DDUPLEX_HEAD_DIM={d}"])
+        for folder, target in (("sm90", HOPPER), ("sm80", AMPERE))
+        for source in sorted((CUDA / folder).glob("*.cu"))
+        for d in HEAD_DIMS
+    ]
+    others = [*CUDA.glob("*.cu"), *CUDA.rglob("*.cpp")]
+    return kernels + [Job(s, "host", [*flags, AMPERE, HOPPER]) for s in sorted(others)]
 
 
 def cuda_stub(cxx: str) -> Path:
@@ -164,7 +171,7 @@ class BuildNative(build_ext):
             raise RuntimeError("torch >= 2.10 is needed to build the CPU backend: pip install torch first")
         elif ext.name == "duplex_attn.libduplex_cuda":
             nvidia, stub = nvcc() or "", cuda_stub(cxx)
-            link = [nvidia, HOPPER, "-ccbin", cxx, "-cudart", "static", "-Xlinker", "--no-as-needed"]
+            link = [nvidia, AMPERE, HOPPER, "-ccbin", cxx, "-cudart", "static", "-Xlinker", "--no-as-needed"]
             links = [f"-L{stub.parent}", "-ltorch_cuda", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
             self.build_library(nvidia, link, ext, CUDA, cuda_jobs(torch, cxx), links)
         else:
@@ -176,13 +183,17 @@ class BuildNative(build_ext):
     ) -> None:
         folder = ROOT / "build" / "objects" / sources.name  # kept from build to build, unlike pip's temporary folder
         folder.mkdir(parents=True, exist_ok=True)
-        headers = [*(CSRC / "common").glob("*.h"), *sources.rglob("*.h"), *sources.rglob("*.cuh"), Path(__file__)]
-        newest_header = max(header.stat().st_mtime for header in headers)
+
+        # A folder reads its own headers, those above it, and what all share; host code, which joins them, reads all.
+        def newest(job: Job) -> float:
+            above = [p for p in (job.source.parent, *job.source.parent.parents) if p.is_relative_to(sources)]
+            found = [p for at in above for p in at.glob("*.*h")] if job.source.suffix == ".cu" else sources.rglob("*.*h")
+            return max(p.stat().st_mtime for p in (*found, *(CSRC / "common").glob("*.h"), job.source, Path(__file__)))
 
         def compile_one(job: Job) -> str:
             how = zlib.crc32(" ".join([cxx, *job.flags]).encode())
             target = folder / f"{job.source.stem}.{job.variant}.{how:08x}.o"
-            if not target.exists() or target.stat().st_mtime < max(job.source.stat().st_mtime, newest_header):
+            if not target.exists() or target.stat().st_mtime < newest(job):
                 done = subprocess.run(
                     [cxx, *job.flags, "-c", str(job.source), "-o", str(target)],
                     stdout=subprocess.PIPE,

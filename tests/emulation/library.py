@@ -26,9 +26,11 @@ FLAGS = [
     "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-x", "c++",
     f"-I{MACHINE}", f"-I{CSRC}", "-isystem", str(TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
-SOURCES = [
-    *((CSRC / "cuda/sm90/forward.cu", [f"-DDUPLEX_HEAD_DIM={d}"]) for d in HEAD_DIMS),
-    *((CSRC / "cuda" / name, []) for name in ("sm90/variants.cpp", "prepare.cu", "forward.cpp", "library.cpp")),
+CUDA = CSRC / "cuda"
+HARDWARE = {CUDA / "device.cpp", CUDA / "tensor_map.cu"}  # what the machine takes the place of
+SOURCES: list[tuple[Path, list[str]]] = [
+    *((source, [f"-DDUPLEX_HEAD_DIM={d}"]) for source in sorted(CUDA.glob("sm*/*.cu")) for d in HEAD_DIMS),
+    *((source, []) for source in sorted({*CUDA.glob("*.cu"), *CUDA.rglob("*.cpp")} - HARDWARE)),
     *((source, []) for source in sorted(MACHINE.glob("*.cpp"))),
 ]
 
@@ -43,32 +45,31 @@ def library() -> Path:
     cxx = compiler()
     assert cxx is not None
     FOLDER.mkdir(parents=True, exist_ok=True)
-    texts = [
-        p for folder in (CSRC / "common", CSRC / "cuda", MACHINE) for p in sorted(folder.rglob("*")) if p.is_file()
-    ]
-    how = zlib.crc32(b"".join([" ".join([cxx, *FLAGS]).encode(), *(p.read_bytes() for p in texts)]))
-    target = FOLDER / f"libduplex_emulated.{how:08x}.so"
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(lambda job: compile_one(cxx, *job), SOURCES))
+        target = FOLDER / f"libduplex_emulated.{zlib.crc32(' '.join(map(str, objects)).encode()):08x}.so"
         if not target.exists():
-            for old in FOLDER.glob("*.so"):
-                old.unlink()
-            build(cxx, target)
+            links = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+            subprocess.run([cxx, "-shared", *map(str, objects), "-o", f"{target}.new", *links], check=True)
+            Path(f"{target}.new").rename(target)
+        for old in {*FOLDER.glob("*.o"), *FOLDER.glob("*.so")} - {*objects, target}:
+            old.unlink()
     return target
 
 
-def build(cxx: str, target: Path) -> None:
-    def compile_one(n: int) -> str:
-        source, flags = SOURCES[n]
-        done = FOLDER / f"{n}.o"
-        subprocess.run([cxx, *FLAGS, *flags, "-c", str(source), "-o", str(done)], check=True)
-        return str(done)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, range(len(SOURCES))))
-    links = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
-    subprocess.run([cxx, "-shared", *objects, "-o", f"{target}.new", *links], check=True)
-    Path(f"{target}.new").rename(target)
+def compile_one(cxx: str, source: Path, flags: list[str]) -> Path:
+    """Named by what goes into it: a folder reads its own headers and those above it; host code, which joins them, all."""
+    folders = [source.parent, CUDA] if source.suffix == ".cu" else sorted({p.parent for p in CUDA.rglob("*.*h")})
+    texts = [source, *(p for at in (*folders, CSRC / "common") for p in sorted(at.glob("*.*h")))]
+    texts += sorted(MACHINE.rglob("*.*h"))
+    how = zlib.crc32(b"".join([" ".join([cxx, *FLAGS, *flags]).encode(), *(p.read_bytes() for p in texts)]))
+    done = FOLDER / f"{source.parent.name}.{source.stem}.{how:08x}.o"
+    if not done.exists():
+        subprocess.run([cxx, *FLAGS, *flags, "-c", str(source), "-o", f"{done}.new"], check=True)
+        Path(f"{done}.new").rename(done)
+    return done
 
 
 @cache
