@@ -1,14 +1,9 @@
 // The arguments of an attention operator, as torch hands them over to every native library.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
+#include "common/tensors.h"
 
 namespace duplex {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Every operator takes these, in the order of the schema.
 struct CallArguments {

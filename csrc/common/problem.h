@@ -15,7 +15,7 @@ struct View {
   int64_t batch = 0, row = 0, head = 0;
 
   template <class T>
-  T* at(int64_t b, int64_t r, int64_t h) const {
+  DUPLEX_HOST_DEVICE T* at(int64_t b, int64_t r, int64_t h) const {
     return static_cast<T*>(data) + b * batch + r * row + h * head;
   }
 };
@@ -36,7 +36,7 @@ struct ScaleView {
   const float* data = nullptr;
   int64_t page = 0, slot = 0, head = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  DUPLEX_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
 // Keys and values in pages: a View's batch is a page, its row a slot of the page.
@@ -46,6 +46,14 @@ struct Pages {
   Storage storage;
   const int32_t* table;  // (batch, table_row): key j lies in slot j % page_size of page table[b][j / page_size]
   int64_t table_row, page_size;
+};
+
+struct Rope {
+  const float *cos = nullptr, *sin = nullptr;  // (positions, reach): pair x of the first 2 * reach dimensions turns
+  int64_t positions = 0, reach = 0;
+  bool interleaved = false;  // pairs are (2x, 2x + 1), else (x, x + reach)
+
+  DUPLEX_HOST_DEVICE explicit operator bool() const { return cos != nullptr; }
 };
 
 struct Problem {

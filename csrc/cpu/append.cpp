@@ -70,12 +70,10 @@ void copy_page(const Tensor& t, int64_t bytes, int64_t src, int64_t dst) {
 
 }  // namespace
 
-void paged_append(Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor positions,
-                  OptionalTensor cu_seqlens, OptionalTensor rope_cos, OptionalTensor rope_sin, bool rope_interleaved,
-                  OptionalTensor k_scales, OptionalTensor v_scales) {
-  if (block_table.stride(1) != 1 && block_table.size(1) > 1) block_table = torch::stable::contiguous(block_table);
+void paged_append(DUPLEX_APPEND_PARAMETERS) {
+  block_table = table_of(block_table);
   const int64_t batch = block_table.size(0), tokens = k.size(0);
-  const auto* cu = cu_seqlens ? static_cast<const int32_t*>(cu_seqlens->const_data_ptr()) : nullptr;
+  const auto* cu = data<int32_t>(cu_seqlens);
   if (cu) check_cu("cu_seqlens", cu, batch, tokens, tokens, "cu_seqlens");
   AppendProblem p{};
   p.dtype = dtype_of(k);
@@ -86,14 +84,8 @@ void paged_append(Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor blo
   p.head_dim = k.size(2);
   p.head_dim_v = v.size(2);
   p.rope = rope_of(rope_cos, rope_sin, rope_interleaved);
-  const auto for_each = [&](const OptionalTensor& scales) {
-    if (!scales) return false;
-    for (int d = 0; d < 3; ++d)
-      if (scales->size(d) != k_pages.size(d)) return false;
-    return true;
-  };
-  p.set_k_scales = for_each(k_scales);
-  p.set_v_scales = for_each(v_scales);
+  p.set_k_scales = sets_scales(k_scales, k_pages);
+  p.set_v_scales = sets_scales(v_scales, v_pages);
   const std::vector<Place> found =
       places(p.pages, k_pages.size(0), batch, block_table.size(1), tokens,
              static_cast<const int32_t*>(positions.const_data_ptr()), cu, rope_cos ? rope_cos->size(0) : INT64_MAX);
@@ -113,9 +105,7 @@ void copy_pages(Tensor k_pages, Tensor v_pages, Tensor src, Tensor dst, Optional
   parallel_tasks(src.size(0), 0, [&](int64_t n, void*) {
     for (const Tensor* t : {&k_pages, &v_pages}) copy_page(*t, element_size(*t), from[n], to[n]);
     for (const OptionalTensor* t : {&k_scales, &v_scales})
-      if (*t && (*t)->size(0) == k_pages.size(0) && (*t)->size(1) == k_pages.size(1) &&
-          (*t)->size(2) == k_pages.size(2))
-        copy_page(**t, 4, from[n], to[n]);
+      if (sets_scales(*t, k_pages)) copy_page(**t, 4, from[n], to[n]);
   });
 }
 

@@ -21,11 +21,6 @@ DType dtype_of(const Tensor& t) {
 
 namespace {
 
-template <class T>
-const T* data(const OptionalTensor& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
 Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[4], stride = 1;
   for (int d = int(sizes.size()) - 1; d >= 0; --d) {
@@ -49,11 +44,6 @@ BiasView bias_view(const OptionalTensor& t) {
 }
 
 }  // namespace
-
-View view(const Tensor& t) {
-  const int64_t d = t.dim();
-  return {t.data_ptr(), d == 4 ? t.stride(0) : 0, t.stride(d - 3), t.stride(d - 2)};
-}
 
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
   int32_t dtype;

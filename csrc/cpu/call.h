@@ -9,8 +9,6 @@ namespace duplex {
 // Throws std::invalid_argument for a dtype the kernels do not take.
 DType dtype_of(const Tensor& t);
 
-View view(const Tensor& t);
-
 // A tensor of q's dtype (or float32) on the CPU, uninitialised.
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes);
 Tensor new_float(std::initializer_list<int64_t> sizes);

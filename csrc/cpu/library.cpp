@@ -16,20 +16,9 @@ STABLE_TORCH_LIBRARY(duplex_attn_cpu, m) {
          ", int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
             .c_str());
   m.def("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
-  m.def(
-      "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seqlens_k, "
-      "Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? prefix, SymInt? left, SymInt? right, bool top_left, "
-      "Tensor? bias, Tensor? distance_bias, Tensor? alibi_slopes, Tensor? row_distance_bias, "
-      "Tensor? col_distance_bias, Tensor? sink, Tensor? k_scales, Tensor? v_scales, Tensor? rope_cos, "
-      "Tensor? rope_sin, bool rope_interleaved, float? scale, float softcap, bool batch_invariant, Tensor? plan, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def(
-      "paged_append(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, "
-      "Tensor positions, Tensor? cu_seqlens, Tensor? rope_cos, Tensor? rope_sin, bool rope_interleaved, "
-      "Tensor(c!)? k_scales, Tensor(d!)? v_scales) -> ()");
-  m.def(
-      "copy_pages(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor src, Tensor dst, Tensor(c!)? k_scales, "
-      "Tensor(d!)? v_scales) -> ()");
+  m.def(duplex::PAGED_ATTENTION_SCHEMA);
+  m.def(duplex::PAGED_APPEND_SCHEMA);
+  m.def(duplex::COPY_PAGES_SCHEMA);
   m.def(
       "plan(Tensor block_table, Tensor seqlens_k, Tensor? cu_seqlens_q, Tensor? prefix, int page_size, int? left, "
       "int? right, bool top_left, bool batch_invariant, int block_rows, int workers) -> Tensor");

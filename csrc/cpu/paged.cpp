@@ -18,8 +18,6 @@ constexpr int64_t BLOCK_ROWS = 384;    // of a tile: what shares one packed bloc
 constexpr int64_t FIXED_SPLIT = 2048;  // keys, where parts must not depend on the batch
 constexpr int64_t SHARED_ROWS = 12;    // below it, each sequence's own pass costs less than a common one
 
-const int32_t* ints(const OptionalTensor& t) { return t ? static_cast<const int32_t*>(t->const_data_ptr()) : nullptr; }
-
 PlanBatch plan_batch(const Tensor& block_table, const Tensor& seqlens_k, const OptionalTensor& cu_seqlens_q,
                      const OptionalTensor& prefix, int64_t page_size, std::optional<int64_t> left,
                      std::optional<int64_t> right, bool top_left) {
@@ -27,8 +25,8 @@ PlanBatch plan_batch(const Tensor& block_table, const Tensor& seqlens_k, const O
           page_size,
           block_table.stride(0),
           static_cast<const int32_t*>(seqlens_k.const_data_ptr()),
-          ints(cu_seqlens_q),
-          ints(prefix),
+          data<int32_t>(cu_seqlens_q),
+          data<int32_t>(prefix),
           static_cast<const int32_t*>(block_table.const_data_ptr()),
           clamp(left.value_or(UNBOUNDED), -UNBOUNDED, UNBOUNDED),
           clamp(right.value_or(UNBOUNDED), -UNBOUNDED, UNBOUNDED),
@@ -180,18 +178,11 @@ Tensor rotated(const Tensor& q, const PlanBatch& batch, const Rope& rope, const 
 
 }  // namespace
 
-void paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seqlens_k,
-                     OptionalTensor cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor prefix,
-                     std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, OptionalTensor bias,
-                     OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor row_distance_bias,
-                     OptionalTensor col_distance_bias, OptionalTensor sink, OptionalTensor k_scales,
-                     OptionalTensor v_scales, OptionalTensor rope_cos, OptionalTensor rope_sin, bool rope_interleaved,
-                     std::optional<double> scale, double softcap, bool batch_invariant, OptionalTensor given_plan,
-                     Tensor out, Tensor lse) {
+void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   if (row_distance_bias || col_distance_bias)
     throw std::invalid_argument("row_distance_bias, col_distance_bias: not in the CPU kernels");
   const Isa& isa = current_isa();
-  if (block_table.stride(1) != 1 && block_table.size(1) > 1) block_table = torch::stable::contiguous(block_table);
+  block_table = table_of(block_table);
   const PlanBatch batch =
       plan_batch(block_table, seqlens_k, cu_seqlens_q, prefix, k_pages.size(1), left, right, top_left);
   const Rope rope = rope_of(rope_cos, rope_sin, rope_interleaved);
@@ -217,19 +208,19 @@ void paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tabl
 
   const bool may_share = !bias && !distance_bias && !alibi_slopes;
   const PlanOptions options = plan_options(batch_invariant, may_share);
-  Plan plan;
-  if (given_plan) plan = read_plan(*given_plan, batch, options.fixed_split);
-  if (!given_plan || (plan.header.shared > 0 && !may_share)) plan = make_plan(batch, options);
-  Tensor parts = new_float({plan.header.slots, p.heads_q, p.head_dim_v});
-  Tensor parts_lse = new_float({p.heads_q, plan.header.slots});
+  Plan made;
+  if (plan) made = read_plan(*plan, batch, options.fixed_split);
+  if (!plan || (made.header.shared > 0 && !may_share)) made = make_plan(batch, options);
+  Tensor parts = new_float({made.header.slots, p.heads_q, p.head_dim_v});
+  Tensor parts_lse = new_float({p.heads_q, made.header.slots});
   p.parts = view(parts);
   p.parts_lse = static_cast<float*>(parts_lse.data_ptr());
-  p.parts_lse_head = plan.header.slots;
+  p.parts_lse_head = made.header.slots;
 
   const bool may_decode =
       !batch_invariant && p.head_dim % isa.decode->dims == 0 && p.head_dim_v % isa.decode->dims == 0;
   Cut cut{p, pages, batch, *isa.forward, *isa.decode, may_decode, {}, {}, 0};
-  for (const PlanTile& tile : plan.tiles) cut.add(tile);
+  for (const PlanTile& tile : made.tiles) cut.add(tile);
   clear_rows(p, batch.row(p.batch), q.size(0), p.head_dim_v * (p.dtype == DType::FLOAT32 ? 4 : 2));
 
   int64_t rows = 0;
@@ -243,8 +234,8 @@ void paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_tabl
     else
       isa.forward->run(p, &pages, cut.many[index - few], memory);
   });
-  parallel_tasks(int64_t(plan.merges.size()), 0, [&](int64_t index, void*) {
-    const PlanMerge& m = plan.merges[index];
+  parallel_tasks(int64_t(made.merges.size()), 0, [&](int64_t index, void*) {
+    const PlanMerge& m = made.merges[index];
     std::vector<int64_t> slots(m.shared_count + m.own_count);
     for (int64_t r = m.row_begin; r < m.row_end; ++r) {
       const int64_t at = r - m.row_begin;

@@ -1,22 +1,13 @@
 // The operators of the paged cache; schemas as in duplex_attn, less the backend's name.
 #pragma once
 
-#include "cpu/call.h"
+#include "common/paged_arguments.h"
 
 namespace duplex {
 
-void paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seqlens_k,
-                     OptionalTensor cu_seqlens_q, int64_t max_seqlen_q, OptionalTensor prefix,
-                     std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, OptionalTensor bias,
-                     OptionalTensor distance_bias, OptionalTensor alibi_slopes, OptionalTensor row_distance_bias,
-                     OptionalTensor col_distance_bias, OptionalTensor sink, OptionalTensor k_scales,
-                     OptionalTensor v_scales, OptionalTensor rope_cos, OptionalTensor rope_sin, bool rope_interleaved,
-                     std::optional<double> scale, double softcap, bool batch_invariant, OptionalTensor plan, Tensor out,
-                     Tensor lse);
+void paged_attention(DUPLEX_PAGED_PARAMETERS);
 
-void paged_append(Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor positions,
-                  OptionalTensor cu_seqlens, OptionalTensor rope_cos, OptionalTensor rope_sin, bool rope_interleaved,
-                  OptionalTensor k_scales, OptionalTensor v_scales);
+void paged_append(DUPLEX_APPEND_PARAMETERS);
 
 void copy_pages(Tensor k_pages, Tensor v_pages, Tensor src, Tensor dst, OptionalTensor k_scales,
                 OptionalTensor v_scales);

@@ -36,11 +36,6 @@ Tensor new_tensor(const Tensor& on, const std::vector<int64_t>& sizes, int32_t d
   return Tensor(handle);
 }
 
-template <class T>
-const T* data(const OptionalTensor& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
 // (head_dim, row, head, batch). A size of 1 says nothing by its stride; an empty tensor is never read, but has a map.
 Box box_of(const Tensor& t, const Tensor& instead) {
   const int64_t d = t.dim(), empty = t.numel() == 0;

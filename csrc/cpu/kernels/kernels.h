@@ -38,14 +38,6 @@ struct PartsKernel {
   void (*run)(const Problem&, int64_t row, const int64_t* slots, int count);
 };
 
-struct Rope {
-  const float *cos = nullptr, *sin = nullptr;  // (positions, reach): pair x of the first 2 * reach dimensions turns
-  int64_t positions = 0, reach = 0;
-  bool interleaved = false;  // pairs are (2x, 2x + 1), else (x, x + reach)
-
-  explicit operator bool() const { return cos != nullptr; }
-};
-
 struct AppendProblem {
   DType dtype;
   Pages pages;

@@ -1,0 +1,39 @@
+// Rotary position embedding on the way in (Su et al., "RoFormer", 2021).
+#pragma once
+
+#include "common/problem.h"
+#include "cuda/lengths.h"
+#include "cuda/vector.cuh"
+
+namespace duplex::paged {
+
+// Numbers [column, column + COUNT) of a row, turned by its position and rounded as their type: as if they had been turned before.
+// With COUNT > 1, no pair's halves and no end of the turning part lie inside such a run but where pairs are interleaved.
+template <class T, int COUNT>
+DUPLEX_DEVICE void load_rotated(const typename T::Stored* row, int column, int64_t position, const Rope& rope,
+                                float (&x)[COUNT]) {
+  load_vector<T>(row + column, x);
+  const int reach = int(rope.reach);
+  if (!rope || column >= 2 * reach) return;
+  const int64_t last = rope.positions - 1, at = (position < 0 ? 0 : position > last ? last : position) * reach;
+  float other[COUNT];
+  if constexpr (COUNT > 1) {
+    if (rope.interleaved) {
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) other[n] = x[n ^ 1];
+    } else {
+      load_vector<T>(row + (column < reach ? column + reach : column - reach), other);
+    }
+  } else {
+    load_vector<T>(row + (rope.interleaved ? column ^ 1 : column < reach ? column + reach : column - reach), other);
+  }
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n) {
+    const int c = column + n, pair = rope.interleaved ? c / 2 : c < reach ? c : c - reach;
+    const bool first = rope.interleaved ? c % 2 == 0 : c < reach;
+    const float turned = x[n] * rope.cos[at + pair] + (first ? -other[n] : other[n]) * rope.sin[at + pair];
+    x[n] = widen<T>(narrow<T>(turned));
+  }
+}
+
+}  // namespace duplex::paged
