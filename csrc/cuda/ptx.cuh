@@ -56,6 +56,19 @@ DUPLEX_DEVICE int shared_load(uint32_t address) {
 DUPLEX_DEVICE void shared_zero16(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
+DUPLEX_DEVICE void shared_store16(uint32_t address, const Words4& x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.word[0]), "r"(x.word[1]),
+               "r"(x.word[2]), "r"(x.word[3])
+               : "memory");
+}
+DUPLEX_DEVICE Words4 shared_load16(uint32_t address) {
+  Words4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.word[0]), "=r"(x.word[1]), "=r"(x.word[2]), "=r"(x.word[3])
+               : "r"(address)
+               : "memory");
+  return x;
+}
 
 // Makes the thread's own ordinary writes visible to tensor cores and copy engine, once a barrier has passed them on.
 DUPLEX_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -63,6 +76,7 @@ DUPLEX_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared:
 // Barriers of threads. Named ones are 1 to 15; `threads` counts those that sync and those that arrive.
 
 DUPLEX_DEVICE void block_sync() { __syncthreads(); }
+DUPLEX_DEVICE void warp_sync() { __syncwarp(); }
 DUPLEX_DEVICE void named_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -143,4 +157,5 @@ DUPLEX_DEVICE uint32_t pack(float low, float high) {
 
 }  // namespace duplex::ptx
 
+#include "cuda/mma.cuh"
 #include "cuda/wgmma.cuh"

@@ -94,7 +94,10 @@ def draw(seed: int, processors: int = 2) -> None:
     functions().emulation_set(ctypes.c_uint64(seed), ctypes.c_int(processors))
 
 
-FAULTS = ("nothing", "mbarrier_wait", "named_sync", "proxy_fence", "product_wait", "product_fence", "block_sync")
+FAULTS = (
+    "nothing", "mbarrier_wait", "named_sync", "proxy_fence", "product_wait", "product_fence", "block_sync", "warp_sync",
+    "copy_wait",
+)  # fmt: skip
 
 
 @contextmanager

@@ -173,6 +173,75 @@ def test_copy_swizzles_and_fills_with_zeros(columns: int, at: tuple[int, ...]) -
         assert np.array_equal(image.view(np.uint16), swizzle(bits(wanted)))
 
 
+# Layouts of the manual: "Matrix fragments for mma.m16n8k16", "ldmatrix".
+
+
+def warp_fragments() -> Iterator[tuple[str, int, int, int, int]]:
+    """Operand, lane, number, row, column."""
+    for lane in range(32):
+        group, member = lane >> 2, lane % 4
+        for i in range(8):
+            row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
+            yield "a", lane, i, row, (member * 2) + (i & 1) + (0 if i < 4 else 8)
+        for i in range(4):
+            yield "b", lane, i, (member * 2) + (i & 1) + (0 if i < 2 else 8), group
+            yield "d", lane, i, group if i < 2 else group + 8, (member * 2) + (i & 1)
+
+
+def as_fragments(name: str, matrix: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(32, 8 if name == "a" else 4, dtype=matrix.dtype)
+    for operand, lane, number, row, column in warp_fragments():
+        if operand == name:
+            out[lane, number] = matrix[row, column]
+    return out
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_product_of_a_warp(dtype: torch.dtype) -> None:
+    a, b, c = normal(16, 16, dtype=dtype), normal(16, 8, dtype=dtype), normal(16, 8)
+    for seed in SEEDS:
+        draw(seed)
+        d = as_fragments("d", c).numpy().copy()
+        words = [bits(as_fragments(name, x)).view(np.uint32) for name, x in (("a", a), ("b", b))]
+        assert call("probe_warp_product", int(dtype == BF16), *map(pointer, words), pointer(d)) is None
+        want = as_fragments("d", (a.double() @ b.double()).float() + c)
+        torch.testing.assert_close(torch.from_numpy(d), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_from_shared_memory(transposed: bool) -> None:
+    numbers = np.random.default_rng(0).permutation(2048).astype(np.uint16)
+    places = np.random.default_rng(1).permutation(256)[:32].astype(np.int32) * 16
+    rows = numbers.reshape(256, 8)[places // 16].reshape(4, 8, 8)  # of four matrices, in the order of the lanes
+    out = np.zeros((32, 4, 2), np.uint16)
+    for seed in SEEDS:
+        draw(seed)
+        assert call("probe_matrices", pointer(numbers), 1024, pointer(places), int(transposed), pointer(out)) is None
+        for lane, r, half in itertools.product(range(32), range(4), range(2)):
+            at = (lane // 4, 2 * (lane % 4) + half)
+            assert out[lane, r, half] == rows[r][at[::-1] if transposed else at]
+
+
+@pytest.mark.parametrize("unit", [4, 8, 16])
+def test_copies_of_threads_fill_with_zeros(unit: int) -> None:
+    source = np.random.default_rng(unit).integers(1, 255, 128 * unit, np.uint8)
+    read = (np.arange(128) * 3 % (unit + 1)).astype(np.int32)
+    want = np.where(np.arange(unit) < read[:, None], source.reshape(128, unit), 0)
+    for seed in SEEDS:
+        draw(seed)
+        image = np.full(128 * unit, 255, np.uint8)
+        assert call("probe_copy_units", unit, pointer(source), pointer(read), pointer(image)) is None
+        assert np.array_equal(image.reshape(128, unit), want)
+
+
+def test_sixteen_bytes_by_ordinary_access() -> None:
+    source, got = np.arange(512, dtype=np.int32), np.zeros(512, np.int32)
+    for seed in SEEDS:
+        draw(seed)
+        assert call("probe_store_and_load", pointer(source), pointer(got)) is None
+        assert np.array_equal(got, source)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_lanes(dtype: torch.dtype) -> None:
     x = torch.cat([normal(128, 2), torch.tensor([[1e-8, -70000.0], [3e38, 1 + 2**-8], [1 + 3 * 2**-8, 0.1]])])[-128:]
@@ -227,3 +296,40 @@ def test_a_wrong_kernel_is_reported(name: str) -> None:
     told = {run_wrong(kind, seed) for seed in range(24)}
     told -= {""} if name == "copy_is_not_waited_for" else set()  # a copy may land in time by luck
     assert told and all(re.search(report, text) for text in told), told
+
+
+NOT_WAITED_FOR = r"touched where a copy has not been waited for \(cp.async.wait_group\)"
+WRONG_STAGES = {  # as above, of the kernel `wrong_stages`
+    "unwaited": (1, NOT_WAITED_FOR),
+    "fewer_groups_are_waited_for": (2, NOT_WAITED_FOR),
+    "no_barrier_behind_the_wait": (3, "without a barrier after its wait|two copies to one place|" + NOT_WAITED_FOR),
+    "only_the_warp_meets": (4, "without a barrier after its wait|two copies to one place|" + NOT_WAITED_FOR),
+    "a_stage_is_overwritten_too_early": (5, "two copies to one place|" + NOT_WAITED_FOR),
+    "never_waited_for": (6, "a thread ends with copies that it never waited for"),
+    "two_copies_to_one_place": (7, "two copies to one place"),
+    "a_lane_stays_away": (8, "lanes of a warp meet in different operations|deadlock: .*threads at mma.sync"),
+}
+
+
+def run_wrong_stages(kind: int, seed: int) -> str:
+    x = normal(5, 64, 64, dtype=BF16)
+    d = np.zeros((128, 32), np.float32)
+    draw(seed)
+    if told := call("probe_wrong_stages", kind, ctypes.c_void_p(x.data_ptr()), 5, pointer(d)):
+        return told
+    if np.isnan(d).any():
+        return "NaN"
+    exact = to_registers((x.double() @ x.double().mT).sum(0).float())
+    torch.testing.assert_close(torch.from_numpy(d), exact, rtol=1e-5, atol=1e-3)
+    return ""
+
+
+def test_right_stages_are_right_whatever_the_order() -> None:
+    assert {run_wrong_stages(0, seed) for seed in range(24)} == {""}
+
+
+@pytest.mark.parametrize("name", WRONG_STAGES)
+def test_wrong_stages_are_reported(name: str) -> None:
+    kind, report = WRONG_STAGES[name]
+    told = {run_wrong_stages(kind, seed) for seed in range(12)}
+    assert all(re.search(report, text) for text in told), told

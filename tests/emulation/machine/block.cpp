@@ -40,6 +40,8 @@ Block::Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed
       threads(threads),
       memory_(shared_bytes, char(0xFF)),  // NaN in both types
       dirty_(shared_bytes / 16 + 1, -1),
+      claimed_(shared_bytes / 4 + 1, 0),
+      copies_of_(threads),
       warps_(threads / 32),
       contexts_(threads),
       waits_for_(threads, ""),
@@ -60,6 +62,7 @@ void Block::entry() {
   Block& b = *block;
   for (const Pending& p : b.lane().pending)
     if (p.own) b.fail("a thread ends with products that it never waited for");
+  if (!b.copies_of_[b.current].unfinished.empty()) b.fail("a thread ends with copies that it never waited for");
   --b.alive_;
   Context ignored;
   switch_context(ignored, b.scheduler_);
@@ -135,6 +138,9 @@ char* Block::shared(uint32_t address, int bytes) {
 
 void Block::store(uint32_t address, const void* from, int bytes) {
   maybe_yield();
+  shared(address, bytes);
+  if (address % bytes) fail("shared memory is touched at an address that is no multiple of the size");
+  expect_none_claimed(address, bytes, current);
   std::memcpy(shared(address, bytes), from, bytes);
   for (uint32_t unit = (address - SHARED_BEGIN) / 16; unit <= (address - SHARED_BEGIN + bytes - 1) / 16; ++unit) {
     dirty_[unit] = current;
@@ -144,7 +150,10 @@ void Block::store(uint32_t address, const void* from, int bytes) {
 
 void Block::load(uint32_t address, void* to, int bytes) {
   maybe_yield();
-  std::memcpy(to, shared(address, bytes), bytes);
+  const char* from = shared(address, bytes);
+  if (address % bytes) fail("shared memory is touched at an address that is no multiple of the size");
+  expect_none_claimed(address, bytes, current);
+  std::memcpy(to, from, bytes);
 }
 
 void Block::fence_async_proxy() {
@@ -169,6 +178,7 @@ void Block::barrier_init(uint32_t address, int arrivals) {
 
 void Block::barrier_arrive(uint32_t address, int64_t bytes) {
   maybe_yield();
+  pass_on();
   Mbarrier& b = mbarrier(address);
   if (b.pending == 0) fail("more threads arrive at an mbarrier than it was made for");
   b.bytes += bytes;
@@ -197,6 +207,7 @@ void Block::named(int id, int count, bool sync) {
   maybe_yield();
   if (id < 0 || id > 15 || count % 32) fail("no such named barrier");
   if (id > 0 ? fault.kind == Fault::NAMED_SYNC && fault.number == id : fault.kind == Fault::BLOCK_SYNC) return;
+  pass_on();
   NamedBarrier& b = named_[id];
   if (b.arrived > 0 && b.threads != count) fail("threads disagree about the size of a named barrier");
   b.threads = count;
@@ -220,6 +231,127 @@ void Block::copy(const Copy& given) {
   mbarrier(copy.barrier);
   copy.late = int(random() % 100) < late_copies_;
   copies_.push_back(copy);
+}
+
+// Whoever reads or writes shared memory meets no copy of a thread there that has not been waited for, nor what another
+// thread has waited for but not passed on by a barrier.
+void Block::expect_none_claimed(uint32_t address, int bytes, int reader) {
+  for (uint32_t word = (address - SHARED_BEGIN) / 4; word <= (address - SHARED_BEGIN + bytes - 1) / 4; ++word) {
+    const int claim = claimed_[word];
+    if (claim > 0) fail("shared memory is touched where a copy has not been waited for (cp.async.wait_group)");
+    if (claim < 0 && -claim - 1 != reader)
+      fail("shared memory is touched that a copy of another thread wrote, without a barrier after its wait");
+  }
+}
+
+void Block::copy_async(uint32_t to, const void* from, int unit, int bytes) {
+  maybe_yield();
+  char* at = shared(to, unit);
+  if (to % unit || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % unit)) fail("a copy is not aligned to its size");
+  if (bytes < 0 || bytes > unit) fail("a copy reads more than it writes");
+  ThreadCopies& copies = copies_of_[current];
+  for (int n = 0; n < unit / 4; ++n) {
+    int& claim = claimed_[(to - SHARED_BEGIN) / 4 + n];
+    if (claim != 0 && -claim - 1 != current) fail("two copies to one place");
+    claim = current + 1;
+  }
+  std::memset(at, 0xFF, unit);  // NaN in both types
+  copies.unfinished.push_back({to, from, unit, bytes, copies.commits, false});
+  if (int(random() % 100) >= late_copies_) land(copies.unfinished.back());
+}
+
+void Block::land(ThreadCopy& c) {
+  if (c.landed) return;
+  char* to = memory_.data() + (c.to - SHARED_BEGIN);
+  std::memset(to, 0, c.unit);
+  if (c.bytes > 0) std::memcpy(to, c.from, c.bytes);
+  c.landed = true;
+}
+
+void Block::copy_wait(int pending) {
+  maybe_yield();
+  if (fault.kind == Fault::COPY_WAIT) return;
+  ThreadCopies& copies = copies_of_[current];
+  while (!copies.unfinished.empty() && copies.unfinished.front().group < copies.commits - pending) {
+    ThreadCopy& c = copies.unfinished.front();
+    land(c);
+    for (int n = 0; n < c.unit / 4; ++n) claimed_[(c.to - SHARED_BEGIN) / 4 + n] = -(current + 1);
+    dirty_[(c.to - SHARED_BEGIN) / 16] = current;
+    unfenced_[current].push_back((c.to - SHARED_BEGIN) / 16);
+    copies.own.push_back(c);
+    copies.unfinished.pop_front();
+  }
+}
+
+// The thread comes to a barrier: others may read what its copies brought.
+void Block::pass_on() {
+  for (const ThreadCopy& c : copies_of_[current].own)
+    for (int n = 0; n < c.unit / 4; ++n) {
+      int& claim = claimed_[(c.to - SHARED_BEGIN) / 4 + n];
+      if (claim == -(current + 1)) claim = 0;
+    }
+  copies_of_[current].own.clear();
+}
+
+void Block::warp_sync() {
+  maybe_yield();
+  if (fault.kind == Fault::WARP_SYNC) return;
+  pass_on();
+  int nothing = 0;
+  meet("a barrier of a warp", 0, nothing, [](auto&&) {});
+}
+
+void Block::load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed) {
+  struct Given {
+    uint32_t* x;
+    uint32_t row;
+  } given{x, row};
+  maybe_yield();
+  meet("ldmatrix", transposed, given, [&](auto&& of) {
+    uint16_t matrix[4][8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t at = of(lane).row;
+      const char* from = shared(at, 16);
+      if (at % 16) fail("a row of a matrix is not on 16 bytes");
+      expect_none_claimed(at, 16, -1);  // the lanes read each other's rows
+      std::memcpy(matrix[lane / 8][lane % 8], from, 16);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int r = 0; r < 4; ++r) {
+        const int outer = lane / 4, inner = 2 * (lane % 4);
+        const uint16_t low = transposed ? matrix[r][inner][outer] : matrix[r][outer][inner];
+        const uint16_t high = transposed ? matrix[r][inner + 1][outer] : matrix[r][outer][inner + 1];
+        of(lane).x[r] = uint32_t(low) | uint32_t(high) << 16;
+      }
+  });
+}
+
+void Block::mma(float* d, const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16) {
+  struct Given {
+    float* d;
+    const uint32_t *a, *b;
+  } given{d, a, b};
+  meet("mma.sync", bf16, given, [&](auto&& of) {
+    const auto convert = [bf16](uint32_t word, int half) {
+      const uint16_t x = uint16_t(word >> (16 * half));
+      return bf16 ? from_bfloat(x) : from_half(x);
+    };
+    float rows[16][16], columns[16][8];  // A and B
+    for (int lane = 0; lane < 32; ++lane)
+      for (int half = 0; half < 2; ++half) {
+        const int outer = lane / 4, inner = 2 * (lane % 4) + half;
+        for (int r = 0; r < 4; ++r) rows[outer + 8 * (r % 2)][inner + 8 * (r / 2)] = convert(of(lane).a[r], half);
+        for (int r = 0; r < 2; ++r) columns[inner + 8 * r][outer] = convert(of(lane).b[r], half);
+      }
+    float sums[16][8];
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) sums[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2] = of(lane).d[i];
+    for (int m = 0; m < 16; ++m)
+      for (int k = 0; k < 16; ++k)
+        for (int n = 0; n < 8; ++n) sums[m][n] += rows[m][k] * columns[k][n];
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) of(lane).d[i] = sums[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
+  });
 }
 
 // One copy in flight lands or one product that is waited for is computed; late ones when nothing else can happen.
@@ -363,6 +495,7 @@ void Block::wait_for_products(int pending) {
 
 uint16_t Block::element(uint32_t address) {
   const char* at = shared(address, 2);
+  expect_none_claimed(address, 2, -1);
   if (dirty_[(address - SHARED_BEGIN) / 16] >= 0)
     fail("a product reads ordinary writes to shared memory that were not fenced for it (fence.proxy.async)");
   uint16_t x;

@@ -23,7 +23,17 @@ using Waiting = std::vector<int>;  // threads
 
 // What the machine leaves out on purpose, to see that the kernels need it and that tests notice.
 struct Fault {
-  enum Kind { NONE, MBARRIER_WAIT, NAMED_SYNC, PROXY_FENCE, PRODUCT_WAIT, PRODUCT_FENCE, BLOCK_SYNC } kind = NONE;
+  enum Kind {
+    NONE,
+    MBARRIER_WAIT,
+    NAMED_SYNC,
+    PROXY_FENCE,
+    PRODUCT_WAIT,
+    PRODUCT_FENCE,
+    BLOCK_SYNC,
+    WARP_SYNC,
+    COPY_WAIT
+  } kind = NONE;
   int number = 0;  // of the mbarrier, in the order of their initialisation, or of the named barrier
 };
 extern Fault fault;
@@ -53,6 +63,20 @@ struct Copy {
   bool late;
 };
 
+// A few bytes that a thread has on their way: cp.async.
+struct ThreadCopy {
+  uint32_t to;
+  const void* from;
+  int unit, bytes, group;
+  bool landed;
+};
+
+struct ThreadCopies {
+  std::deque<ThreadCopy> unfinished;  // not waited for
+  std::vector<ThreadCopy> own;        // waited for, but no barrier has passed them on to others
+  int commits = 0;
+};
+
 // 16 rows of a wgmma, which a warp does for itself as far as anyone may rely on.
 struct Product {
   int n, group = 0, lanes = 0;
@@ -80,7 +104,7 @@ struct Lane {
 struct Warp {
   const char* meeting = nullptr;
   int met = 0, priority = 0;
-  std::array<uint32_t, 32> given{}, got{};
+  std::array<void*, 32> given{};
   int argument = 0;
   Waiting waiting, product_waiting;
   std::deque<Product> products;
@@ -100,9 +124,10 @@ class Block {
   Warp& warp() { return warps_[current / 32]; }
   Lane& lane() { return warp().lanes[current % 32]; }
 
-  // All lanes of the warp come to the same kind of meeting with the same argument; the last one settles it.
-  template <class F>
-  uint32_t meet(const char* kind, int argument, uint32_t given, F&& settle);
+  // All lanes of the warp come to the same kind of meeting with the same argument; the last one settles it, with a
+  // function from lanes to what they brought.
+  template <class Given, class F>
+  void meet(const char* kind, int argument, Given& given, F&& settle);
 
   void maybe_yield() {
     if (random() % 8 == 0) yield();
@@ -115,6 +140,12 @@ class Block {
   void barrier_wait(uint32_t address, int parity);
   void named(int id, int count, bool wait);
   void copy(const Copy& copy);
+  void copy_async(uint32_t to, const void* from, int unit, int bytes);
+  void copy_commit() { ++copies_of_[current].commits; }
+  void copy_wait(int pending);
+  void warp_sync();
+  void load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed);
+  void mma(float* d, const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16);
   void issue(const Product& product, float* d, const uint32_t* registers);
   void wait_for_products(int pending);
   [[noreturn]] void fail(const std::string& what);
@@ -130,6 +161,9 @@ class Block {
   void complete(Mbarrier& barrier);
   Mbarrier& mbarrier(uint32_t address);
   char* shared(uint32_t address, int bytes);
+  void land(ThreadCopy& copy);
+  void pass_on();
+  void expect_none_claimed(uint32_t address, int bytes, int reader);
   void execute(Warp& warp, int64_t number);
   uint16_t element(uint32_t address);
   static void entry();
@@ -138,6 +172,10 @@ class Block {
   std::vector<char> memory_;
   std::vector<int> dirty_;  // of each 16 bytes: the thread that wrote them and did not fence since, or -1
   std::map<int, std::vector<uint32_t>> unfenced_;
+  // Of each 4 bytes: a thread + 1 whose copy is to bring them, - (thread + 1) when it has waited for them but not
+  // passed them on, else 0.
+  std::vector<int> claimed_;
+  std::vector<ThreadCopies> copies_of_;  // threads
   std::map<uint32_t, Mbarrier> mbarriers_;
   std::array<NamedBarrier, 16> named_;
   std::vector<Copy> copies_;
@@ -157,25 +195,23 @@ class Block {
 
 extern Block* block;  // that runs now
 
-template <class F>
-uint32_t Block::meet(const char* kind, int argument, uint32_t given, F&& settle) {
+template <class Given, class F>
+void Block::meet(const char* kind, int argument, Given& given, F&& settle) {
   Warp& w = warp();
-  const int lane = current % 32;
   if (w.met > 0 && (std::strcmp(w.meeting, kind) != 0 || w.argument != argument))
     fail(std::string("lanes of a warp meet in different operations: ") + w.meeting + " and " + kind);
   w.meeting = kind;
   w.argument = argument;
-  w.given[lane] = given;
+  w.given[current % 32] = &given;
   if (++w.met < 32) {
     waits_for_[current] = kind;
     wait(w.waiting);
   } else {
-    settle(w.given, w.got);
+    settle([&w](int lane) -> Given& { return *static_cast<Given*>(w.given[lane]); });
     w.met = 0;
     wake(w.waiting);
     maybe_yield();
   }
-  return w.got[lane];
 }
 
 }  // namespace emulation

@@ -61,6 +61,54 @@ DUPLEX_KERNEL(128) wrong(DUPLEX_PARAMETER ptx::TensorMap map, int kind, float* d
   if (kind == WAIT) ptx::wgmma_wait<0>();
 }
 
+// Tiles of 64 rows that are copied in two stages, multiplied with themselves and summed: with one thing left out, or
+// done in the wrong place.
+enum WrongStages { RIGHT, UNWAITED, WAIT_FOR_LESS, UNSYNCED, SYNC_OF_WARP, TOO_EARLY, NEVER_WAITED, TWICE, AWAY };
+
+DUPLEX_KERNEL(128) wrong_stages(const uint16_t* x, int tiles, int kind, float* d) {
+  using Rows = Tile<64, 64>;
+  const int thread = ptx::thread_index(), lane = thread % 32, warp = thread / 32;
+  const auto place = [&](int t) { return ptx::shared_base() + t % 2 * Rows::BYTES; };
+  const auto load = [&](int t) {
+    for (int n = thread; t < tiles && n < 64 * 8; n += 128) {
+      const uint32_t to = place(t) + swizzled(n / 8, kind == TWICE && n == 1 ? 0 : n % 8, Rows::ROW_BYTES);
+      ptx::copy_async<16>(to, x + (t * 64 + n / 8) * 64 + n % 8 * 8, 16);
+    }
+    ptx::copy_commit();
+  };
+  float sums[32];
+  for (float& y : sums) y = 0;
+  load(0);
+  for (int t = 0; t < tiles; ++t) {
+    if (kind == TOO_EARLY) load(t + 1);
+    if (kind == TOO_EARLY || kind == WAIT_FOR_LESS)
+      ptx::copy_wait<1>();
+    else if (kind != UNWAITED)
+      ptx::copy_wait<0>();
+    if (kind == SYNC_OF_WARP)
+      ptx::warp_sync();
+    else if (kind != UNSYNCED)
+      ptx::block_sync();
+    if (kind != TOO_EARLY) load(t + 1);
+    for (int k = 0; k < 4; ++k) {
+      uint32_t a[4], b[4];
+      ptx::load_matrices(a, place(t) + swizzled(16 * warp + lane % 16, 2 * k + lane / 16, Rows::ROW_BYTES));
+      for (int n = 0; n < 4; ++n) {
+        const int row = 16 * n + lane % 8 + lane / 16 * 8, unit = 2 * k + lane / 8 % 2;
+        ptx::load_matrices(b, place(t) + swizzled(row, unit, Rows::ROW_BYTES));
+        if (kind == AWAY && thread == 5) continue;
+        ptx::mma<Bfloat16>(sums + 8 * n, a, b[0], b[1]);
+        ptx::mma<Bfloat16>(sums + 8 * n + 4, a, b[2], b[3]);
+      }
+    }
+  }
+  if (kind == NEVER_WAITED) {
+    ptx::copy_async<16>(place(0) + 16 * thread, x, 16);
+    ptx::copy_commit();
+  }
+  for (int n = 0; n < 32; ++n) d[32 * thread + n] = sums[n];
+}
+
 }  // namespace
 
 EXPORTED const char* probe_product(int which, const int* image, int words, uint64_t a, uint64_t b, int accumulate,
@@ -100,6 +148,34 @@ EXPORTED const char* probe_copy(const Box* box, const int* at, int* image) {
   });
 }
 
+EXPORTED const char* probe_warp_product(int bfloat16, const uint32_t* a, const uint32_t* b, float* d) {
+  return report([&] {
+    if (bfloat16)
+      launch<probes::warp_product<Bfloat16>>("", 1, 32, SHARED, nullptr, a, b, d);
+    else
+      launch<probes::warp_product<Float16>>("", 1, 32, SHARED, nullptr, a, b, d);
+  });
+}
+
+EXPORTED const char* probe_matrices(const int* image, int words, const int* places, int transposed, uint32_t* out) {
+  return report([&] { launch<probes::matrices>("", 1, 128, SHARED, nullptr, image, words, places, transposed, out); });
+}
+
+EXPORTED const char* probe_copy_units(int unit, const unsigned char* from, const int* bytes, int* image) {
+  const auto go = [&]<auto KERNEL>() { launch<KERNEL>("", 1, 128, SHARED, nullptr, from, bytes, image); };
+  return report([&] {
+    switch (unit) {
+      case 4: return go.operator()<probes::copy_units<4>>();
+      case 8: return go.operator()<probes::copy_units<8>>();
+      case 16: return go.operator()<probes::copy_units<16>>();
+    }
+  });
+}
+
+EXPORTED const char* probe_store_and_load(const Words4* from, Words4* to) {
+  return report([&] { launch<probes::store_and_load>("", 1, 128, SHARED, nullptr, from, to); });
+}
+
 EXPORTED const char* probe_lanes(int bfloat16, int mask, const float* x, uint32_t* out) {
   return report([&] {
     if (bfloat16)
@@ -111,6 +187,10 @@ EXPORTED const char* probe_lanes(int bfloat16, int mask, const float* x, uint32_
 
 EXPORTED const char* probe_wrong(int kind, const Box* box, float* d) {
   return report([&] { launch<wrong>("", 1, 128, SHARED, nullptr, encode(*box), kind, d); });
+}
+
+EXPORTED const char* probe_wrong_stages(int kind, const uint16_t* x, int tiles, float* d) {
+  return report([&] { launch<wrong_stages>("", 1, 128, SHARED, nullptr, x, tiles, kind, d); });
 }
 
 // Arithmetic that needs no machine.

@@ -66,6 +66,56 @@ copy(DUPLEX_PARAMETER ptx::TensorMap map, int bytes, int c0, int c1, int c2, int
   for (int n = ptx::thread_index(); n < bytes / 4; n += 128) image[n] = ptx::shared_load(to + 4 * n);
 }
 
+// D += A B of a warp, each operand as its registers: d (32, 4), a (32, 4) words, b (32, 2) words.
+template <class T>
+DUPLEX_KERNEL(32)
+warp_product(const uint32_t* a, const uint32_t* b, float* d) {
+  const int lane = ptx::thread_index();
+  uint32_t registers[4];
+  float x[4];
+  for (int n = 0; n < 4; ++n) registers[n] = a[4 * lane + n];
+  for (int n = 0; n < 4; ++n) x[n] = d[4 * lane + n];
+  ptx::mma<T>(x, registers, b[2 * lane], b[2 * lane + 1]);
+  for (int n = 0; n < 4; ++n) d[4 * lane + n] = x[n];
+}
+
+// (32, 4) words: matrices whose rows begin at places[lane] bytes of the image.
+DUPLEX_KERNEL(128)
+matrices(const int* image, int words, const int* places, int transposed, uint32_t* out) {
+  const uint32_t at = write_image(image, words);
+  ptx::block_sync();
+  const int lane = ptx::thread_index();
+  if (lane >= 32) return;
+  uint32_t x[4];
+  if (transposed)
+    ptx::load_matrices_transposed(x, at + places[lane]);
+  else
+    ptx::load_matrices(x, at + places[lane]);
+  for (int n = 0; n < 4; ++n) out[4 * lane + n] = x[n];
+}
+
+// 128 units, of which the thread of each reads so many bytes, as they lie in shared memory.
+template <int UNIT>
+DUPLEX_KERNEL(128)
+copy_units(const unsigned char* from, const int* bytes, int* image) {
+  const int thread = ptx::thread_index();
+  const uint32_t to = ptx::shared_base() + 1024;
+  ptx::copy_async<UNIT>(to + UNIT * thread, from + UNIT * thread, bytes[thread]);
+  ptx::copy_commit();
+  ptx::copy_wait<0>();
+  ptx::block_sync();
+  for (int n = thread; n < 32 * UNIT; n += 128) image[n] = ptx::shared_load(to + 4 * n);
+}
+
+// 128 units of 16 bytes to shared memory and, each by another thread, back.
+DUPLEX_KERNEL(128)
+store_and_load(const Words4* from, Words4* to) {
+  const int thread = ptx::thread_index();
+  ptx::shared_store16(ptx::shared_base() + 16 * thread, from[thread]);
+  ptx::warp_sync();
+  to[thread ^ 5] = ptx::shared_load16(ptx::shared_base() + 16 * (thread ^ 5));
+}
+
 // (128, 4): a shuffle's result, the warp's first value, who is elected, a packed pair.
 template <class T>
 DUPLEX_KERNEL(128)

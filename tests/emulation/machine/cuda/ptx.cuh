@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "block.h"
 #include "cuda/numbers.h"
@@ -24,18 +25,22 @@ inline int blocks() { return block->blocks; }
 inline uint32_t shared_base() { return emulation::SHARED_BEGIN; }
 
 inline bool elect() {
-  return block->meet("elect", 0, 0, [](const auto&, auto& got) {
-    got.fill(0);
-    got[0] = 1;
-  });
+  bool elected = false;
+  block->meet("elect", 0, elected, [](auto&& of) { of(0) = true; });
+  return elected;
 }
 inline int uniform(int x) {
-  return int(block->meet("shfl.idx", 0, uint32_t(x), [](const auto& given, auto& got) { got.fill(given[0]); }));
+  block->meet("shfl.idx", 0, x, [](auto&& of) {
+    for (int lane = 1; lane < 32; ++lane) of(lane) = of(0);
+  });
+  return x;
 }
 inline uint32_t shuffle_xor(uint32_t x, int mask) {
-  return block->meet("shfl.bfly", mask, x, [mask](const auto& given, auto& got) {
-    for (int lane = 0; lane < 32; ++lane) got[lane] = given[lane ^ mask];
+  block->meet("shfl.bfly", mask, x, [mask](auto&& of) {
+    for (int lane = 0; lane < 32; ++lane)
+      if (lane < (lane ^ mask)) std::swap(of(lane), of(lane ^ mask));
   });
+  return x;
 }
 inline float shuffle_xor(float x, int mask) {
   uint32_t bits;
@@ -55,9 +60,16 @@ inline void shared_zero16(uint32_t address) {
   const char zeros[16] = {};
   block->store(address, zeros, 16);
 }
+inline void shared_store16(uint32_t address, const Words4& x) { block->store(address, &x, 16); }
+inline Words4 shared_load16(uint32_t address) {
+  Words4 x;
+  block->load(address, &x, 16);
+  return x;
+}
 inline void fence_async_proxy() { block->fence_async_proxy(); }
 
 inline void block_sync() { block->named(0, block->threads, true); }
+inline void warp_sync() { block->warp_sync(); }
 inline void named_sync(int barrier, int threads) { block->named(barrier, threads, true); }
 inline void named_arrive(int barrier, int threads) { block->named(barrier, threads, false); }
 
@@ -74,11 +86,13 @@ inline void copy_box(uint32_t to, const TensorMap& map, uint32_t barrier, int c0
 
 template <int COUNT>
 void more_registers() {
-  block->meet("setmaxnreg", COUNT, 0, [](const auto&, auto&) {});
+  int nothing = 0;
+  block->meet("setmaxnreg", COUNT, nothing, [](auto&&) {});
 }
 template <int COUNT>
 void fewer_registers() {
-  block->meet("setmaxnreg", COUNT, 0, [](const auto&, auto&) {});
+  int nothing = 0;
+  block->meet("setmaxnreg", COUNT, nothing, [](auto&&) {});
 }
 
 inline float exp2(float x) { return std::exp2(x); }
@@ -101,6 +115,22 @@ uint16_t round_to(float x) {
 template <class T>
 uint32_t pack(float low, float high) {
   return uint32_t(round_to<T>(low)) | uint32_t(round_to<T>(high)) << 16;
+}
+
+template <class T>
+void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  block->mma(d, a, {b0, b1}, T::BITS == BFLOAT16_BITS);
+}
+inline void load_matrices(uint32_t (&x)[4], uint32_t row) { block->load_matrices(x, row, false); }
+inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t row) { block->load_matrices(x, row, true); }
+template <int UNIT>
+void copy_async(uint32_t to, const void* from, int bytes) {
+  block->copy_async(to, from, UNIT, bytes);
+}
+inline void copy_commit() { block->copy_commit(); }
+template <int PENDING>
+void copy_wait() {
+  block->copy_wait(PENDING);
 }
 
 inline void wgmma_fence() { block->lane().fenced = emulation::fault.kind != emulation::Fault::PRODUCT_FENCE; }
