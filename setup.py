@@ -64,6 +64,7 @@ CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"
 # One object per head_dim from the same source. What is in a generation's folder is compiled for it (wgmma is in no
 # other than Hopper), what all share for each; later cards compile Ampere's PTX.
 HEAD_DIMS = (64, 96, 128, 192, 256)
+PAGED_HEAD_DIMS = (64, 128, 256)
 HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 AMPERE = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
 OLDEST_NVCC = (12, 5)  # whose runtime finds the driver's functions by version
@@ -108,14 +109,18 @@ def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
     flags = ["-std=c++20", "-O3", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
     flags += ["-isystem", str(torch / "include"), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
     flags += ["--resource-usage"]
-    kernels = [
-        Job(source, f"{folder}.{d}", [*flags, target, f"-DDUPLEX_HEAD_DIM={d}"])
-        for folder, target in (("sm90", HOPPER), ("sm80", AMPERE))
-        for source in sorted((CUDA / folder).glob("*.cu"))
-        for d in HEAD_DIMS
+    per_head_dim = [
+        *((source, [HOPPER], HEAD_DIMS) for source in CUDA.glob("sm90/*.cu")),
+        *((source, [AMPERE], HEAD_DIMS) for source in CUDA.glob("sm80/*.cu")),
+        (CUDA / "paged/attend.cu", [AMPERE, HOPPER], PAGED_HEAD_DIMS),
     ]
-    others = [*CUDA.glob("*.cu"), *CUDA.rglob("*.cpp")]
-    return kernels + [Job(s, "host", [*flags, AMPERE, HOPPER]) for s in sorted(others)]
+    kernels = [
+        Job(source, f"{source.parent.name}.{d}", [*flags, *targets, f"-DDUPLEX_HEAD_DIM={d}"])
+        for source, targets, head_dims in sorted(per_head_dim)
+        for d in head_dims
+    ]
+    others = {*CUDA.rglob("*.cu"), *CUDA.rglob("*.cpp")} - {job.source for job in kernels}
+    return kernels + [Job(s, f"{s.parent.name}.host", [*flags, AMPERE, HOPPER]) for s in sorted(others)]
 
 
 def cuda_stub(cxx: str) -> Path:

@@ -235,35 +235,53 @@ class CudaBackend(Backend):
         """Loads the library; why it does not load. Never beside a torch that has no CUDA to give it."""
         try:
             torch.ops.load_library(self.library)
-            self.attention_forward = torch.ops.duplex_attn_cuda.attention_forward.default
+            native = torch.ops.duplex_attn_cuda
+            self.attention_forward = native.attention_forward.default
+            self.merge_attention = native.merge_attention.default
+            self.paged_attention = native.paged_attention.default
+            self.paged_append = native.paged_append.default
+            self.copy_pages = native.copy_pages.default
         except (OSError, RuntimeError, AttributeError) as error:
             return f"{self.library.name} does not load: {error}"
         return None
 
     def refuses(self, call: Call) -> str | None:
-        if call.row_distance_bias is not None or call.col_distance_bias is not None:
-            return _ROW_BIAS
-        if call.q.device.type != self.device_type:
-            return f"it runs on CUDA tensors, these are on {call.q.device}"
-        if call.q.dtype not in (torch.bfloat16, torch.float16):
-            return _FLOAT64 if call.q.dtype == torch.float64 else "it takes bfloat16 and float16"
-        if call.bias is not None:
-            return "its kernels have no bias"
+        if reason := self._refuses_scores(call):
+            return reason
         if call.dropout_p > 0:
             return "its kernels have no dropout"
-        for name, x in zip("qkv", call[:3], strict=True):
-            if not _has_bulk_rows(x):
-                return f"{name}: bulk copies want strides and a first element at multiples of 16 bytes"
-        return None
+        return _refuses_rows(q=call.q, k=call.k, v=call.v)
 
     def refuses_backward(self, call: Call) -> str | None:
         return "its kernels have no backward yet"
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
-        return "its kernels have no merge yet"
+        if len(outs) > _MERGE_PARTS:
+            return f"it merges up to {_MERGE_PARTS} parts"
+        return self._refuses_tensor(outs[0])
 
     def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
-        return "its kernels have no paged calls yet"
+        if call is None:
+            return self._refuses_tensor(x)
+        return self._refuses_scores(call) or _refuses_rows(k_pages=call.k_pages, v_pages=call.v_pages)
+
+    def paged_workers(self, device: torch.device, heads_kv: int) -> Workers | None:
+        index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
+        return Workers(*torch.ops.duplex_attn_cuda.paged_workers(index, heads_kv))
+
+    def _refuses_tensor(self, x: Tensor) -> str | None:
+        if x.device.type != self.device_type:
+            return f"it runs on CUDA tensors, these are on {x.device}"
+        return _FLOAT64 if x.dtype == torch.float64 else None
+
+    def _refuses_scores(self, call: Call | PagedCall) -> str | None:
+        if call.row_distance_bias is not None or call.col_distance_bias is not None:
+            return _ROW_BIAS
+        if reason := self._refuses_tensor(call.q):
+            return reason
+        if call.q.dtype not in (torch.bfloat16, torch.float16):
+            return "it takes bfloat16 and float16"
+        return None if call.bias is None else "its kernels have no bias"
 
     def detail(self) -> str:
         return f"forward for Hopper; {_NOT_RUN}"
@@ -271,6 +289,16 @@ class CudaBackend(Backend):
     def tile(self, call: Call) -> str:
         head_dim = max(call.q.shape[-1], call.v.shape[-1])
         return f"{torch.ops.duplex_attn_cuda.forward_tile(head_dim)}; {_NOT_RUN}"
+
+
+_MERGE_PARTS = 32  # csrc/cuda/merge.h
+
+
+def _refuses_rows(**tensors: Tensor) -> str | None:
+    for name, x in tensors.items():
+        if not _has_bulk_rows(x):
+            return f"{name}: bulk copies want strides and a first element at multiples of 16 bytes"
+    return None
 
 
 def _has_bulk_rows(x: Tensor) -> bool:

@@ -1,13 +1,10 @@
 // attention_forward: allocates the outputs and the workspace, describes the call to the kernels.
-#include "cuda/forward.h"
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include "cuda/operators.h"
 
 #include <algorithm>
-#include <cmath>
-#include <stdexcept>
-#include <vector>
+#include <string>
 
+#include "cuda/call.h"
 #include "cuda/device.h"
 #include "cuda/prepare.h"
 #include "cuda/sm90/forward.h"
@@ -15,26 +12,7 @@
 namespace duplex {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 constexpr int64_t L2_BYTES = 16 << 20;  // of keys and values that are read again and again at one time
-
-void expect(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(std::string("duplex_attn_cuda: ") + what);
-}
-
-Tensor new_tensor(const Tensor& on, const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
-  int32_t type, index;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(on.get(), &index));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, type, index, &handle));
-  return Tensor(handle);
-}
 
 // (head_dim, row, head, batch). A size of 1 says nothing by its stride; an empty tensor is never read, but has a map.
 Box box_of(const Tensor& t, const Tensor& instead) {
@@ -53,7 +31,6 @@ Box box_of(const Tensor& t, const Tensor& instead) {
 }
 
 Lengths lengths_of(const CallArguments& call) {
-  const auto bound = [](std::optional<int64_t> x) { return int32_t(std::clamp<int64_t>(x.value_or(FAR), -FAR, FAR)); };
   Lengths l{};
   l.cu_q = data<int32_t>(call.cu_seqlens_q);
   l.cu_k = data<int32_t>(call.cu_seqlens_k);
@@ -76,16 +53,6 @@ Lengths lengths_of(const CallArguments& call) {
   return l;
 }
 
-Terms terms_of(const CallArguments& call) {
-  Terms t{};
-  t.scale = float(call.scale ? *call.scale : 1.0 / std::sqrt(double(call.q.size(call.q.dim() - 1))));
-  t.softcap = float(call.softcap);
-  t.distance_bias = data<float>(call.distance_bias);
-  t.radius = call.distance_bias ? int32_t(call.distance_bias->size(1) / 2) : 0;
-  t.alibi_slopes = data<float>(call.alibi_slopes);
-  return t;
-}
-
 // Heads, in whole groups, whose keys and values of all sequences stay in the cache together.
 int32_t section_of(const CallArguments& call, int64_t heads, int64_t group) {
   const int64_t d = call.k.dim(), rows = call.k.size(d - 3) * (d == 4 ? call.k.size(0) : 1);
@@ -102,29 +69,23 @@ std::string forward_tile(int64_t head_dim) {
 
 std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   const CallArguments call DUPLEX_CALL_ARGUMENTS;
-  const ScalarType dtype = q.scalar_type();
-  expect(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "q, k and v are bfloat16 or float16");
+  const bool bfloat16 = is_bfloat16(q);
   expect(!bias && dropout_p == 0, "no bias and no dropout");
   expect(!row_distance_bias && !col_distance_bias, "no row_distance_bias and no col_distance_bias");
 
   const bool packed = call.packed();
   const int64_t rows = q.size(q.dim() - 3), heads = call.heads_q(), head_dim = q.size(q.dim() - 1);
   const int64_t heads_kv = k.size(k.dim() - 2), dim_v = v.size(v.dim() - 1), batch = packed ? 1 : q.size(0);
-  int32_t own_dtype, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &own_dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(q.get(), &index));
-  const int32_t float32 = aoti_torch_dtype_float32(), int32 = aoti_torch_dtype_int32();
-  const Device device(index);
-  Tensor out =
-      packed ? new_tensor(q, {rows, heads, dim_v}, own_dtype) : new_tensor(q, {batch, rows, heads, dim_v}, own_dtype);
-  Tensor lse = packed ? new_tensor(q, {heads, rows}, float32) : new_tensor(q, {batch, heads, rows}, float32);
+  const Device device(device_index(q));
+  Tensor out = packed ? new_tensor(q, {rows, heads, dim_v}) : new_tensor(q, {batch, rows, heads, dim_v});
+  Tensor lse = packed ? new_float(q, {heads, rows}) : new_float(q, {batch, heads, rows});
   if (batch * rows * heads == 0) return {std::move(out), std::move(lse)};
 
   const sm90::Variant& variant = sm90::variant(std::max(head_dim, dim_v));
   sm90::ForwardLaunch l{};
   ForwardArguments& a = l.arguments;
   a.lengths = lengths_of(call);
-  a.terms = terms_of(call);
+  a.terms = terms_of(head_dim, scale, softcap, distance_bias, alibi_slopes);
   a.sink = data<float>(sink);
   a.heads_q = int32_t(heads);
   a.group = int32_t(heads / heads_kv);
@@ -133,7 +94,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   a.entries = {(a.lengths.max_q + variant.block_m - 1) / variant.block_m, variant.block_m, variant.block_n};
   const int64_t entries = a.entries.count(a.lengths);
   expect(entries < FAR, "at most 2^29 blocks of rows");
-  const Tensor order = new_tensor(q, {1 + entries}, int32);
+  const Tensor order = new_int(q, {1 + entries});
   a.order = static_cast<const int32_t*>(order.const_data_ptr());
   a.out = out.data_ptr();
   a.out_batch = packed ? 0 : rows * heads * dim_v;
@@ -145,7 +106,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   l.q = box_of(q, q);
   l.k = box_of(k, q);
   l.v = box_of(v, q);
-  l.bfloat16 = dtype == ScalarType::BFloat16;
+  l.bfloat16 = bfloat16;
   l.terms = softcap > 0 || distance_bias || alibi_slopes || a.terms.scale <= 0;
   l.processors = device.processors;
   l.stream = device.stream;

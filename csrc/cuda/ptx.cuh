@@ -53,6 +53,14 @@ DUPLEX_DEVICE int shared_load(uint32_t address) {
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
   return x;
 }
+DUPLEX_DEVICE void shared_store(uint32_t address, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+DUPLEX_DEVICE float shared_load_float(uint32_t address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
 DUPLEX_DEVICE void shared_zero16(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
@@ -143,6 +151,26 @@ DUPLEX_DEVICE float exp2(float x) {
 }
 DUPLEX_DEVICE float log2(float x) { return __log2f(x); }
 DUPLEX_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+DUPLEX_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+DUPLEX_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+DUPLEX_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+// Four of eight bytes, those of `low` being 0 to 3 and of `high` 4 to 7; a hexadecimal digit of `which` for each.
+DUPLEX_DEVICE uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t which) {
+  return __byte_perm(low, high, which);
+}
+
+// Two numbers of T in a register times two others, subnormal ones as they are.
+template <class T>
+DUPLEX_DEVICE uint32_t multiply2(uint32_t x, uint32_t y) {
+  uint32_t z;
+  if constexpr (T::BITS == BFLOAT16_BITS)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(0x80008000));
+  else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
 
 // Two numbers rounded to nearest-even in one register, `low` in its lower half.
 template <class T>

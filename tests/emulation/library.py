@@ -28,9 +28,13 @@ FLAGS = [
 ]  # fmt: skip
 CUDA = CSRC / "cuda"
 HARDWARE = {CUDA / "device.cpp", CUDA / "tensor_map.cu"}  # what the machine takes the place of
+PER_HEAD_DIM = [
+    *((source, d) for source in sorted(CUDA.glob("sm*/*.cu")) for d in HEAD_DIMS),
+    *((CUDA / "paged/attend.cu", d) for d in (64, 128, 256)),
+]
 SOURCES: list[tuple[Path, list[str]]] = [
-    *((source, [f"-DDUPLEX_HEAD_DIM={d}"]) for source in sorted(CUDA.glob("sm*/*.cu")) for d in HEAD_DIMS),
-    *((source, []) for source in sorted({*CUDA.glob("*.cu"), *CUDA.rglob("*.cpp")} - HARDWARE)),
+    *((source, [f"-DDUPLEX_HEAD_DIM={d}"]) for source, d in PER_HEAD_DIM),
+    *((s, []) for s in sorted({*CUDA.rglob("*.cu"), *CUDA.rglob("*.cpp")} - HARDWARE - {s for s, _ in PER_HEAD_DIM})),
     *((source, []) for source in sorted(MACHINE.glob("*.cpp"))),
 ]
 

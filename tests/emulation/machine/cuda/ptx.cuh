@@ -56,6 +56,12 @@ inline int shared_load(uint32_t address) {
   block->load(address, &x, 4);
   return x;
 }
+inline void shared_store(uint32_t address, float x) { block->store(address, &x, 4); }
+inline float shared_load_float(uint32_t address) {
+  float x;
+  block->load(address, &x, 4);
+  return x;
+}
 inline void shared_zero16(uint32_t address) {
   const char zeros[16] = {};
   block->store(address, zeros, 16);
@@ -99,6 +105,28 @@ inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float half_to_float(uint16_t bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, 2);
+  return float(x);
+}
+inline uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t which) {
+  const uint64_t bytes = low | uint64_t(high) << 32;
+  uint32_t x = 0;
+  for (int n = 0; n < 4; ++n) x |= uint32_t(bytes >> 8 * (which >> 4 * n & 7) & 0xFF) << 8 * n;
+  return x;
+}
+
 template <class T>
 uint16_t round_to(float x) {
   if constexpr (T::BITS == FLOAT16_BITS) {
@@ -115,6 +143,14 @@ uint16_t round_to(float x) {
 template <class T>
 uint32_t pack(float low, float high) {
   return uint32_t(round_to<T>(low)) | uint32_t(round_to<T>(high)) << 16;
+}
+
+template <class T>
+uint32_t multiply2(uint32_t x, uint32_t y) {
+  const auto wide = [](uint32_t half) {
+    return T::BITS == BFLOAT16_BITS ? float_of(half << 16) : half_to_float(uint16_t(half));
+  };
+  return pack<T>(wide(x & 0xFFFF) * wide(y & 0xFFFF), wide(x >> 16) * wide(y >> 16));
 }
 
 template <class T>

@@ -1,0 +1,30 @@
+// The operators; schemas as in duplex_attn, less the backend's name.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/call_arguments.h"
+#include "common/paged_arguments.h"
+
+namespace duplex {
+
+std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS);
+
+// The tile of the forward for a head_dim.
+std::string forward_tile(int64_t head_dim);
+
+std::tuple<Tensor, Tensor> merge_attention(std::vector<Tensor> outs, std::vector<Tensor> lses);
+
+void paged_attention(DUPLEX_PAGED_PARAMETERS);
+
+void paged_append(DUPLEX_APPEND_PARAMETERS);
+
+void copy_pages(Tensor k_pages, Tensor v_pages, Tensor src, Tensor dst, OptionalTensor k_scales,
+                OptionalTensor v_scales);
+
+// Rows of a plan's tiles, and how many tiles run at once, each for every kv head.
+std::tuple<int64_t, int64_t> paged_workers(int64_t device, int64_t heads_kv);
+
+}  // namespace duplex

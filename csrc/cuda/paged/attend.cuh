@@ -1,0 +1,406 @@
+// Attention over pages: a block takes a tile of rows, the heads that share a kv head, and a part of the keys that they
+// see. The query heads of a kv head lie side by side in a tile, so that a key is read once for all of them and decoding
+// fills the tensor cores' 16 rows. (Dao et al., "Flash-Decoding", 2023; Kwon et al., "PagedAttention", 2023.)
+#pragma once
+
+#include "cuda/merge_row.cuh"
+#include "cuda/paged/call.h"
+#include "cuda/paged/rope.cuh"
+#include "cuda/paged/scores.cuh"
+#include "cuda/paged/stored.cuh"
+
+namespace duplex::paged {
+
+// 64 rows: four warps have 16 each, and all keys. 16 rows: all warps have these, and 16 keys of a block each.
+template <Storage S, int HEAD_DIM_, int ROWS_>
+struct Tile {
+  static constexpr int HEAD_DIM = HEAD_DIM_, ROWS = ROWS_;
+  static constexpr int ROW_BYTES = HEAD_DIM * STORED_BYTES<S>, UNITS = ROW_BYTES / 16;
+  static constexpr int BLOCK_N = HEAD_DIM == 256 && (ROWS == LARGE_ROWS || S == Storage::AS_QUERIES) ? 32 : 64;
+  static constexpr int WARPS_M = ROWS / 16, WARPS_N = ROWS == LARGE_ROWS ? 1 : BLOCK_N / 16;
+  static constexpr int WARPS = WARPS_M * WARPS_N, THREADS = 32 * WARPS;
+  static constexpr int KEYS = BLOCK_N / WARPS_N;  // of a warp
+  static constexpr int SIDE_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = ROWS * HEAD_DIM * 2;
+  // Queries stay in registers, which the widest have none left for. They come by way of the last stage, then empty.
+  static constexpr bool Q_STAYS = HEAD_DIM == 256;
+  static constexpr int LIMIT = 96 * 1024 - (Q_STAYS ? Q_BYTES : 0), FITTING = LIMIT / (2 * SIDE_BYTES);
+  static constexpr int STAGES = FITTING < 4 ? FITTING : 4;
+
+  static constexpr int KV = 0;
+  static constexpr int Q = KV + (Q_STAYS ? STAGES : STAGES - 1) * 2 * SIDE_BYTES;
+  static constexpr int PLACES = KV + STAGES * 2 * SIDE_BYTES + (Q_STAYS ? Q_BYTES : 0);
+  static constexpr int SCALES = PLACES + STAGES * BLOCK_N * 8;
+  static constexpr int SHARED_BYTES = SCALES + (S == Storage::AS_QUERIES ? 0 : STAGES * BLOCK_N * 8);
+  static_assert(STAGES >= 2 && SHARED_BYTES <= 99 * 1024 && THREADS >= BLOCK_N && (Q_STAYS || Q_BYTES <= 2 * SIDE_BYTES));
+  // In the end the sums of all warps lie where keys did, and what they are relative to where their places were.
+  static_assert(WARPS_N * ROWS * HEAD_DIM * 4 <= STAGES * 2 * SIDE_BYTES && WARPS_N * ROWS * 8 <= STAGES * BLOCK_N * 8);
+};
+
+template <class T, Storage S, int HEAD_DIM, int ROWS>
+struct Attend {
+  using L = Tile<S, HEAD_DIM, ROWS>;
+  static constexpr bool QUANTISED = S != Storage::AS_QUERIES;
+  static constexpr int STEPS = HEAD_DIM / 16;  // of products over head_dim, and 16 columns of values each
+
+  const Call& c;
+  const Piece& piece;
+  const uint32_t base;
+  const int thread, lane, warp_m, warp_n, kv_head, chunk;
+  const Packing pack;
+  int32_t i0, i1;  // the tile's rows
+  KeyBlocks keys;
+
+  DUPLEX_DEVICE Attend(const Call& c, const Piece& piece, int kv_head, int chunk)
+      : c(c),
+        piece(piece),
+        base(ptx::shared_base()),
+        thread(ptx::thread_index()),
+        lane(thread % 32),
+        warp_m(thread / 32 % L::WARPS_M),
+        warp_n(thread / 32 / L::WARPS_M),
+        kv_head(kv_head),
+        chunk(chunk),
+        pack(packing(c.group(), ROWS)) {}
+
+  // Row m of the tile: which query it is, its head, and whether it is one.
+  struct Row {
+    int32_t i, head;
+    bool live;
+  };
+  DUPLEX_DEVICE Row row(int m) const {
+    const int32_t i = i0 + m / pack.heads, g = chunk * pack.heads + m % pack.heads;
+    return {i, kv_head * c.group() + (g < c.group() ? g : 0), i < i1 && m / pack.heads < pack.rows && g < c.group()};
+  }
+
+  // Blocks of keys from edge to inside; where bits must not depend on the rows beside, from first to last.
+  DUPLEX_DEVICE int block_at(int t) const {
+    if (!c.division.fixed) return keys.at(t);
+    const int before = keys.first + keys.gap;
+    return t < before ? t : keys.outer + t - before;
+  }
+
+  DUPLEX_DEVICE uint32_t key_stage(int n) const { return base + L::KV + n % L::STAGES * 2 * L::SIDE_BYTES; }
+  DUPLEX_DEVICE uint32_t value_stage(int n) const { return key_stage(n) + L::SIDE_BYTES; }
+  DUPLEX_DEVICE uint32_t places(int n) const { return base + L::PLACES + n % L::STAGES * L::BLOCK_N * 8; }
+  DUPLEX_DEVICE uint32_t scales(int n) const { return base + L::SCALES + n % L::STAGES * L::BLOCK_N * 8; }
+
+  // Units of 16 bytes change places within rows so that eight rows of one unit lie in different banks.
+  DUPLEX_DEVICE static uint32_t at(int row, int unit) {
+    return row * L::ROW_BYTES + ((unit ^ (L::UNITS >= 8 ? row & 7 : row >> 1 & 3)) << 4);
+  }
+
+  // The page of this thread's key of block t, -1 for none.
+  DUPLEX_DEVICE int32_t page_of(int t) const {
+    if (thread >= L::BLOCK_N || t >= keys.count()) return -1;
+    const int32_t j = block_at(t) * L::BLOCK_N + thread;
+    if (j >= piece.span.len_k) return -1;
+    const int32_t page = c.pages.table[piece.sequence * c.pages.table_row + (piece.first + j) / c.pages.page_size];
+    return clamp32(page, 0, c.num_pages - 1);
+  }
+
+  DUPLEX_DEVICE void put_place(int t, int32_t page) const {
+    if (thread >= L::BLOCK_N || t >= keys.count()) return;
+    const int32_t j = block_at(t) * L::BLOCK_N + thread;
+    ptx::shared_store(places(t) + 8 * thread, page);
+    ptx::shared_store(places(t) + 8 * thread + 4, int32_t((piece.first + j) % c.pages.page_size));
+  }
+
+  // Block t of keys and values into its stage; what is no key is 0.
+  DUPLEX_DEVICE void copy_block(int t) const {
+    if (t < keys.count()) {
+      copy_side(key_stage(t), places(t), c.pages.k, c.head_dim);
+      copy_side(value_stage(t), places(t), c.pages.v, c.head_dim_v);
+      if constexpr (QUANTISED)
+        if (thread < L::BLOCK_N) {
+          copy_scale(scales(t), places(t), c.pages.k_scales);
+          copy_scale(scales(t) + 4 * L::BLOCK_N, places(t), c.pages.v_scales);
+        }
+    }
+    ptx::copy_commit();
+  }
+  DUPLEX_DEVICE void copy_side(uint32_t to, uint32_t from, const View& pages, int dim) const {
+    const char* head = static_cast<const char*>(pages.data) + kv_head * pages.head * STORED_BYTES<S>;
+#pragma unroll 4
+    for (int n = thread; n < L::BLOCK_N * L::UNITS; n += L::THREADS) {
+      const int row = n / L::UNITS, unit = n % L::UNITS;
+      const int32_t page = ptx::shared_load(from + 8 * row), slot = ptx::shared_load(from + 8 * row + 4);
+      const int bytes = clamp32(dim * STORED_BYTES<S> - 16 * unit, 0, page < 0 ? 0 : 16);
+      const int64_t offset = bytes > 0 ? (page * pages.batch + slot * pages.row) * STORED_BYTES<S> + 16 * unit : 0;
+      ptx::copy_async<16>(to + at(row, unit), head + offset, bytes);
+    }
+  }
+  DUPLEX_DEVICE void copy_scale(uint32_t to, uint32_t from, const ScaleView& s) const {
+    const int32_t page = ptx::shared_load(from + 8 * thread), slot = ptx::shared_load(from + 8 * thread + 4);
+    const int64_t offset = page < 0 ? 0 : page * s.page + slot * s.slot + kv_head * s.head;
+    ptx::copy_async<4>(to + 4 * thread, s.data + offset, page < 0 ? 0 : 4);
+  }
+
+  // The tile's queries, rotated, in the order in which lanes hold them as A of the products: a warp takes a row. Bytes
+  // of keys come to lanes four at a time, so their columns are taken in another order, the same for both operands.
+  DUPLEX_DEVICE void put_queries() const {
+    using Stored = typename T::Stored;
+    for (int m = thread / 32; m < ROWS; m += L::WARPS) {
+      const Row r = row(m);
+      const Stored* from = c.q.template at<Stored>(0, r.live ? piece.row + r.i : 0, r.head);
+      int64_t position = piece.position + r.i;
+      if (piece.shared && c.rope && r.live) position = position_of(c.batch, piece.row + r.i);
+      for (int pair = lane; pair < HEAD_DIM / 2; pair += 32) {
+        float x[2][1] = {{0}, {0}};
+        for (int e = 0; e < 2; ++e)
+          if (r.live && 2 * pair + e < c.head_dim) load_rotated<T>(from, 2 * pair + e, position, c.rope, x[e]);
+        const int step = pair / 8, p = pair % 8, column = QUANTISED ? p / 2 : p % 4, half = QUANTISED ? p % 2 : p / 4;
+        const int word = m % 16 / 8 + 2 * half, holder = m % 8 * 4 + column;
+        ptx::shared_store(base + L::Q + ((m / 16 * STEPS + step) * 32 + holder) * 16 + 4 * word,
+                          int(ptx::pack<T>(x[0][0], x[1][0])));
+      }
+    }
+  }
+  DUPLEX_DEVICE Words4 queries(int step) const {
+    return ptx::shared_load16(base + L::Q + ((warp_m * STEPS + step) * 32 + lane) * 16);
+  }
+
+  // The warp's products of a block, as accumulators lie: rows lane / 4 + {0, 8}, columns 8 g + 2 (lane % 4) + {0, 1}.
+  DUPLEX_DEVICE void multiply_keys(float (&x)[L::KEYS / 2], const uint32_t (&q)[L::Q_STAYS ? 1 : STEPS][4],
+                                   int t) const {
+#pragma unroll
+    for (int n = 0; n < L::KEYS / 2; ++n) x[n] = 0;
+    constexpr int AT_ONCE = QUANTISED ? 2 : 1;  // steps that one load of matrices is for
+#pragma unroll
+    for (int step = 0; step < STEPS; step += AT_ONCE) {
+      uint32_t a[AT_ONCE][4];
+#pragma unroll
+      for (int s = 0; s < AT_ONCE; ++s) {
+        if constexpr (L::Q_STAYS) {
+          const Words4 words = queries(step + s);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) a[s][n] = words.word[n];
+        } else {
+#pragma unroll
+          for (int n = 0; n < 4; ++n) a[s][n] = q[step + s][n];
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < L::KEYS / 16; ++k) {
+        uint32_t b[4];  // of 8 keys: two units; of the next 8 keys: the same
+        const int key = warp_n * L::KEYS + 16 * k + lane / 16 * 8 + lane % 8;
+        const int unit = QUANTISED ? step + lane / 8 % 2 : 2 * step + lane / 8 % 2;
+        ptx::load_matrices(b, key_stage(t) + at(key, unit));
+        if constexpr (QUANTISED) {
+#pragma unroll
+          for (int s = 0; s < 2; ++s)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              ptx::mma<T>(x + 8 * k + 4 * half, a[s], widen_pair<T, S, 0, 1>(b[2 * half + s]),
+                          widen_pair<T, S, 2, 3>(b[2 * half + s]));
+        } else {
+          ptx::mma<T>(x + 8 * k, a[0], b[0], b[1]);
+          ptx::mma<T>(x + 8 * k + 4, a[0], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Adds weights times values. Of 16 columns, a lane's accumulators are in two runs of four: columns 2 (lane % 4) + {0, 1} of 8
+  // each; where values are bytes, even and odd columns of all 16.
+  DUPLEX_DEVICE void multiply_values(float (&sum)[HEAD_DIM / 2], const uint32_t (&p)[L::KEYS / 16][4], int t) const {
+    constexpr int AT_ONCE = QUANTISED ? 2 : 1;
+#pragma unroll
+    for (int k = 0; k < L::KEYS / 16; ++k)
+#pragma unroll
+      for (int u = 0; u < STEPS; u += AT_ONCE) {
+        uint32_t b[4];  // of 8 keys and the next 8: a unit; then the next unit
+        const int key = warp_n * L::KEYS + 16 * k + lane / 8 % 2 * 8 + lane % 8;
+        ptx::load_matrices_transposed(b, value_stage(t) + at(key, QUANTISED ? u + lane / 16 : 2 * u + lane / 16));
+        if constexpr (QUANTISED) {
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            ptx::mma<T>(sum + 8 * (u + s), p[k], widen_pair<T, S, 0, 2>(b[2 * s]),
+                        widen_pair<T, S, 0, 2>(b[2 * s + 1]));
+            ptx::mma<T>(sum + 8 * (u + s) + 4, p[k], widen_pair<T, S, 1, 3>(b[2 * s]),
+                        widen_pair<T, S, 1, 3>(b[2 * s + 1]));
+          }
+        } else {
+          ptx::mma<T>(sum + 8 * u, p[k], b[0], b[1]);
+          ptx::mma<T>(sum + 8 * u + 4, p[k], b[2], b[3]);
+        }
+      }
+  }
+
+  // Which column accumulator n of multiply_values is.
+  DUPLEX_DEVICE int column_of_sum(int n) const {
+    const int run = n / 4 % 2, number = n % 2, quad = lane % 4;
+    return n / 8 * 16 + (QUANTISED ? 4 * quad + 2 * number + run : 8 * run + 2 * quad + number);
+  }
+
+  DUPLEX_DEVICE void scale_columns(float (&x)[L::KEYS / 2], uint32_t scales_of_block) const {
+#pragma unroll
+    for (int n = 0; n < L::KEYS / 2; ++n)
+      x[n] *= ptx::shared_load_float(scales_of_block +
+                                     4 * (warp_n * L::KEYS + sm90::column_of(n) + 2 * (lane % 4)));
+  }
+
+  DUPLEX_DEVICE void weigh(float (&x)[L::KEYS / 2], uint32_t (&p)[L::KEYS / 16][4], const Rows& rows, int t,
+                           sm90::Softmax& softmax, float (&decay)[2]) const {
+    if constexpr (QUANTISED) scale_columns(x, scales(t));
+    const int32_t j = block_at(t) * L::BLOCK_N + warp_n * L::KEYS + 2 * (lane % 4);
+    add_terms(x, c.terms, rows, j, int32_t(piece.span.offset));
+    if (c.division.fixed || t < keys.edges()) hide(x, piece.span, rows, j);
+    softmax.next<true, true>(x, 0, decay);
+    if constexpr (QUANTISED) scale_columns(x, scales(t) + 4 * L::BLOCK_N);
+#pragma unroll
+    for (int n = 0; n < L::KEYS / 4; ++n) p[n / 4][n % 4] = ptx::pack<T>(x[2 * n], x[2 * n + 1]);
+  }
+
+  // Rows [i0, i1) of the piece.
+  DUPLEX_DEVICE void tile() {
+    keys = key_blocks(piece.span, i0, i1, L::BLOCK_N);
+    const int count = keys.count();
+#pragma unroll
+    for (int t = 0; t < L::STAGES; ++t) put_place(t, page_of(t));
+    ptx::block_sync();
+#pragma unroll
+    for (int t = 0; t < L::STAGES - 1; ++t) copy_block(t);
+    int32_t next_page = page_of(L::STAGES);
+    put_queries();
+    ptx::block_sync();
+    uint32_t q[L::Q_STAYS ? 1 : STEPS][4];
+    if constexpr (!L::Q_STAYS)
+#pragma unroll
+      for (int s = 0; s < STEPS; ++s) {
+        const Words4 words = queries(s);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) q[s][n] = words.word[n];
+      }
+
+    Rows rows;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Row of = row(16 * warp_m + lane / 4 + 8 * r);
+      rows.i[r] = of.i;
+      rows.head[r] = of.head;
+    }
+    sm90::Softmax softmax;
+    softmax.start(nullptr, 0, 1, lane % 4);
+    float sum[HEAD_DIM / 2];
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 2; ++n) sum[n] = 0;
+    for (int t = 0; t < count; ++t) {
+      ptx::copy_wait<L::STAGES - 2>();
+      ptx::block_sync();
+      copy_block(t + L::STAGES - 1);
+      put_place(t + L::STAGES, next_page);
+      next_page = page_of(t + L::STAGES + 1);
+      float x[L::KEYS / 2], decay[2];
+      uint32_t p[L::KEYS / 16][4];
+      multiply_keys(x, q, t);
+      weigh(x, p, rows, t, softmax, decay);
+#pragma unroll
+      for (int n = 0; n < HEAD_DIM / 2; ++n) sum[n] *= decay[sm90::row_of(n)];
+      multiply_values(sum, p, t);
+    }
+    ptx::copy_wait<0>();
+    ptx::block_sync();
+    put_sums(softmax, sum);
+    ptx::block_sync();
+    for (int m = thread / 32; m < ROWS; m += L::WARPS) finish(m);
+    ptx::block_sync();
+  }
+
+  // Where a warp's sum of row m and a column lies, spread over banks; and its largest score and sum of weights.
+  DUPLEX_DEVICE uint32_t sum_at(int warp, int m, int column) const {
+    return base + L::KV + ((warp * ROWS + m) * HEAD_DIM + (column ^ (m & 3) << 3)) * 4;
+  }
+  DUPLEX_DEVICE uint32_t state_at(int warp, int m) const { return base + L::PLACES + (warp * ROWS + m) * 8; }
+
+  DUPLEX_DEVICE void put_sums(sm90::Softmax& softmax, const float (&sum)[HEAD_DIM / 2]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      softmax.total[r] += ptx::shuffle_xor(softmax.total[r], 1);
+      softmax.total[r] += ptx::shuffle_xor(softmax.total[r], 2);
+      const int m = 16 * warp_m + lane / 4 + 8 * r;
+      if (lane % 4 == 0) {
+        ptx::shared_store(state_at(warp_n, m), softmax.largest[r]);
+        ptx::shared_store(state_at(warp_n, m) + 4, softmax.total[r]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 2; ++n)
+      ptx::shared_store(sum_at(warp_n, 16 * warp_m + lane / 4 + 8 * sm90::row_of(n), column_of_sum(n)), sum[n]);
+  }
+
+  // A warp joins what the warps have of row m, each its own keys, and writes it where it belongs.
+  DUPLEX_DEVICE void finish(int m) const {
+    const Row r = row(m);
+    if (!r.live) return;
+    float largest = -INFINITY, total = 0, weight[L::WARPS_N];
+#pragma unroll
+    for (int w = 0; w < L::WARPS_N; ++w) largest = fmaxf(largest, ptx::shared_load_float(state_at(w, m)));
+    const float reference = largest == -INFINITY ? 0.f : largest;
+#pragma unroll
+    for (int w = 0; w < L::WARPS_N; ++w) {
+      weight[w] = ptx::exp2((ptx::shared_load_float(state_at(w, m)) - reference) * sm90::LOG2E);
+      total += weight[w] * ptx::shared_load_float(state_at(w, m) + 4);
+    }
+    const float lse = total != 0 ? reference + ptx::log2(total) * sm90::LN2 : -INFINITY;
+    const auto number = [&](int, int column) {
+      float x = 0;
+#pragma unroll
+      for (int w = 0; w < L::WARPS_N; ++w)
+        x = ptx::fma(ptx::shared_load_float(sum_at(w, m, column)), weight[w], x);
+      return x / total;
+    };
+    if (piece.slot >= 0) {
+      const int64_t slot = piece.slot + r.i - piece.begin;
+      float* to = c.parts + (slot * c.heads_q + r.head) * c.head_dim_v;
+      for (int column = lane; column < c.head_dim_v; column += 32) to[column] = total != 0 ? number(0, column) : 0.f;
+      if (lane == 0) c.parts_lse[int64_t(r.head) * c.slots + slot] = lse;
+      return;
+    }
+    // In the steps of a merge: how many parts its neighbours have changes no bit of a row.
+    using Stored = typename T::Stored;
+    const int64_t row = piece.row + r.i;
+    Stored* to = c.out.template at<Stored>(0, row, r.head);
+    const float whole = merge_row(
+        1, c.sink ? c.sink[r.head] : -INFINITY, c.head_dim_v, lane, [&](int) { return lse; }, number,
+        [&](int column, float x) { to[column] = narrow<T>(x); });
+    if (lane == 0) c.lse[int64_t(r.head) * c.batch.rows_q + row] = whole;
+  }
+};
+
+// Rows past the last sequence, of these heads: those that are this block's share among `shares`.
+template <class T>
+DUPLEX_DEVICE void clear_outside(const Call& c, int32_t share, int32_t shares, int first_head, int last_head) {
+  if (!c.batch.cu_q) return;
+  const int64_t end = c.batch.rows_q;
+  for (int64_t row = clamp32(c.batch.cu_q[c.batch.batch], 0, c.batch.rows_q) + share; row < end; row += shares)
+    for (int h = first_head; h < last_head; ++h) {
+      auto* to = c.out.template at<typename T::Stored>(0, row, h);
+      for (int column = ptx::thread_index(); column < c.head_dim_v; column += 32) to[column] = 0;
+      if (ptx::thread_index() == 0) c.lse[int64_t(h) * end + row] = -INFINITY;
+    }
+}
+
+template <class T, Storage S, int HEAD_DIM, int ROWS>
+DUPLEX_KERNEL((Tile<S, HEAD_DIM, ROWS>::THREADS))
+attend_kernel(DUPLEX_PARAMETER Call c, Which which, int32_t units) {
+  const Packing pack = packing(c.group(), ROWS);
+  const int width = c.heads_kv * pack.chunks, n = ptx::block_index() / width;
+  const int kv_head = ptx::block_index() % width / pack.chunks, chunk = ptx::block_index() % pack.chunks;
+  if (which != Which::SHARED && ptx::thread_index() < 32) {
+    const int first = chunk * pack.heads, last = first + pack.heads < c.group() ? first + pack.heads : c.group();
+    clear_outside<T>(c, n, units, kv_head * c.group() + first, kv_head * c.group() + last);
+  }
+  Piece piece;
+  if (which == Which::ALL) {
+    if (n >= c.batch.batch * c.division.blocks * c.division.splits || !piece_of(c.batch, c.division, n, piece)) return;
+  } else if (!piece_of(c.batch, c.plan, c.capacity, which == Which::SHARED, c.division.fixed, n, piece)) {
+    return;
+  }
+  Attend<T, S, HEAD_DIM, ROWS> attend(c, piece, kv_head, chunk);
+  for (attend.i0 = piece.begin; attend.i0 < piece.end; attend.i0 += pack.rows) {
+    attend.i1 = attend.i0 + pack.rows < piece.end ? attend.i0 + pack.rows : piece.end;
+    attend.tile();
+  }
+}
+
+}  // namespace duplex::paged

@@ -1,0 +1,45 @@
+// What crosses into the paged kernels.
+#pragma once
+
+#include "common/problem.h"
+#include "cuda/arguments.h"
+#include "cuda/paged/sequence.h"
+
+namespace duplex::paged {
+
+struct Call {
+  Batch batch;
+  View q, out;  // (packed row, head) of 16-bit numbers
+  float* lse;   // (heads_q, packed rows)
+  Pages pages;
+  Rope rope;
+  Terms terms;
+  const float* sink;  // (heads_q,) or null
+  int32_t num_pages, heads_q, heads_kv, head_dim, head_dim_v;
+  float *parts, *parts_lse;  // (slots, heads_q, head_dim_v), (heads_q, slots)
+  int32_t slots;
+  const int32_t* plan;  // or null: the division
+  int32_t capacity;     // rows of the plan
+  Division division;
+
+  DUPLEX_HOST_DEVICE int32_t group() const { return heads_q / heads_kv; }
+};
+
+// How query heads lie in the rows of a tile: row by row, `heads` of those that share a kv head, side by side.
+struct Packing {
+  int32_t heads;   // of a row in one tile
+  int32_t chunks;  // tiles for all of a kv head
+  int32_t rows;    // in a tile
+};
+
+DUPLEX_HOST_DEVICE inline Packing packing(int32_t group, int32_t tile_rows) {
+  const int32_t heads = group < tile_rows ? group : tile_rows;
+  return {heads, (group + heads - 1) / heads, tile_rows / heads};
+}
+
+constexpr int SMALL_ROWS = 16, LARGE_ROWS = 64;  // of the two tiles
+
+// Of a plan's tiles, those of rows that share their keys, or the others.
+enum class Which { ALL, SHARED, OWN };
+
+}  // namespace duplex::paged
