@@ -8,7 +8,7 @@
 
 STABLE_TORCH_LIBRARY(duplex_attn_cuda, m) {
   m.def(("attention_forward(" + std::string(duplex::CALL_SCHEMA) + ") -> (Tensor, Tensor)").c_str());
-  m.def("forward_tile(int head_dim) -> str");
+  m.def("forward_tile(int capability, int head_dim) -> str");
   m.def("runtime_version() -> int");
 }
 
