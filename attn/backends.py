@@ -207,7 +207,7 @@ class TritonBackend(Backend):
 
 
 class CudaBackend(Backend):
-    """The CUDA C++ kernels for Hopper, built beside the package where nvcc is."""
+    """The CUDA C++ kernels, of Hopper and of every other card from Ampere on, built beside the package where nvcc is."""
 
     name = "cuda"
     library = Path(__file__).parent / "libduplex_cuda.so"
@@ -221,8 +221,8 @@ class CudaBackend(Backend):
             return "this torch is built without CUDA"
         if not torch.cuda.is_available():
             return "there is no CUDA card"
-        if (card := torch.cuda.get_device_capability()) != (9, 0):
-            return f"its kernels are for compute capability 9.0, this card has {card[0]}.{card[1]}"
+        if (card := torch.cuda.get_device_capability()) < (8, 0):
+            return f"its kernels are for compute capability 8.0 and later, this card has {card[0]}.{card[1]}"
         if reason := self.load():
             return reason
         driver = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009  only a CUDA torch has it
@@ -284,11 +284,15 @@ class CudaBackend(Backend):
         return None if call.bias is None else "its kernels have no bias"
 
     def detail(self) -> str:
-        return f"forward for Hopper; {_NOT_RUN}"
+        return f"forward; {_NOT_RUN}"
 
     def tile(self, call: Call) -> str:
         head_dim = max(call.q.shape[-1], call.v.shape[-1])
-        return f"{torch.ops.duplex_attn_cuda.forward_tile(head_dim)}; {_NOT_RUN}"
+        return f"{torch.ops.duplex_attn_cuda.forward_tile(self.capability(call.q.device), head_dim)}; {_NOT_RUN}"
+
+    def capability(self, device: torch.device) -> int:
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
 
 
 _MERGE_PARTS = 32  # csrc/cuda/merge.h

@@ -21,6 +21,10 @@ int64_t runtime_version() { return CUDART_VERSION; }
 Device::Device(int32_t index) : index_(index) {
   check(cudaGetDevice(&before_));
   if (before_ != index_) check(cudaSetDevice(index_));
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_));
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index_));
+  capability = 10 * major + minor;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index_));
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS, "no current stream");
 }

@@ -15,6 +15,7 @@ class Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
+  int capability = 0;  // to compute, as 10 * major + minor
   int processors = 0;  // streaming multiprocessors
   void* stream = nullptr;
 

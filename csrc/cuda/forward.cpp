@@ -7,6 +7,7 @@
 #include "cuda/call.h"
 #include "cuda/device.h"
 #include "cuda/prepare.h"
+#include "cuda/sm80/forward.h"
 #include "cuda/sm90/forward.h"
 
 namespace duplex {
@@ -60,10 +61,16 @@ int32_t section_of(const CallArguments& call, int64_t heads, int64_t group) {
   return int32_t(std::min(heads, group * std::max<int64_t>(1, L2_BYTES / std::max<int64_t>(1, bytes))));
 }
 
+// Hopper has kernels of its own, which no other card runs.
+const Variant& variant(int64_t capability, int64_t head_dim) {
+  expect(capability >= 80, "a card of compute capability 8.0 or more");
+  return capability == 90 ? sm90::variant(head_dim) : sm80::variant(head_dim);
+}
+
 }  // namespace
 
-std::string forward_tile(int64_t head_dim) {
-  const sm90::Variant& v = sm90::variant(head_dim);
+std::string forward_tile(int64_t capability, int64_t head_dim) {
+  const Variant& v = variant(capability, head_dim);
   return std::to_string(v.block_m) + "x" + std::to_string(v.block_n) + " of head_dim " + std::to_string(v.head_dim);
 }
 
@@ -81,8 +88,8 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   Tensor lse = packed ? new_float(q, {heads, rows}) : new_float(q, {batch, heads, rows});
   if (batch * rows * heads == 0) return {std::move(out), std::move(lse)};
 
-  const sm90::Variant& variant = sm90::variant(std::max(head_dim, dim_v));
-  sm90::ForwardLaunch l{};
+  const Variant& chosen = variant(device.capability, std::max(head_dim, dim_v));
+  ForwardLaunch l{};
   ForwardArguments& a = l.arguments;
   a.lengths = lengths_of(call);
   a.terms = terms_of(head_dim, scale, softcap, distance_bias, alibi_slopes);
@@ -91,7 +98,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   a.group = int32_t(heads / heads_kv);
   a.section = section_of(call, heads, a.group);
   a.head_dim_v = int32_t(dim_v);
-  a.entries = {(a.lengths.max_q + variant.block_m - 1) / variant.block_m, variant.block_m, variant.block_n};
+  a.entries = {(a.lengths.max_q + chosen.block_m - 1) / chosen.block_m, chosen.block_m, chosen.block_n};
   const int64_t entries = a.entries.count(a.lengths);
   expect(entries < FAR, "at most 2^29 blocks of rows");
   const Tensor order = new_int(q, {1 + entries});
@@ -113,7 +120,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   if (packed || seqlens_q || starts_q) clear_outside(a, l.processors, l.stream);
   if (entries > 0) {
     schedule(a.lengths, a.entries, static_cast<int32_t*>(order.data_ptr()), l.stream);
-    variant.launch(l);
+    chosen.launch(l);
   }
   return {std::move(out), std::move(lse)};
 }

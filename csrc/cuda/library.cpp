@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(duplex_attn_cuda, m) {
   m.def(duplex::PAGED_APPEND_SCHEMA);
   m.def(duplex::COPY_PAGES_SCHEMA);
   m.def("paged_workers(int device, int heads_kv) -> (int, int)");
-  m.def("forward_tile(int head_dim) -> str");
+  m.def("forward_tile(int capability, int head_dim) -> str");
   m.def("runtime_version() -> int");
 }
 

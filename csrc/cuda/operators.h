@@ -12,8 +12,8 @@ namespace duplex {
 
 std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS);
 
-// The tile of the forward for a head_dim.
-std::string forward_tile(int64_t head_dim);
+// What a call of this head_dim (the larger of the two) is cut into on a card of this compute capability (of 9.0: 90).
+std::string forward_tile(int64_t capability, int64_t head_dim);
 
 std::tuple<Tensor, Tensor> merge_attention(std::vector<Tensor> outs, std::vector<Tensor> lses);
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from duplex_attn.backends import CudaBackend
 
@@ -112,10 +113,15 @@ def left_out(what: str, number: int = 0) -> Iterator[None]:
     functions().emulation_leave_out(0, 0)
 
 
+CARDS = {"sm80": 80, "sm90": 90}  # folders of kernels, and a compute capability that takes them
+EMULATED_ONLY = pytest.mark.parametrize("kernels", list(CARDS), indirect=True)
+
+
 class EmulatedCuda(CudaBackend):
-    """The backend `cuda` on CPU tensors."""
+    """The backend `cuda` on CPU tensors, on a card of the given compute capability."""
 
     device_type = "cpu"
+    card = 90
 
     @cache  # noqa: B019  one instance lives as long as the process
     def missing(self) -> str | None:
@@ -123,6 +129,17 @@ class EmulatedCuda(CudaBackend):
             return "no C++ compiler found: the CUDA kernels are not emulated"
         self.library = library()
         return self.load()
+
+    def capability(self, device: torch.device) -> int:
+        return self.card
+
+    @contextmanager
+    def on(self, card: int) -> Iterator[None]:
+        before, self.card = self.card, card
+        functions().emulation_card(card)
+        yield
+        self.card = before
+        functions().emulation_card(before)
 
 
 EMULATED = EmulatedCuda()

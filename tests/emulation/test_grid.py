@@ -35,17 +35,17 @@ def fitting(case: Case) -> Case:
 
 
 @pytest.mark.parametrize("case", grid(), ids=str)
-def test_forward(case: Case, hopper: Lane) -> None:
+def test_forward(case: Case, kernels: Lane) -> None:
     made = problem(fitting(case))
     exact, plain, floor = made.answers(gradients=False)
-    if hopper.device == "cpu":
+    if kernels.device == "cpu":
         draw(case.seed, processors=1 + case.seed % 3)
-    got = run(made.call, hopper)
+    got = run(made.call, kernels)
     assert_accurate(got, exact, plain, floor, str(case))
     made.guard.assert_untouched()
 
 
 @pytest.mark.parametrize("case", [case for case in grid() if fitting(case) != case], ids=str)
-def test_what_they_do_not_take_is_refused_with_its_reason(case: Case, hopper: Lane) -> None:
+def test_what_they_do_not_take_is_refused_with_its_reason(case: Case, kernels: Lane) -> None:
     with pytest.raises(ValueError, match=r"cuda: (its kernels have no|it takes bfloat16|[qkv]: bulk copies want)"):
-        run(problem(case).call, hopper)
+        run(problem(case).call, kernels)

@@ -3,37 +3,41 @@
 // fills the tensor cores' 16 rows. (Dao et al., "Flash-Decoding", 2023; Kwon et al., "PagedAttention", 2023.)
 #pragma once
 
+#include "cuda/accumulators.cuh"
 #include "cuda/merge_row.cuh"
 #include "cuda/paged/call.h"
 #include "cuda/paged/rope.cuh"
 #include "cuda/paged/scores.cuh"
 #include "cuda/paged/stored.cuh"
+#include "cuda/sm80/fragments.cuh"
 
 namespace duplex::paged {
+
+using sm80::Fragments;
 
 // 64 rows: four warps have 16 each, and all keys. 16 rows: all warps have these, and 16 keys of a block each.
 template <Storage S, int HEAD_DIM_, int ROWS_>
 struct Tile {
   static constexpr int HEAD_DIM = HEAD_DIM_, ROWS = ROWS_;
-  static constexpr int ROW_BYTES = HEAD_DIM * STORED_BYTES<S>, UNITS = ROW_BYTES / 16;
   static constexpr int BLOCK_N = HEAD_DIM == 256 && (ROWS == LARGE_ROWS || S == Storage::AS_QUERIES) ? 32 : 64;
   static constexpr int WARPS_M = ROWS / 16, WARPS_N = ROWS == LARGE_ROWS ? 1 : BLOCK_N / 16;
   static constexpr int WARPS = WARPS_M * WARPS_N, THREADS = 32 * WARPS;
   static constexpr int KEYS = BLOCK_N / WARPS_N;  // of a warp
-  static constexpr int SIDE_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = ROWS * HEAD_DIM * 2;
+  using Side = duplex::Tile<BLOCK_N, HEAD_DIM * STORED_BYTES<S> / 2>;  // keys or values, two bytes a number as if they were one
+  static constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
   // Queries stay in registers, which the widest have none left for. They come by way of the last stage, then empty.
   static constexpr bool Q_STAYS = HEAD_DIM == 256;
-  static constexpr int LIMIT = 96 * 1024 - (Q_STAYS ? Q_BYTES : 0), FITTING = LIMIT / (2 * SIDE_BYTES);
+  static constexpr int LIMIT = 96 * 1024 - (Q_STAYS ? Q_BYTES : 0), FITTING = LIMIT / (2 * Side::BYTES);
   static constexpr int STAGES = FITTING < 4 ? FITTING : 4;
 
   static constexpr int KV = 0;
-  static constexpr int Q = KV + (Q_STAYS ? STAGES : STAGES - 1) * 2 * SIDE_BYTES;
-  static constexpr int PLACES = KV + STAGES * 2 * SIDE_BYTES + (Q_STAYS ? Q_BYTES : 0);
+  static constexpr int Q = KV + (Q_STAYS ? STAGES : STAGES - 1) * 2 * Side::BYTES;
+  static constexpr int PLACES = KV + STAGES * 2 * Side::BYTES + (Q_STAYS ? Q_BYTES : 0);
   static constexpr int SCALES = PLACES + STAGES * BLOCK_N * 8;
   static constexpr int SHARED_BYTES = SCALES + (S == Storage::AS_QUERIES ? 0 : STAGES * BLOCK_N * 8);
-  static_assert(STAGES >= 2 && SHARED_BYTES <= 99 * 1024 && THREADS >= BLOCK_N && (Q_STAYS || Q_BYTES <= 2 * SIDE_BYTES));
+  static_assert(STAGES >= 2 && SHARED_BYTES <= 99 * 1024 && THREADS >= BLOCK_N && (Q_STAYS || Q_BYTES <= 2 * Side::BYTES));
   // In the end the sums of all warps lie where keys did, and what they are relative to where their places were.
-  static_assert(WARPS_N * ROWS * HEAD_DIM * 4 <= STAGES * 2 * SIDE_BYTES && WARPS_N * ROWS * 8 <= STAGES * BLOCK_N * 8);
+  static_assert(WARPS_N * ROWS * HEAD_DIM * 4 <= STAGES * 2 * Side::BYTES && WARPS_N * ROWS * 8 <= STAGES * BLOCK_N * 8);
 };
 
 template <class T, Storage S, int HEAD_DIM, int ROWS>
@@ -79,15 +83,10 @@ struct Attend {
     return t < before ? t : keys.outer + t - before;
   }
 
-  DUPLEX_DEVICE uint32_t key_stage(int n) const { return base + L::KV + n % L::STAGES * 2 * L::SIDE_BYTES; }
-  DUPLEX_DEVICE uint32_t value_stage(int n) const { return key_stage(n) + L::SIDE_BYTES; }
+  DUPLEX_DEVICE uint32_t key_stage(int n) const { return base + L::KV + n % L::STAGES * 2 * L::Side::BYTES; }
+  DUPLEX_DEVICE uint32_t value_stage(int n) const { return key_stage(n) + L::Side::BYTES; }
   DUPLEX_DEVICE uint32_t places(int n) const { return base + L::PLACES + n % L::STAGES * L::BLOCK_N * 8; }
   DUPLEX_DEVICE uint32_t scales(int n) const { return base + L::SCALES + n % L::STAGES * L::BLOCK_N * 8; }
-
-  // Units of 16 bytes change places within rows so that eight rows of one unit lie in different banks.
-  DUPLEX_DEVICE static uint32_t at(int row, int unit) {
-    return row * L::ROW_BYTES + ((unit ^ (L::UNITS >= 8 ? row & 7 : row >> 1 & 3)) << 4);
-  }
 
   // The page of this thread's key of block t, -1 for none.
   DUPLEX_DEVICE int32_t page_of(int t) const {
@@ -119,14 +118,16 @@ struct Attend {
     ptx::copy_commit();
   }
   DUPLEX_DEVICE void copy_side(uint32_t to, uint32_t from, const View& pages, int dim) const {
+    constexpr int UNITS = L::Side::ROW_BYTES / 16, ALL_UNITS = L::Side::PANELS * UNITS;  // of 16 bytes in a row
     const char* head = static_cast<const char*>(pages.data) + kv_head * pages.head * STORED_BYTES<S>;
 #pragma unroll 4
-    for (int n = thread; n < L::BLOCK_N * L::UNITS; n += L::THREADS) {
-      const int row = n / L::UNITS, unit = n % L::UNITS;
+    for (int n = thread; n < L::BLOCK_N * ALL_UNITS; n += L::THREADS) {
+      const int row = n / ALL_UNITS, unit = n % ALL_UNITS;
       const int32_t page = ptx::shared_load(from + 8 * row), slot = ptx::shared_load(from + 8 * row + 4);
       const int bytes = clamp32(dim * STORED_BYTES<S> - 16 * unit, 0, page < 0 ? 0 : 16);
       const int64_t offset = bytes > 0 ? (page * pages.batch + slot * pages.row) * STORED_BYTES<S> + 16 * unit : 0;
-      ptx::copy_async<16>(to + at(row, unit), head + offset, bytes);
+      ptx::copy_async<16>(to + unit / UNITS * L::Side::PANEL_BYTES + swizzled(row, unit % UNITS, L::Side::ROW_BYTES),
+                          head + offset, bytes);
     }
   }
   DUPLEX_DEVICE void copy_scale(uint32_t to, uint32_t from, const ScaleView& s) const {
@@ -165,6 +166,7 @@ struct Attend {
 #pragma unroll
     for (int n = 0; n < L::KEYS / 2; ++n) x[n] = 0;
     constexpr int AT_ONCE = QUANTISED ? 2 : 1;  // steps that one load of matrices is for
+    const auto keys_at = Fragments<typename L::Side>::across(key_stage(t), lane);
 #pragma unroll
     for (int step = 0; step < STEPS; step += AT_ONCE) {
       uint32_t a[AT_ONCE][4];
@@ -182,9 +184,7 @@ struct Attend {
 #pragma unroll
       for (int k = 0; k < L::KEYS / 16; ++k) {
         uint32_t b[4];  // of 8 keys: two units; of the next 8 keys: the same
-        const int key = warp_n * L::KEYS + 16 * k + lane / 16 * 8 + lane % 8;
-        const int unit = QUANTISED ? step + lane / 8 % 2 : 2 * step + lane / 8 % 2;
-        ptx::load_matrices(b, key_stage(t) + at(key, unit));
+        ptx::load_matrices(b, keys_at(warp_n * L::KEYS + 16 * k, step / AT_ONCE));
         if constexpr (QUANTISED) {
 #pragma unroll
           for (int s = 0; s < 2; ++s)
@@ -204,13 +204,13 @@ struct Attend {
   // each; where values are bytes, even and odd columns of all 16.
   DUPLEX_DEVICE void multiply_values(float (&sum)[HEAD_DIM / 2], const uint32_t (&p)[L::KEYS / 16][4], int t) const {
     constexpr int AT_ONCE = QUANTISED ? 2 : 1;
+    const auto values_at = Fragments<typename L::Side>::down(value_stage(t), lane);
 #pragma unroll
     for (int k = 0; k < L::KEYS / 16; ++k)
 #pragma unroll
       for (int u = 0; u < STEPS; u += AT_ONCE) {
         uint32_t b[4];  // of 8 keys and the next 8: a unit; then the next unit
-        const int key = warp_n * L::KEYS + 16 * k + lane / 8 % 2 * 8 + lane % 8;
-        ptx::load_matrices_transposed(b, value_stage(t) + at(key, QUANTISED ? u + lane / 16 : 2 * u + lane / 16));
+        ptx::load_matrices_transposed(b, values_at(warp_n * L::KEYS + 16 * k, u / AT_ONCE));
         if constexpr (QUANTISED) {
 #pragma unroll
           for (int s = 0; s < 2; ++s) {
@@ -236,19 +236,18 @@ struct Attend {
 #pragma unroll
     for (int n = 0; n < L::KEYS / 2; ++n)
       x[n] *= ptx::shared_load_float(scales_of_block +
-                                     4 * (warp_n * L::KEYS + sm90::column_of(n) + 2 * (lane % 4)));
+                                     4 * (warp_n * L::KEYS + column_of(n) + 2 * (lane % 4)));
   }
 
   DUPLEX_DEVICE void weigh(float (&x)[L::KEYS / 2], uint32_t (&p)[L::KEYS / 16][4], const Rows& rows, int t,
-                           sm90::Softmax& softmax, float (&decay)[2]) const {
+                           Softmax& softmax, float (&decay)[2]) const {
     if constexpr (QUANTISED) scale_columns(x, scales(t));
     const int32_t j = block_at(t) * L::BLOCK_N + warp_n * L::KEYS + 2 * (lane % 4);
     add_terms(x, c.terms, rows, j, int32_t(piece.span.offset));
     if (c.division.fixed || t < keys.edges()) hide(x, piece.span, rows, j);
     softmax.next<true, true>(x, 0, decay);
     if constexpr (QUANTISED) scale_columns(x, scales(t) + 4 * L::BLOCK_N);
-#pragma unroll
-    for (int n = 0; n < L::KEYS / 4; ++n) p[n / 4][n % 4] = ptx::pack<T>(x[2 * n], x[2 * n + 1]);
+    pack_operand<T>(x, p);
   }
 
   // Rows [i0, i1) of the piece.
@@ -279,7 +278,7 @@ struct Attend {
       rows.i[r] = of.i;
       rows.head[r] = of.head;
     }
-    sm90::Softmax softmax;
+    Softmax softmax;
     softmax.start(nullptr, 0, 1, lane % 4);
     float sum[HEAD_DIM / 2];
 #pragma unroll
@@ -295,7 +294,7 @@ struct Attend {
       multiply_keys(x, q, t);
       weigh(x, p, rows, t, softmax, decay);
 #pragma unroll
-      for (int n = 0; n < HEAD_DIM / 2; ++n) sum[n] *= decay[sm90::row_of(n)];
+      for (int n = 0; n < HEAD_DIM / 2; ++n) sum[n] *= decay[row_of(n)];
       multiply_values(sum, p, t);
     }
     ptx::copy_wait<0>();
@@ -312,7 +311,7 @@ struct Attend {
   }
   DUPLEX_DEVICE uint32_t state_at(int warp, int m) const { return base + L::PLACES + (warp * ROWS + m) * 8; }
 
-  DUPLEX_DEVICE void put_sums(sm90::Softmax& softmax, const float (&sum)[HEAD_DIM / 2]) const {
+  DUPLEX_DEVICE void put_sums(Softmax& softmax, const float (&sum)[HEAD_DIM / 2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       softmax.total[r] += ptx::shuffle_xor(softmax.total[r], 1);
@@ -325,7 +324,7 @@ struct Attend {
     }
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 2; ++n)
-      ptx::shared_store(sum_at(warp_n, 16 * warp_m + lane / 4 + 8 * sm90::row_of(n), column_of_sum(n)), sum[n]);
+      ptx::shared_store(sum_at(warp_n, 16 * warp_m + lane / 4 + 8 * row_of(n), column_of_sum(n)), sum[n]);
   }
 
   // A warp joins what the warps have of row m, each its own keys, and writes it where it belongs.
@@ -338,10 +337,10 @@ struct Attend {
     const float reference = largest == -INFINITY ? 0.f : largest;
 #pragma unroll
     for (int w = 0; w < L::WARPS_N; ++w) {
-      weight[w] = ptx::exp2((ptx::shared_load_float(state_at(w, m)) - reference) * sm90::LOG2E);
+      weight[w] = ptx::exp2((ptx::shared_load_float(state_at(w, m)) - reference) * LOG2E);
       total += weight[w] * ptx::shared_load_float(state_at(w, m) + 4);
     }
-    const float lse = total != 0 ? reference + ptx::log2(total) * sm90::LN2 : -INFINITY;
+    const float lse = total != 0 ? reference + ptx::log2(total) * LN2 : -INFINITY;
     const auto number = [&](int, int column) {
       float x = 0;
 #pragma unroll

@@ -1,7 +1,7 @@
 // Terms and mask on a lane's products, where its two rows may be of any queries and heads.
 #pragma once
 
-#include "cuda/sm90/softmax.cuh"
+#include "cuda/softmax.cuh"
 
 namespace duplex::paged {
 
@@ -13,13 +13,12 @@ struct Rows {
 // The terms of section 3 on a block of products; j is the key of the lane's first column.
 template <int COUNT>
 DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const Terms& t, const Rows& rows, int32_t j, int32_t offset) {
-  using sm90::column_of, sm90::row_of;
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) x[n] *= t.scale;
   if (t.softcap > 0) {
     const float inverse = 1 / t.softcap;
 #pragma unroll
-    for (int n = 0; n < COUNT; ++n) x[n] = sm90::tanh(x[n] * inverse) * t.softcap;
+    for (int n = 0; n < COUNT; ++n) x[n] = tanh(x[n] * inverse) * t.softcap;
   }
   const int32_t distance[2] = {j - (rows.i[0] + offset), j - (rows.i[1] + offset)};
   if (t.distance_bias) {
@@ -50,7 +49,7 @@ DUPLEX_DEVICE void hide(float (&x)[COUNT], const Span& s, const Rows& rows, int3
   }
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) {
-    const int c = sm90::column_of(n), r = sm90::row_of(n);
+    const int c = column_of(n), r = row_of(n);
     const bool seen = c < live && (c < prefix || (low[r] <= c && c <= high[r]));
     x[n] = seen ? x[n] : -INFINITY;
   }

@@ -3,9 +3,10 @@
 // (Shah et al., "FlashAttention-3", 2024.)
 #pragma once
 
+#include "cuda/accumulators.cuh"
 #include "cuda/sm90/load.cuh"
-#include "cuda/sm90/softmax.cuh"
-#include "cuda/sm90/store.cuh"
+#include "cuda/softmax.cuh"
+#include "cuda/store.cuh"
 
 namespace duplex::sm90 {
 
@@ -72,11 +73,6 @@ struct Compute {
     softmax.next<EDGE || TERMS, TERMS>(x, a.terms.scale * LOG2E, decay);
   }
 
-  DUPLEX_DEVICE static void pack_weights(const float (&x)[PRODUCTS], uint32_t (&p)[WEIGHTS][4]) {
-#pragma unroll
-    for (int n = 0; n < PRODUCTS / 2; ++n) p[n / 4][n % 4] = ptx::pack<T>(x[2 * n], x[2 * n + 1]);
-  }
-
   // One more block of keys: its scores, under which the products of the block before it with their values finish.
   template <bool EDGE>
   DUPLEX_DEVICE void next_block(const Work& w, int t, int count, int i, float (&x)[PRODUCTS], float (&out)[OUT],
@@ -101,7 +97,7 @@ struct Compute {
     release(shared.v_empty(stage(step)));
 #pragma unroll
     for (int n = 0; n < OUT; ++n) out[n] *= decay[row_of(n)];
-    pack_weights(x, p);
+    pack_operand<T>(x, p);
     ++step;
   }
 
@@ -128,7 +124,7 @@ struct Compute {
         weigh<true>(x, w, 0, i, softmax, decay);
       else
         weigh<false>(x, w, 0, i, softmax, decay);
-      pack_weights(x, p);
+      pack_operand<T>(x, p);
       int t = 1;
       for (; t < (TERMS ? count : edges); ++t) next_block<true>(w, t, count, i, x, out, p, softmax);
       if constexpr (!TERMS)

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/shape.h"
-#include "cuda/sm90/work.cuh"
+#include "cuda/work.cuh"
 
 namespace duplex::sm90 {
 

@@ -10,11 +10,12 @@
 namespace emulation {
 uint64_t seed = 0;
 int processors = 2;
+int capability = 90;
 }  // namespace emulation
 
 namespace duplex {
 int64_t runtime_version() { return 0; }
-Device::Device(int32_t) : processors(emulation::processors) {}
+Device::Device(int32_t) : capability(emulation::capability), processors(emulation::processors) {}
 Device::~Device() = default;
 }  // namespace duplex
 
@@ -24,5 +25,7 @@ EXPORTED void emulation_set(uint64_t seed, int processors) {
   emulation::seed = seed;
   emulation::processors = processors;
 }
+
+EXPORTED void emulation_card(int capability) { emulation::capability = capability; }
 
 EXPORTED void emulation_leave_out(int kind, int number) { emulation::fault = {emulation::Fault::Kind(kind), number}; }

@@ -1,6 +1,6 @@
-// Scores and their online softmax, on accumulators as wgmma leaves them: a thread has two rows, 8 apart, of which it
-// holds columns 8 g + 2 (lane % 4) + {0, 1}. (Milakov and Gimelshein, "Online normalizer calculation for softmax",
-// 2018.)
+// Scores and their online softmax, on accumulators as wgmma and mma.sync leave them: a thread has two rows, 8 apart, of
+// which it holds columns 8 g + 2 (lane % 4) + {0, 1}. (Milakov and Gimelshein, "Online normalizer calculation for
+// softmax", 2018.)
 //
 // Where a score is nothing but a positive scale * <q, k> (no TERMS), scale * log2(e) is one factor in the exponent, and
 // references are in units of log2; else scores and references are natural.
@@ -8,9 +8,9 @@
 
 #include <math.h>
 
-#include "cuda/sm90/work.cuh"
+#include "cuda/work.cuh"
 
-namespace duplex::sm90 {
+namespace duplex {
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
@@ -61,7 +61,7 @@ DUPLEX_DEVICE void hide(float (&x)[COUNT], const Work& w, int i, int j) {
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) {
     const int c = column_of(n), r = row_of(n);
-    const bool seen = c < live && (c < prefix || (low[r] <= c && c <= high[r]));
+    const bool seen = (c < live) & ((c < prefix) | ((low[r] <= c) & (c <= high[r])));  // without branches
     x[n] = seen ? x[n] : -INFINITY;
   }
 }
@@ -115,4 +115,4 @@ struct Softmax {
   }
 };
 
-}  // namespace duplex::sm90
+}  // namespace duplex

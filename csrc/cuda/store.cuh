@@ -1,9 +1,9 @@
 // Accumulators to rows in global memory.
 #pragma once
 
-#include "cuda/sm90/softmax.cuh"
+#include "cuda/softmax.cuh"
 
-namespace duplex::sm90 {
+namespace duplex {
 
 // Of four lanes' words, each with four of every fourth: lane c gets all that had number c (a 4 x 4 transposition).
 DUPLEX_DEVICE void transpose_quad(uint32_t (&w)[4], int quad_lane) {
@@ -58,4 +58,4 @@ DUPLEX_DEVICE void store_rows(const ForwardArguments& a, const Work& w, const fl
   }
 }
 
-}  // namespace duplex::sm90
+}  // namespace duplex

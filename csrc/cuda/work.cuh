@@ -1,10 +1,10 @@
-// A tile of the forward as loader and computing warps see it, and the walk of a block over its tiles.
+// A tile of the forward as the warps of a block see it, and the walk of a block over its tiles.
 #pragma once
 
 #include "cuda/arguments.h"
 #include "cuda/ptx.cuh"
 
-namespace duplex::sm90 {
+namespace duplex {
 
 struct Work {
   int32_t batch, head, i0;
@@ -33,4 +33,4 @@ DUPLEX_DEVICE void for_each_tile(const ForwardArguments& a, F&& f) {
   }
 }
 
-}  // namespace duplex::sm90
+}  // namespace duplex

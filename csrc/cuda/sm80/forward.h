@@ -1,0 +1,11 @@
+// The forward kernels of every card from Ampere on: one row a head_dim.
+#pragma once
+
+#include "cuda/launch.h"
+
+namespace duplex::sm80 {
+
+// The one for this head_dim: the smallest that holds it. Throws std::invalid_argument beyond the largest.
+const Variant& variant(int64_t head_dim);
+
+}  // namespace duplex::sm80
