@@ -29,7 +29,7 @@ from .lanes import CPU_LANES, GPU_LANES, Lane, missing
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "lane" in metafunc.fixturenames:
+    if "lane" in metafunc.fixturenames and not getattr(metafunc.module, "OWN_LANE", False):
         lanes = [*CPU_LANES, *(pytest.param(lane, marks=pytest.mark.gpu) for lane in GPU_LANES)]
         metafunc.parametrize("lane", lanes, ids=str, indirect=True)
 

@@ -111,8 +111,8 @@ struct Attend {
       copy_side(value_stage(t), places(t), c.pages.v, c.head_dim_v);
       if constexpr (QUANTISED)
         if (thread < L::BLOCK_N) {
-          copy_scale(scales(t), places(t), c.pages.k_scales);
-          copy_scale(scales(t) + 4 * L::BLOCK_N, places(t), c.pages.v_scales);
+          if (c.pages.k_scales) copy_scale(scales(t), places(t), c.pages.k_scales);
+          if (c.pages.v_scales) copy_scale(scales(t) + 4 * L::BLOCK_N, places(t), c.pages.v_scales);
         }
     }
     ptx::copy_commit();
@@ -241,12 +241,12 @@ struct Attend {
 
   DUPLEX_DEVICE void weigh(float (&x)[L::KEYS / 2], uint32_t (&p)[L::KEYS / 16][4], const Rows& rows, int t,
                            Softmax& softmax, float (&decay)[2]) const {
-    if constexpr (QUANTISED) scale_columns(x, scales(t));
+    if (QUANTISED && c.pages.k_scales) scale_columns(x, scales(t));
     const int32_t j = block_at(t) * L::BLOCK_N + warp_n * L::KEYS + 2 * (lane % 4);
     add_terms(x, c.terms, rows, j, int32_t(piece.span.offset));
     if (c.division.fixed || t < keys.edges()) hide(x, piece.span, rows, j);
     softmax.next<true, true>(x, 0, decay);
-    if constexpr (QUANTISED) scale_columns(x, scales(t) + 4 * L::BLOCK_N);
+    if (QUANTISED && c.pages.v_scales) scale_columns(x, scales(t) + 4 * L::BLOCK_N);
     pack_operand<T>(x, p);
   }
 

@@ -34,7 +34,7 @@ void paged_append(DUPLEX_APPEND_PARAMETERS) {
   a.table_row = pages.table_row;
   a.positions = static_cast<const int32_t*>(positions.const_data_ptr());
   a.cu = data<int32_t>(cu_seqlens);
-  a.tokens = block_table.size(0) * block_table.size(1) ? k.size(0) : 0;
+  a.tokens = block_table.size(0) * block_table.size(1) > 0 ? k.size(0) : 0;
   a.heads = int32_t(k.size(1));
   a.batch = int32_t(block_table.size(0));
   a.max_pages = int32_t(block_table.size(1));

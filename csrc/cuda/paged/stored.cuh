@@ -21,7 +21,7 @@ DUPLEX_DEVICE uint32_t widen_pair(uint32_t word) {
   } else {
     // Exponent and mantissa in their places; the exponent's bias is then 2^8 or 2^120 too large. NaN is all ones.
     constexpr bool WIDE = T::BITS == BFLOAT16_BITS;
-    const uint32_t x = ptx::byte_permute(word, 0, 0x4040 | LOW << 4 | HIGH << 12);
+    const uint32_t x = ptx::byte_permute(word, 0, 0x0404 | LOW << 4 | HIGH << 12);
     const uint32_t number = (x & 0x80008000) | (x & 0x7F007F00) >> (WIDE ? 4 : 1);
     const uint32_t nan = ((x & 0x7F007F00) + 0x01000100) & 0x80008000;
     return ptx::multiply2<T>(number, WIDE ? 0x7B807B80 : 0x5C005C00) | (nan - (nan >> 15)) | nan;

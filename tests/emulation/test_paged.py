@@ -1,0 +1,236 @@
+"""The paged calls and the merge of the CUDA kernels, emulated: what other backends are tested by, and the orders of events."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+import duplex_attn as da
+import pytest
+import torch
+from duplex_attn.backends import Workers
+from duplex_attn.paged.functional import plan
+
+from ..lanes import Lane
+from ..paged import test_append as append
+from ..paged.pool import Case, make, rotated
+from ..paged.test_attention import cases
+from .library import draw, left_out
+
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+BF16, FP16 = torch.bfloat16, torch.float16
+INT8, FLOAT8 = torch.int8, torch.float8_e4m3fn
+OWN_LANE = True  # tests that are taken from elsewhere run on it alone
+
+
+@pytest.fixture
+def lane(emulated: Lane) -> Iterator[Lane]:
+    draw(0, processors=3)
+    yield emulated
+
+
+def fitting(case: Case) -> Case:
+    """The nearest case that the kernels take."""
+    multiple = 8 if case.stored is None else 16
+    return dataclasses.replace(
+        case,
+        dtype=BF16 if case.dtype == torch.float32 else case.dtype,
+        head_dims=tuple(-(-d // multiple) * multiple for d in case.head_dims),
+        bias="none",
+    )
+
+
+@pytest.mark.parametrize("case", cases(60, seed=0), ids=str)
+def test_call(lane: Lane, case: Case) -> None:
+    draw(case.seed, processors=1 + case.seed % 5)
+    make(fitting(case)).check(lane)
+
+
+@pytest.mark.parametrize(("heads", "stored"), [((8, 8), None), ((8, 2), INT8), ((8, 1), FLOAT8), ((40, 2), None)])
+def test_a_plan_with_a_shared_prefix(lane: Lane, heads: tuple[int, int], stored: torch.dtype | None) -> None:
+    """Decoding and prefilling together, with rows behind the last sequence; more heads than a tile has rows."""
+    lens_q, lens_k = (1, 1, 9, 1, 3) * 3, tuple(290 + 11 * n for n in range(15))
+    for mask in ((0, None, 0), (0, 200, 0), (40, 50, 0)):
+        pool = make(Case((lens_q, lens_k), heads, (32, 64), BF16, stored, shared=288, mask=mask, sink=True, tail=5))
+        for workers in (Workers(64, 3), Workers(2, 8)):
+            made = plan(
+                pool.block_table, pool.seqlens_k, 16, da.Mask(*mask), cu_seqlens_q=pool.cu_seqlens_q, workers=workers
+            )
+            assert made is not None and (made[0, 5] > 0) == (mask == (0, None, 0))
+            pool.check(lane, plan=made)
+
+
+def test_distances_in_a_shared_tile(lane: Lane) -> None:
+    pool = make(Case(((1,) * 13, tuple(300 + 7 * n for n in range(13))), (4, 2), (32, 32), BF16, shared=288, alibi=True))
+    made = plan(pool.block_table, pool.seqlens_k, 16)
+    assert made is not None and made[0, 5] > 0
+    pool.check(lane, plan=made)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("decodes", [False, True])
+def test_rotated_queries(lane: Lane, decodes: bool, interleaved: bool) -> None:
+    """By each row's own position, in tiles that rows of several sequences share too."""
+    lens_q = (1,) * 13 if decodes else (1, 3) * 6 + (2,)
+    pool = make(Case((lens_q, tuple(300 + 7 * n for n in range(13))), (2, 1), (32, 32), BF16, shared=288))
+    angle = torch.rand(500, 12, generator=torch.Generator().manual_seed(3)) * 6
+    given = {"rope_cos": angle.cos(), "rope_sin": angle.sin(), "rope_interleaved": interleaved}
+    position = torch.cat([torch.arange(k - q, k) for q, k in zip(lens_q, pool.seqlens_k.tolist(), strict=True)])
+    turned = rotated(pool.q, position, angle.cos(), angle.sin(), interleaved).to(BF16)
+    want = dataclasses.replace(pool, q=turned).run(lane)["out"].clone()
+    made = plan(pool.block_table, pool.seqlens_k, 16, cu_seqlens_q=pool.cu_seqlens_q)
+    assert made is not None and made[0, 5] > 0
+    for options in ({}, {"plan": made}):
+        torch.testing.assert_close(pool.run(lane, **given, **options)["out"], want, atol=0.02, rtol=0.02)
+
+
+def test_batch_invariant_in_every_bit(lane: Lane) -> None:
+    """A row's bits: alone, among others, one at a time and in chunks, with a plan and without, on any card."""
+    whole = make(Case(((20,), (2100,)), (4, 2), (32, 32), BF16))
+    bits = whole.run(lane, batch_invariant=True)["out"].clone()
+    for seed, (chunk, end) in enumerate(itertools.product((1, 7), (8, 20))):
+        q = whole.q[end - chunk : end]
+        other = torch.randn(1, *q.shape[1:], generator=torch.Generator().manual_seed(end)).to(BF16)
+        part = dataclasses.replace(
+            whole,
+            q=torch.cat([q, other]),
+            block_table=whole.block_table.expand(2, -1),
+            seqlens_k=torch.tensor([2080 + end, 33], dtype=torch.int32),
+            cu_seqlens_q=torch.tensor([0, chunk, chunk + 1], dtype=torch.int32),
+        )
+        made = plan(
+            part.block_table.contiguous(), part.seqlens_k, 16, cu_seqlens_q=part.cu_seqlens_q, batch_invariant=True,
+            workers=Workers(64, 4),
+        )  # fmt: skip
+        for given in (None, made):
+            draw(seed, processors=1 + 50 * (seed % 2))
+            got = part.run(
+                lane, cu_seqlens_q=part.cu_seqlens_q, max_seqlen_q=chunk, batch_invariant=True, plan=given
+            )["out"]
+            assert torch.equal(got[:chunk], bits[end - chunk : end]), f"rows {end - chunk} to {end}"
+
+
+@pytest.mark.parametrize("stored", [None, FLOAT8])
+def test_same_bits_in_every_order(lane: Lane, stored: torch.dtype | None) -> None:
+    pool = make(Case(((1, 5, 1), (600, 300, 40)), (4, 2), (64, 64), FP16, stored))
+    kept = set()
+    for seed in range(12):
+        draw(seed, processors=2)
+        got = pool.run(lane)
+        kept.add(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in got.values()))
+    assert len(kept) == 1
+
+
+NANS = torch.tensor([0x7F, 0xFF], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_float8_is_what_it_is(lane: Lane, dtype: torch.dtype) -> None:
+    """One key whose value has each number; NaN too."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(FLOAT8)
+    pages = torch.zeros(1, 1, 1, 256).to(FLOAT8)
+    values = numbers.reshape(1, 1, 1, 256)
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    out = da.paged_attention(torch.zeros(1, 1, 256, dtype=dtype), pages, values, table, lengths, backend="cuda")
+    assert torch.equal(out[0, 0].isnan(), torch.isin(numbers.view(torch.uint8), NANS))
+    torch.testing.assert_close(out[0, 0].float(), numbers.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_lengths_and_tables_that_lie_reach_no_further_than_the_tensors(emulated: Lane) -> None:
+    """Beside the operator, which checks contents on the CPU."""
+    pool = make(Case(((1, 2), (40, 20)), (2, 1), (16, 16), BF16))
+    table = torch.tensor([[2**31 - 1, -5, 3], [7, -(2**31), 0]], dtype=torch.int32)
+    pages = torch.randn(5, 16, 1, 16).to(BF16)
+    out, lse = torch.empty(3, 2, 16, dtype=BF16), torch.empty(2, 3)
+    wild = torch.randint(-(2**31), 2**31 - 1, (7, 8), generator=torch.Generator().manual_seed(0)).int()
+    wild[0, :2] = torch.tensor([3, 2])
+    draw(1)
+    for given in (None, wild):
+        torch.ops.duplex_attn_cuda.paged_attention(
+            pool.q, pages, pages, table, torch.tensor([2**31 - 1, -3], dtype=torch.int32),
+            torch.tensor([0, 1, 2**31 - 1], dtype=torch.int32), 2, torch.tensor([2**30, -1], dtype=torch.int32), None, 0, False,
+            None, None, None, None, None, None, None, None, None, None, False, None, 0.0, False, given, out, lse,
+        )  # fmt: skip
+    positions = torch.tensor([2**31 - 1, -7, 3], dtype=torch.int32)
+    torch.ops.duplex_attn_cuda.paged_append(
+        pages[0, :3], pages[1, :3], pages.clone(), pages.clone(), table, positions, torch.tensor([0, 9, 1], dtype=torch.int32),
+        None, None, False, None, None,
+    )  # fmt: skip
+
+
+test_tokens_land_in_their_slots = append.test_tokens_land_in_their_slots
+test_given_scales_are_read = append.test_given_scales_are_read
+test_every_float8_is_rounded_to_nearest_even = append.test_every_float8_is_rounded_to_nearest_even
+test_copied_pages = append.test_copied_pages
+test_per_tensor_scales_are_not_copied = append.test_per_tensor_scales_are_not_copied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("stored", [None, INT8, FLOAT8])
+def test_rows_that_move_16_bytes_at_a_time(
+    lane: Lane, stored: torch.dtype | None, interleaved: bool, dtype: torch.dtype
+) -> None:
+    """Appended as by the reference, bit by bit where nothing is rotated."""
+    g = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(7, 3, dim, generator=g).to(dtype) for dim in (128, 64))
+    angle = torch.rand(40, 48, generator=g) * 6
+    table, cu = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32), torch.tensor([0, 3, 7], dtype=torch.int32)
+    positions = torch.tensor([14, 15, 16, 0, 31, -1, 2], dtype=torch.int32)
+    kept = []
+    for backend in ("reference", "cuda"):
+        pages = [torch.zeros(4, 16, 3, dim).to(stored or dtype) for dim in (128, 64)]
+        scales = [torch.zeros(4, 16, 3) for _ in pages] if stored else [None, None]
+        da.paged_append(
+            k, v, *pages, table, positions, cu, rope_cos=angle.cos(), rope_sin=angle.sin(), rope_interleaved=interleaved,
+            k_scales=scales[0], v_scales=scales[1], backend=backend,
+        )  # fmt: skip
+        kept.append((pages, scales))
+    (want_k, want_v), want_scales = kept[0]
+    (got_k, got_v), got_scales = kept[1]
+    assert torch.equal(got_v.view(torch.uint8), want_v.view(torch.uint8))
+    step = {None: 2 * torch.finfo(dtype).eps, INT8: 1.0, FLOAT8: 0.13}[stored]
+    torch.testing.assert_close(got_k.float(), want_k.float(), rtol=step, atol=step)
+    for got, want in zip(got_scales, want_scales, strict=True):
+        if got is not None:
+            torch.testing.assert_close(got, want, rtol=1e-6 if dtype == torch.float32 else 0.01, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FP16, BF16])
+@pytest.mark.parametrize("dim", [7, 64, 256])
+def test_merge(lane: Lane, dim: int, dtype: torch.dtype) -> None:
+    """Of strided parts; one without weight holds NaN, one row has no weight at all."""
+    g = torch.Generator().manual_seed(dim)
+    outs = [torch.randn(2, 3, 5, dim + n, generator=g).to(dtype)[..., :dim].transpose(1, 2) for n in range(4)]
+    lses = [3 * torch.randn(2, 5, 3, generator=g).transpose(1, 2) for _ in outs]
+    outs[1][0], lses[1][0] = math.nan, -math.inf
+    for lse in lses:
+        lse[1, 2, 3] = -math.inf
+    weights = torch.stack(lses).double().softmax(0).nan_to_num(0)  # (part, batch, head, row)
+    numbers = torch.stack(outs).double().nan_to_num(0)
+    want = (weights.transpose(2, 3)[..., None] * numbers).sum(0)
+    out, lse = da.merge_attention(outs, lses, backend="cuda")
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), want, rtol=2 * eps, atol=eps)
+    torch.testing.assert_close(lse.double(), torch.stack(lses).double().logsumexp(0), rtol=1e-6, atol=1e-6)
+
+
+# Two stages in flight that several warps read, parts that are merged, rows of bytes.
+CASE = Case(((1, 3), (700, 150)), (2, 1), (128, 128), BF16)
+
+
+@pytest.mark.parametrize("stored", [None, INT8])
+@pytest.mark.parametrize("what", ["copy_wait", "block_sync"])
+def test_what_is_left_out_is_noticed(lane: Lane, what: str, stored: torch.dtype | None) -> None:
+    pool = make(dataclasses.replace(CASE, stored=stored))
+    noticed = 0
+    with left_out(what):
+        for seed in range(8):
+            draw(seed, processors=1)
+            try:
+                pool.check(lane)
+            except (RuntimeError, AssertionError):
+                noticed += 1
+    assert noticed
