@@ -120,7 +120,7 @@ struct Attend {
   DUPLEX_DEVICE void copy_side(uint32_t to, uint32_t from, const View& pages, int dim) const {
     constexpr int UNITS = L::Side::ROW_BYTES / 16, ALL_UNITS = L::Side::PANELS * UNITS;  // of 16 bytes in a row
     const char* head = static_cast<const char*>(pages.data) + kv_head * pages.head * STORED_BYTES<S>;
-#pragma unroll 4
+#pragma unroll 2
     for (int n = thread; n < L::BLOCK_N * ALL_UNITS; n += L::THREADS) {
       const int row = n / ALL_UNITS, unit = n % ALL_UNITS;
       const int32_t page = ptx::shared_load(from + 8 * row), slot = ptx::shared_load(from + 8 * row + 4);
