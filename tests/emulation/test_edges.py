@@ -83,9 +83,7 @@ def test_same_bits_in_every_order_on_any_card(kernels: Lane, case: Case) -> None
     kept: set[bytes] = set()
     for seed in range(8):
         draw(seed, processors=(1, 2, 3, 132)[seed % 4])
-        kept.add(
-            b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in run(made.call, kernels).values())
-        )
+        kept.add(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in run(made.call, kernels).values()))
     assert len(kept) == 1
 
 
