@@ -40,6 +40,12 @@ DUPLEX_DEVICE bool elect() {
 // A value that is the same in every lane, in a register that the compiler knows to be so.
 DUPLEX_DEVICE int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 
+// x, as if it were not known: what follows from it is computed here, not kept in registers from before.
+DUPLEX_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 DUPLEX_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 DUPLEX_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 
@@ -150,6 +156,8 @@ DUPLEX_DEVICE float exp2(float x) {
   return y;
 }
 DUPLEX_DEVICE float log2(float x) { return __log2f(x); }
+// To 2 ulp.
+DUPLEX_DEVICE float divide(float a, float b) { return __fdividef(a, b); }
 DUPLEX_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 DUPLEX_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }

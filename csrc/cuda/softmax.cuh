@@ -25,7 +25,7 @@ DUPLEX_DEVICE float tanh(float x) {
   p = ptx::fma(p, z, -5.37397155531e-2f);
   p = ptx::fma(p, z, 1.33314422036e-1f);
   p = ptx::fma(p, z, -3.33332819422e-1f);
-  const float e = ptx::exp2(size * (-2 * LOG2E)), large = (1 - e) / (1 + e);
+  const float e = ptx::exp2(size * (-2 * LOG2E)), large = ptx::divide(1 - e, 1 + e);
   return size < 0.625f ? ptx::fma(p * z, x, x) : x < 0 ? -large : large;
 }
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from duplex_attn.backends import _ORDER, BACKENDS, CudaBackend
 
+from ..emulation.library import EMULATED
 from ..lanes import Lane
 
 
 @pytest.fixture
 def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
-    """Its library is a file, its torch has CUDA and a card of Hopper; loading it does nothing."""
+    """Its library is a file, its torch has CUDA and a card; loading it does nothing."""
     backend = CudaBackend()
     backend.library = tmp_path / "libduplex_cuda.so"
     backend.library.touch()
@@ -29,7 +30,11 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     return backend
 
 
-def test_there_is_nothing_missing_on_a_card_of_hopper(backend: CudaBackend) -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 1)])
+def test_nothing_is_missing_on_any_card_from_ampere_on(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert backend.missing() is None
 
 
@@ -54,11 +59,9 @@ def test_without_a_card(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -
     assert backend.missing() == "there is no CUDA card"
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
-def test_on_another_card(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    major, minor = capability
-    assert backend.missing() == f"its kernels are for compute capability 9.0, this card has {major}.{minor}"
+def test_on_an_older_card(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert backend.missing() == "its kernels are for compute capability 8.0 and later, this card has 7.5"
 
 
 def test_with_an_old_driver(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,14 +104,19 @@ def test_what_it_does_not_take(emulated: Lane, name: str) -> None:
     assert f"cuda: {reason}" in str(error.value)
 
 
-def test_it_says_that_it_has_not_run_on_a_card(emulated: Lane) -> None:
+@pytest.mark.parametrize(("card", "narrow", "wide"), [(80, "128x64", "128x32"), (90, "128x128", "128x64")])
+def test_it_tells_its_tile_and_that_it_has_not_run_on_a_card(emulated: Lane, card: int, narrow: str, wide: str) -> None:
     told = "compiled and emulated, it has not run on a card yet"
-    explanation = da.explain(x(), x(), x(), backend="cuda")
-    assert explanation.tile == f"128x128 of head_dim 64; {told}"
-    assert da.explain(x(1, 4, 2, 200), x(1, 4, 2, 200), x(1, 4, 2, 8), backend="cuda").tile.startswith(
-        "128x64 of head_dim 256;"
-    )
-    assert da.backends()["cuda"].detail == f"forward for Hopper; {told}"
+    with EMULATED.on(card):
+        assert da.explain(x(), x(), x(), backend="cuda").tile == f"{narrow} of head_dim 64; {told}"
+        of_wide = da.explain(x(1, 4, 2, 200), x(1, 4, 2, 200), x(1, 4, 2, 8), backend="cuda")
+        assert of_wide.tile == f"{wide} of head_dim 256; {told}"
+    assert da.backends()["cuda"].detail == f"forward; {told}"
+
+
+def test_the_operator_refuses_an_older_card(emulated: Lane) -> None:
+    with EMULATED.on(75), pytest.raises(ValueError, match=r"a card of compute capability 8\.0 or more"):
+        da.attention(x(), x(), x(), backend="cuda")
 
 
 def test_gradients_are_refused_where_it_is_named_and_found_elsewhere_where_not(

@@ -63,6 +63,16 @@ def test_sinks_that_take_all_or_nothing(kernels: Lane, sink: float) -> None:
     compare(call, kernels)
 
 
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(12, 12), (7, 16), (100, 97), (1, 250)])
+def test_rows_that_end_within_16_bytes(kernels: Lane, head_dim: int, head_dim_v: int) -> None:
+    """What lies behind them is not read: NaN here, and perhaps the end of the memory."""
+    rows = [torch.full((2, 70, 2, 256), float("nan"), dtype=BF16) for _ in range(3)]
+    q, k, v = (x[..., :d] for x, d in zip(rows, (head_dim, head_dim, head_dim_v), strict=True))
+    for n, x in enumerate((q, k, v)):
+        x.copy_(normal(*x.shape[:3], n + 1, dtype=BF16)[..., :1] + normal(*x.shape))
+    compare(Call(q, k, v, right=0), kernels)
+
+
 LONG = Case("packed", ((300, 10, 150), (300, 200, 150)), (4, 2), (64, 64), BF16, mask="prefix_each", softcap=3.0)
 
 
@@ -73,9 +83,7 @@ def test_same_bits_in_every_order_on_any_card(kernels: Lane, case: Case) -> None
     kept: set[bytes] = set()
     for seed in range(8):
         draw(seed, processors=(1, 2, 3, 132)[seed % 4])
-        kept.add(
-            b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in run(made.call, kernels).values())
-        )
+        kept.add(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in run(made.call, kernels).values()))
     assert len(kept) == 1
 
 

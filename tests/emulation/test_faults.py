@@ -1,4 +1,4 @@
-"""Each wait and fence of the kernels is needed: where the machine ignores one, some order of events shows it."""
+"""Each wait, barrier and fence of the kernels is needed: where the machine ignores one, some order of events shows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from ..cases import Case, make
 from ..lanes import Lane, run
 from ..oracle import assert_accurate
-from .library import draw, left_out
+from .library import CARDS, EMULATED, EMULATED_ONLY, draw, left_out
 
 # Two stages in flight, several tiles a block, rows of strangers behind the keys.
 CASE = Case("packed_with_tail", ((150, 70), (150, 300)), (2, 1), (128, 128), torch.bfloat16, mask="causal")
@@ -17,6 +17,14 @@ MBARRIERS = ["q_full", "q_empty"]
 MBARRIERS += [f"{of}_{stage}" for stage in range(STAGES) for of in ("k_full", "k_empty", "v_full", "v_empty")]
 ALL_COMPUTE = 3  # the named barrier of both computing warpgroups
 SEEDS = 24  # every way that the machine divides what is late
+NEEDED = {
+    "sm80": [("copy_wait", 0, "copy_wait"), ("block_sync", 0, "block_sync")],
+    "sm90": [
+        *(("mbarrier_wait", n, name) for n, name in enumerate(MBARRIERS)),
+        ("named_sync", ALL_COMPUTE, "strangers_cleared"),
+        *((what, 0, what) for what in ("proxy_fence", "product_wait", "product_fence", "block_sync")),
+    ],
+}
 
 
 def outcome(lane: Lane, seed: int) -> str:
@@ -30,18 +38,19 @@ def outcome(lane: Lane, seed: int) -> str:
     return ""
 
 
-def test_nothing_is_left_out(emulated: Lane) -> None:
-    assert {outcome(emulated, seed) for seed in range(SEEDS)} == {""}
+@EMULATED_ONLY
+def test_nothing_is_left_out(kernels: Lane) -> None:
+    assert {outcome(kernels, seed) for seed in range(SEEDS)} == {""}
 
 
 @pytest.mark.parametrize(
-    ("what", "number"),
+    ("card", "what", "number"),
     [
-        *(pytest.param("mbarrier_wait", n, id=name) for n, name in enumerate(MBARRIERS)),
-        pytest.param("named_sync", ALL_COMPUTE, id="strangers_cleared"),
-        *(pytest.param(what, 0, id=what) for what in ("proxy_fence", "product_wait", "product_fence", "block_sync")),
+        pytest.param(card, what, number, id=f"{card}-{name}")
+        for card, left in NEEDED.items()
+        for what, number, name in left
     ],
 )
-def test_what_is_left_out_is_noticed(emulated: Lane, what: str, number: int) -> None:
-    with left_out(what, number):
+def test_what_is_left_out_is_noticed(emulated: Lane, card: str, what: str, number: int) -> None:
+    with EMULATED.on(CARDS[card]), left_out(what, number):
         assert any(outcome(emulated, seed) for seed in range(SEEDS))

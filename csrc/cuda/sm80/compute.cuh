@@ -22,18 +22,13 @@ struct Compute {
 
   const ForwardArguments& a;
   const Sources& from;
-  const uint32_t base;
-  const int lane, row;  // row: the warp's first of a tile
-  int buffer = 0;       // of the block whose turn it is
+  int buffer = 0;  // of the block whose turn it is
 
-  DUPLEX_DEVICE Compute(const ForwardArguments& a, const Sources& from)
-      : a(a),
-        from(from),
-        base(ptx::shared_base()),
-        lane(ptx::thread_index() % 32),
-        row(ptx::thread_index() / 32 * S::WARP_ROWS) {}
-
-  DUPLEX_DEVICE uint32_t place(int buffer) const { return base + S::KEYS + buffer * Keys::BYTES; }
+  DUPLEX_DEVICE static int lane() { return ptx::anew(ptx::thread_index()) % 32; }
+  // The warp's first row of a tile.
+  DUPLEX_DEVICE static int row() { return ptx::anew(ptx::thread_index()) / 32 * S::WARP_ROWS; }
+  DUPLEX_DEVICE static uint32_t queries() { return ptx::shared_base() + S::Q; }
+  DUPLEX_DEVICE static uint32_t place(int buffer) { return ptx::shared_base() + S::KEYS + buffer * Keys::BYTES; }
 
   // Blocks in the order of their turns: of block t of a tile, keys have turn 2 t, values 2 t + 1.
   template <bool VALUES>
@@ -41,7 +36,7 @@ struct Compute {
     const Source& rows = VALUES ? from.v : from.k;
     if (t < count) {
       const int j = w.keys.at(t) * S::BLOCK_N;
-      load_tile<Keys, S::THREADS>(place(to), rows, rows.at(batch_of(w), w.row_k + j, w.head / a.group), w.len_k - j);
+      load_tile<Keys, S::THREADS>(place(to), rows, batch_of(w), w.row_k + j, w.head / a.group, w.len_k - j);
     }
     ptx::copy_commit();
   }
@@ -50,7 +45,7 @@ struct Compute {
 
   // Brings queries, keys and values of the first turns on their way.
   DUPLEX_DEVICE void begin(const Work& w, int count) {
-    load_tile<Queries, S::THREADS>(base + S::Q, from.q, from.q.at(batch_of(w), w.row_q + w.i0, w.head), w.len_q - w.i0);
+    load_tile<Queries, S::THREADS>(queries(), from.q, batch_of(w), w.row_q + w.i0, w.head, w.len_q - w.i0);
     buffer = 0;
 #pragma unroll
     for (int n = 0; n < S::BUFFERS - 1; ++n)
@@ -68,7 +63,8 @@ struct Compute {
   DUPLEX_DEVICE void end_turn() { buffer = buffer == S::BUFFERS - 1 ? 0 : buffer + 1; }
 
   DUPLEX_DEVICE void multiply_keys(float (&x)[ROW_TILES][PRODUCTS]) const {
-    const auto queries = Fragments<Queries>::down(base + S::Q + row * Queries::ROW_BYTES, lane);
+    const int lane = this->lane();
+    const auto queries = Fragments<Queries>::down(this->queries() + row() * Queries::ROW_BYTES, lane);
     const auto keys = Fragments<Keys>::across(place(buffer), lane);
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)
@@ -93,7 +89,7 @@ struct Compute {
   }
 
   DUPLEX_DEVICE void multiply_values(float (&out)[ROW_TILES][OUT], const uint32_t (&p)[ROW_TILES][WEIGHTS][4]) const {
-    const auto values = Fragments<Keys>::down(place(buffer), lane);
+    const auto values = Fragments<Keys>::down(place(buffer), lane());
 #pragma unroll
     for (int k = 0; k < WEIGHTS; ++k)
 #pragma unroll
@@ -117,7 +113,7 @@ struct Compute {
     take_turn<false>(w, t, count);
     multiply_keys(x);
     end_turn();
-    const int j = w.keys.at(t) * S::BLOCK_N + 2 * (lane % 4);
+    const int j = w.keys.at(t) * S::BLOCK_N + 2 * (lane() % 4);
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
       const int i = first_row(w, r);
@@ -135,7 +131,7 @@ struct Compute {
   }
 
   // The lane's first row of the r-th 16 of the warp.
-  DUPLEX_DEVICE int first_row(const Work& w, int r) const { return w.i0 + row + 16 * r + lane / 4; }
+  DUPLEX_DEVICE int first_row(const Work& w, int r) const { return w.i0 + row() + 16 * r + lane() / 4; }
 
   DUPLEX_DEVICE void tile(const Work& w) {
     const int count = w.keys.count(), edges = w.keys.edges();
@@ -143,7 +139,7 @@ struct Compute {
     float out[ROW_TILES][OUT];
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
-      softmax[r].start(a.sink, w.head, UNIT, lane % 4);
+      softmax[r].start(a.sink, w.head, UNIT, lane() % 4);
 #pragma unroll
       for (int n = 0; n < OUT; ++n) out[r][n] = 0;
     }
@@ -158,7 +154,7 @@ struct Compute {
     for (int r = 0; r < ROW_TILES; ++r) {
       float weight[2], lse[2];
       softmax[r].finish(UNIT, weight, lse);
-      store_rows<T>(a, w, out[r], first_row(w, r), lane % 4, weight, lse);
+      store_rows<T>(a, w, out[r], first_row(w, r), lane() % 4, weight, lse);
     }
     ptx::block_sync();  // the next tile's queries and keys come where these are read
   }

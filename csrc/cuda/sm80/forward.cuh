@@ -9,7 +9,7 @@ namespace duplex::sm80 {
 template <class T, class S, bool TERMS>
 DUPLEX_KERNEL(S::THREADS)
 forward_kernel(DUPLEX_PARAMETER ForwardArguments a, DUPLEX_PARAMETER Sources from) {
-  Compute<T, S, TERMS>(a, from).run();
+  Compute<T, S, TERMS>{a, from}.run();
 }
 
 }  // namespace duplex::sm80

@@ -35,6 +35,7 @@ inline int uniform(int x) {
   });
   return x;
 }
+inline int anew(int x) { return x; }
 inline uint32_t shuffle_xor(uint32_t x, int mask) {
   block->meet("shfl.bfly", mask, x, [mask](auto&& of) {
     for (int lane = 0; lane < 32; ++lane)
@@ -103,6 +104,7 @@ void fewer_registers() {
 
 inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
+inline float divide(float a, float b) { return a / b; }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
 inline float float_of(uint32_t bits) {
