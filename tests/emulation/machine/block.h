@@ -51,6 +51,7 @@ struct Copy {
   uint32_t to, barrier;
   int at[4];
   bool late;
+  int bytes = 0;  // of a copy without a map, from map.data on
 };
 
 // 16 rows of a wgmma, which a warp does for itself as far as anyone may rely on.
