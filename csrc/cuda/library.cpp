@@ -7,7 +7,11 @@
 #include "cuda/operators.h"
 
 STABLE_TORCH_LIBRARY(duplex_attn_cuda, m) {
-  m.def(("attention_forward(" + std::string(duplex::CALL_SCHEMA) + ") -> (Tensor, Tensor)").c_str());
+  const std::string call = duplex::CALL_SCHEMA;
+  m.def(("attention_forward(" + call + ") -> (Tensor, Tensor)").c_str());
+  m.def(("attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " + call +
+         ", int output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+            .c_str());
   m.def("merge_attention(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def(duplex::PAGED_ATTENTION_SCHEMA);
   m.def(duplex::PAGED_APPEND_SCHEMA);
@@ -19,6 +23,7 @@ STABLE_TORCH_LIBRARY(duplex_attn_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(duplex_attn_cuda, CompositeExplicitAutograd, m) {
   m.impl("attention_forward", TORCH_BOX(&duplex::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&duplex::attention_backward));
   m.impl("merge_attention", TORCH_BOX(&duplex::merge_attention));
   m.impl("paged_attention", TORCH_BOX(&duplex::paged_attention));
   m.impl("paged_append", TORCH_BOX(&duplex::paged_append));

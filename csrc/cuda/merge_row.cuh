@@ -14,7 +14,6 @@ constexpr int MERGE_NUMBERS = 8;  // a lane's at most: a row has up to 256
 template <class Lse, class Number, class Store>
 DUPLEX_DEVICE float merge_row(int parts, float sink, int dim, int lane, Lse&& lse_of, Number&& number_of,
                               Store&& store) {
-  constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
   float largest = sink;
   for (int t = 0; t < parts; ++t) largest = fmaxf(largest, lse_of(t));
   const float reference = largest == -INFINITY ? 0.f : largest;

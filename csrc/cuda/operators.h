@@ -12,6 +12,12 @@ namespace duplex {
 
 std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS);
 
+// Bit n of output_mask says whether the n-th of (dq, dk, dv, dbias, ddistance_bias, drow_distance_bias,
+// dcol_distance_bias, dsink) is wanted; the others are empty. It has those of q, k, v and sink.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, DUPLEX_CALL_PARAMETERS,
+                             int64_t output_mask);
+
 // What a call of this head_dim (the larger of the two) is cut into on a card of this compute capability (of 9.0: 90).
 std::string forward_tile(int64_t capability, int64_t head_dim);
 

@@ -239,7 +239,7 @@ struct Attend {
                                      4 * (warp_n * L::KEYS + column_of(n) + 2 * (lane % 4)));
   }
 
-  DUPLEX_DEVICE void weigh(float (&x)[L::KEYS / 2], uint32_t (&p)[L::KEYS / 16][4], const Rows& rows, int t,
+  DUPLEX_DEVICE void weigh(float (&x)[L::KEYS / 2], uint32_t (&p)[L::KEYS / 16][4], const RowPair& rows, int t,
                            Softmax& softmax, float (&decay)[2]) const {
     if (QUANTISED && c.pages.k_scales) scale_columns(x, scales(t));
     const int32_t j = block_at(t) * L::BLOCK_N + warp_n * L::KEYS + 2 * (lane % 4);
@@ -271,7 +271,7 @@ struct Attend {
         for (int n = 0; n < 4; ++n) q[s][n] = words.word[n];
       }
 
-    Rows rows;
+    RowPair rows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Row of = row(16 * warp_m + lane / 4 + 8 * r);

@@ -22,8 +22,6 @@ namespace {
 
 constexpr int64_t TILES_A_PROCESSOR = 4;  // at once, and to spare, so that the longest leaves little idling at the end
 
-bool has_terms(const PagedArguments& p) { return p.distance_bias || p.alibi_slopes; }
-
 // All rows of a sequence and their heads fill no more than the small tile. Not where bits must not depend on how many
 // there are.
 int tile_rows(const PagedArguments& p, const Call& c) {
@@ -53,8 +51,8 @@ Call describe(const PagedArguments& p) {
              int32_t(p.q.size(0)),
              int32_t(std::min<int64_t>(p.max_seqlen_q, p.q.size(0))),
              int32_t(longest),
-             bound(p.left),
-             bound(p.right),
+             bound_of(p.left),
+             bound_of(p.right),
              p.top_left};
   c.q = view(p.q);
   c.out = view(p.out);
@@ -88,7 +86,7 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   const int rows = tile_rows(p, c);
   c.division = divide(p, c, kernels.block_n(c.pages.storage, rows), device.processors);
   // A plan's tiles of shared keys are not for terms that depend on distances.
-  const bool planned = plan && !has_terms(p) && c.batch.batch > 0;
+  const bool planned = plan && !distance_bias && !alibi_slopes && c.batch.batch > 0;
   const Division& d = c.division;
   const int64_t pieces = int64_t(c.batch.batch) * d.blocks * d.splits;
   const int64_t units = planned ? plan->size(0) : std::max<int64_t>(pieces, 1);

@@ -6,20 +6,14 @@
 namespace duplex::paged {
 
 // Of the rows of accumulators numbered row_of(n).
-struct Rows {
+struct RowPair {
   int32_t i[2], head[2];
 };
 
 // The terms of section 3 on a block of products; j is the key of the lane's first column.
 template <int COUNT>
-DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const Terms& t, const Rows& rows, int32_t j, int32_t offset) {
-#pragma unroll
-  for (int n = 0; n < COUNT; ++n) x[n] *= t.scale;
-  if (t.softcap > 0) {
-    const float inverse = 1 / t.softcap;
-#pragma unroll
-    for (int n = 0; n < COUNT; ++n) x[n] = tanh(x[n] * inverse) * t.softcap;
-  }
+DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const Terms& t, const RowPair& rows, int32_t j, int32_t offset) {
+  scale_and_cap(x, t, [](int, float) {});
   const int32_t distance[2] = {j - (rows.i[0] + offset), j - (rows.i[1] + offset)};
   if (t.distance_bias) {
 #pragma unroll
@@ -38,7 +32,7 @@ DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const Terms& t, const Rows& rows
 
 // -inf where the span hides a key.
 template <int COUNT>
-DUPLEX_DEVICE void hide(float (&x)[COUNT], const Span& s, const Rows& rows, int32_t j) {
+DUPLEX_DEVICE void hide(float (&x)[COUNT], const Span& s, const RowPair& rows, int32_t j) {
   const int32_t live = int32_t(s.len_k) - j, prefix = int32_t(s.prefix) - j;
   int32_t low[2], high[2];
 #pragma unroll

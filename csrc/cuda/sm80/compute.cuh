@@ -118,8 +118,8 @@ struct Compute {
     for (int r = 0; r < ROW_TILES; ++r) {
       const int i = first_row(w, r);
       float decay[2];
-      if constexpr (TERMS) add_terms(x[r], a.terms, w.head, i, j, w.offset);
-      if constexpr (EDGE) hide(x[r], w, i, j);
+      if constexpr (TERMS) add_terms<false>(x[r], a.terms, w.head, i, j, w.offset, [](int, float) {});
+      if constexpr (EDGE) hide<false>(x[r], w, i, j);
       softmax[r].template next<EDGE || TERMS, TERMS>(x[r], a.terms.scale * LOG2E, decay);
 #pragma unroll
       for (int n = 0; n < OUT; ++n) out[r][n] *= decay[row_of(n)];
@@ -154,13 +154,13 @@ struct Compute {
     for (int r = 0; r < ROW_TILES; ++r) {
       float weight[2], lse[2];
       softmax[r].finish(UNIT, weight, lse);
-      store_rows<T>(a, w, out[r], first_row(w, r), lane() % 4, weight, lse);
+      store_output<T>(a, w, first_row(w, r), out[r], weight, lse, lane() % 4);
     }
     ptx::block_sync();  // the next tile's queries and keys come where these are read
   }
 
   DUPLEX_DEVICE void run() {
-    for_each_tile(a, [&](const Work& w) { tile(w); });
+    for_each_tile(a.lengths, a.tiles(), [&](const Work& w) { tile(w); });
   }
 };
 
