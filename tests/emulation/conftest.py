@@ -20,3 +20,10 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Lane]:
     if reason := missing(lane):
         pytest.skip(f"{lane}: {reason}")
     yield lane
+
+
+@pytest.fixture
+def hopper(emulated: Lane) -> Iterator[Lane]:
+    """Those of Hopper alone, emulated."""
+    with EMULATED.on(90):
+        yield emulated

@@ -7,7 +7,7 @@
 #include "cuda/sm90/backward_shape.h"
 #include "cuda/sm90/load.cuh"
 #include "cuda/sm90/products.cuh"
-#include "cuda/sm90/store.cuh"
+#include "cuda/store.cuh"
 
 namespace duplex::sm90 {
 
