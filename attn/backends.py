@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import evidence, reference
-from .call import Call
+from .call import GRADIENTS, Call
 from .checks import wrong_value
 from .paged import reference as paged_reference
 from .paged.call import PagedCall
@@ -57,7 +57,8 @@ class Backend:
         """Why it does not take a call; asked only where it is not missing, and so below."""
         return None
 
-    def refuses_backward(self, call: Call) -> str | None:
+    def refuses_backward(self, call: Call, wanted: Sequence[bool]) -> str | None:
+        """`wanted` says of each of GRADIENTS whether it is."""
         return self.refuses(call)
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
@@ -93,6 +94,15 @@ class ReferenceBackend(Backend):
         return "torch operations on any device; memory grows with seqlen_q * seqlen_k"
 
 
+def _masked(native: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """A native backward, which takes the gradients that are wanted as the bits of a number."""
+
+    def attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+        return native(*arguments[:-1], sum(want << n for n, want in enumerate(arguments[-1])))
+
+    return attention_backward
+
+
 class CpuBackend(Backend):
     """The C++ kernels, built beside the package when it is installed."""
 
@@ -109,17 +119,12 @@ class CpuBackend(Backend):
             native = torch.ops.duplex_attn_cpu
             self.attention_forward = native.attention_forward.default
             self.merge_attention = native.merge_attention.default
-            native_backward = native.attention_backward.default
+            self.attention_backward = _masked(native.attention_backward.default)
             self.paged_attention = native.paged_attention.default
             self.paged_append = native.paged_append.default
             self.copy_pages = native.copy_pages.default
         except (OSError, RuntimeError, AttributeError) as error:
             return f"{self.library.name} does not load: {error}"
-
-        def attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
-            return native_backward(*arguments[:-1], sum(want << n for n, want in enumerate(arguments[-1])))
-
-        self.attention_backward = attention_backward
         return None
 
     def refuses(self, call: Call) -> str | None:
@@ -236,6 +241,7 @@ class CudaBackend(Backend):
         try:
             torch.ops.load_library(self.library)
             self.attention_forward = torch.ops.duplex_attn_cuda.attention_forward.default
+            self.attention_backward = _masked(torch.ops.duplex_attn_cuda.attention_backward.default)
         except (OSError, RuntimeError, AttributeError) as error:
             return f"{self.library.name} does not load: {error}"
         return None
@@ -256,8 +262,10 @@ class CudaBackend(Backend):
                 return f"{name}: bulk copies want strides and a first element at multiples of 16 bytes"
         return None
 
-    def refuses_backward(self, call: Call) -> str | None:
-        return "its kernels have no backward yet"
+    def refuses_backward(self, call: Call, wanted: Sequence[bool]) -> str | None:
+        if wanted[GRADIENTS.index("distance_bias")]:
+            return "its kernels have no gradient of distance_bias"
+        return self.refuses(call)
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
         return "its kernels have no merge yet"
@@ -266,7 +274,7 @@ class CudaBackend(Backend):
         return "its kernels have no paged calls yet"
 
     def detail(self) -> str:
-        return f"forward; {_NOT_RUN}"
+        return f"forward and backward; {_NOT_RUN}"
 
     def tile(self, call: Call) -> str:
         head_dim = max(call.q.shape[-1], call.v.shape[-1])
@@ -339,11 +347,11 @@ def choose(call: Call, name: str) -> Backend:
     return next(backend for backend in _contenders(call, "forward") if backend.refuses(call) is None)
 
 
-def choose_backward(call: Call, name: str) -> Backend:
-    """The same for the gradients of `call`."""
+def choose_backward(call: Call, name: str, wanted: Sequence[bool]) -> Backend:
+    """The same for the gradients of `call` that are wanted."""
     if name:
-        return _named(name, lambda backend: backend.refuses_backward(call))
-    return next(backend for backend in _contenders(call, "backward") if backend.refuses_backward(call) is None)
+        return _named(name, lambda backend: backend.refuses_backward(call, wanted))
+    return next(backend for backend in _contenders(call, "backward") if backend.refuses_backward(call, wanted) is None)
 
 
 def _contenders(call: Call, kind: str) -> tuple[Backend, ...]:

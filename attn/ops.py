@@ -65,7 +65,8 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest
     out = out if _has_contiguous_rows(out) else out.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     lse = lse.contiguous()  # kernels lay out what they keep for a row as lse
-    return tuple(choose_backward(call, backend).attention_backward(dout, dlse, out, lse, *call, output_mask))
+    chosen = choose_backward(call, backend, output_mask)
+    return tuple(chosen.attention_backward(dout, dlse, out, lse, *call, output_mask))
 
 
 def _checked_call(arguments: Sequence[Any]) -> Call:

@@ -45,8 +45,12 @@ DUPLEX_HOST_DEVICE inline RowRange query_rows(const Lengths& l, int b) {
   return row_range(l.cu_q, l.len_q, l.start_q, b, l.rows_q, l.max_q);
 }
 
+DUPLEX_HOST_DEVICE inline RowRange key_rows(const Lengths& l, int b) {
+  return row_range(l.cu_k, l.len_k, l.start_k, b, l.rows_k, l.max_k);
+}
+
 DUPLEX_HOST_DEVICE inline Extent extent(const Lengths& l, int b) {
-  const RowRange q = query_rows(l, b), k = row_range(l.cu_k, l.len_k, l.start_k, b, l.rows_k, l.max_k);
+  const RowRange q = query_rows(l, b), k = key_rows(l, b);
   const int32_t prefix = l.prefix ? clamp32(l.prefix[b], 0, k.length) : 0;
   return {q.row, q.length, k.row, k.length, {k.length, prefix, l.top_left ? 0 : k.length - q.length, l.left, l.right}};
 }

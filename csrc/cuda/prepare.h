@@ -1,4 +1,4 @@
-// What goes before a forward on any generation of cards.
+// What goes before and after the large kernels on any generation of cards.
 #pragma once
 
 #include "cuda/arguments.h"
@@ -9,6 +9,11 @@ namespace duplex {
 void schedule(const Lengths& lengths, const Entries& entries, int32_t* order, void* stream);
 
 // Fills the rows that belong to no sequence.
-void clear_outside(const ForwardArguments& arguments, int processors, void* stream);
+void clear_outside(const OutsideArguments& arguments, int processors, void* stream);
+
+// What backward keeps of each row. `whole`: rows of dout and out begin on 16 bytes and have whole eights of columns.
+void sum_rows(const RowSumsArguments& arguments, bool bfloat16, bool whole, int processors, void* stream);
+
+void sink_gradient(const SinkArguments& arguments, int heads, void* stream);
 
 }  // namespace duplex

@@ -59,6 +59,12 @@ DUPLEX_DEVICE int shared_load(uint32_t address) {
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
   return x;
 }
+DUPLEX_DEVICE void shared_store(uint32_t address, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+DUPLEX_DEVICE void shared_load2(uint32_t address, float (&x)[2]) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(address) : "memory");
+}
 DUPLEX_DEVICE void shared_zero16(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
@@ -129,6 +135,13 @@ DUPLEX_DEVICE void copy_box(uint32_t to, const TensorMap& map, uint32_t barrier,
       : "memory");
 }
 
+// Bytes as they lie: a multiple of 16 of them, from and to multiples of 16.
+DUPLEX_DEVICE void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // Registers move between the warpgroups of a block.
 
 template <int COUNT>
@@ -161,6 +174,17 @@ DUPLEX_DEVICE uint32_t pack(float low, float high) {
   else
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
+}
+
+template <class T>
+DUPLEX_DEVICE void unpack(uint32_t x, float& low, float& high) {
+  if constexpr (T::BITS == BFLOAT16_BITS) {
+    low = __uint_as_float(x << 16);
+    high = __uint_as_float(x & 0xFFFF0000);
+  } else {
+    low = __half2float(__ushort_as_half(uint16_t(x)));
+    high = __half2float(__ushort_as_half(uint16_t(x >> 16)));
+  }
 }
 
 }  // namespace duplex::ptx

@@ -1,28 +1,38 @@
 // Which block of the grid does which tile, and when. A tile is a head of an entry; an entry is BLOCK_M rows of a
-// sequence. Entries are ranked by what they cost, longest first, so that short ones fill the end.
+// sequence, or BLOCK_N of its keys. Entries are ranked by what they cost, longest first, so that short ones fill the
+// end.
 #pragma once
 
 #include <stdint.h>
 
 #include "cuda/key_blocks.h"
 #include "cuda/lengths.h"
+#include "cuda/row_blocks.h"
 
 namespace duplex {
 
 struct Entries {
-  int32_t blocks;  // of rows a sequence has at most
+  int32_t blocks;  // of rows, or of keys, a sequence has at most
   int32_t block_m, block_n;
+  bool keys;  // entries are of keys
 
   DUPLEX_HOST_DEVICE int64_t count(const Lengths& l) const { return int64_t(l.batch) * blocks; }
 };
 
-// Blocks of keys that an entry visits, and one for itself; 0 where the sequence has no such rows.
+// What [start, start + block) has of the first `length`: where it ends.
+DUPLEX_HOST_DEVICE inline int64_t end_of(int64_t start, int32_t block, int32_t length) {
+  return start + block < length ? start + block : length;
+}
+
+// Blocks of keys (of rows) that an entry visits, and one for itself; 0 where the sequence has no such rows (keys).
 DUPLEX_HOST_DEVICE inline int32_t cost(const Entries& e, const Lengths& l, int32_t entry) {
   const Extent x = extent(l, entry / e.blocks);
-  const int64_t i0 = int64_t(entry % e.blocks) * e.block_m;
-  if (i0 >= x.len_q) return 0;
-  const int64_t i1 = i0 + e.block_m < x.len_q ? i0 + e.block_m : x.len_q;
-  return 1 + key_blocks(x.span, i0, i1, e.block_n).count();
+  const int32_t block = e.keys ? e.block_n : e.block_m, length = e.keys ? x.len_k : x.len_q;
+  const int64_t start = int64_t(entry % e.blocks) * block;
+  if (start >= length) return 0;
+  const int64_t end = end_of(start, block, length);
+  return 1 + (e.keys ? row_blocks(x.span, x.len_q, start, end, e.block_m).count()
+                     : key_blocks(x.span, start, end, e.block_n).count());
 }
 
 // Whether an entry of cost c is done before entry `own` of cost `own_cost`: a strict order, so ranks are a permutation.
@@ -35,6 +45,13 @@ DUPLEX_HOST_DEVICE inline bool comes_before(int32_t c, int32_t entry, int32_t ow
 DUPLEX_HOST_DEVICE inline int64_t tile_of(int64_t round, int32_t block, int32_t blocks) {
   return round * blocks + (round % 2 ? blocks - 1 - block : block);
 }
+
+// What a kernel walks over.
+struct Tiles {
+  Entries entries;
+  const int32_t* order;  // how many entries there are, then those by rank
+  int32_t heads, section;
+};
 
 struct TilePlace {
   int32_t rank, head;

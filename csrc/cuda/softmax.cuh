@@ -1,6 +1,6 @@
 // Scores and their online softmax, on accumulators as wgmma and mma.sync leave them: a thread has two rows, 8 apart, of
 // which it holds columns 8 g + 2 (lane % 4) + {0, 1}. (Milakov and Gimelshein, "Online normalizer calculation for
-// softmax", 2018.)
+// softmax", 2018.) Rows are queries and columns keys; with KEYS_DOWN the reverse.
 //
 // Where a score is nothing but a positive scale * <q, k> (no TERMS), scale * log2(e) is one factor in the exponent, and
 // references are in units of log2; else scores and references are natural.
@@ -12,11 +12,18 @@
 
 namespace duplex {
 
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-
 // Which of a thread's two rows an accumulator belongs to, and its column, less 2 * (lane % 4).
 DUPLEX_DEVICE constexpr int row_of(int i) { return i / 2 % 2; }
 DUPLEX_DEVICE constexpr int column_of(int i) { return i / 4 * 8 + i % 2; }
+// How far its key lies behind its query, less the same of the thread's first accumulator; and its key alone.
+template <bool KEYS_DOWN>
+DUPLEX_DEVICE constexpr int distance_of(int i) {
+  return KEYS_DOWN ? 8 * row_of(i) - column_of(i) : column_of(i) - 8 * row_of(i);
+}
+template <bool KEYS_DOWN>
+DUPLEX_DEVICE constexpr int key_of(int i) {
+  return KEYS_DOWN ? 8 * row_of(i) : column_of(i);
+}
 
 // To about 1 ulp, small arguments too: the polynomial is that of Cephes' tanhf.
 DUPLEX_DEVICE float tanh(float x) {
@@ -29,39 +36,43 @@ DUPLEX_DEVICE float tanh(float x) {
   return size < 0.625f ? ptx::fma(p * z, x, x) : x < 0 ? -large : large;
 }
 
-// The terms of section 3 on a block of products; i and j are those of the thread's first row and column.
-template <int COUNT>
-DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const Terms& t, int head, int i, int j, int offset) {
+// The terms of section 3 on a block of products; i and j are query and key of the thread's first number. What the soft
+// cap multiplies the n-th gradient by goes to bend(n, factor).
+template <bool KEYS_DOWN, int COUNT, class F>
+DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const Terms& t, int head, int i, int j, int offset, F&& bend) {
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) x[n] *= t.scale;
   if (t.softcap > 0) {
     const float inverse = 1 / t.softcap;
 #pragma unroll
-    for (int n = 0; n < COUNT; ++n) x[n] = tanh(x[n] * inverse) * t.softcap;
+    for (int n = 0; n < COUNT; ++n) {
+      const float y = tanh(x[n] * inverse);
+      x[n] = y * t.softcap;
+      bend(n, 1 - y * y);
+    }
   }
   const int distance = j - (i + offset);  // of the thread's first number
   if (t.distance_bias) {
     const float* middle = t.distance_bias + int64_t(head) * (2 * t.radius + 1) + t.radius;
 #pragma unroll
-    for (int n = 0; n < COUNT; ++n)
-      x[n] += middle[clamp32(distance + column_of(n) - 8 * row_of(n), -t.radius, t.radius)];
+    for (int n = 0; n < COUNT; ++n) x[n] += middle[clamp32(distance + distance_of<KEYS_DOWN>(n), -t.radius, t.radius)];
   }
   if (t.alibi_slopes) {
     const float slope = t.alibi_slopes[head];
 #pragma unroll
-    for (int n = 0; n < COUNT; ++n) x[n] -= slope * fabsf(float(distance + column_of(n) - 8 * row_of(n)));
+    for (int n = 0; n < COUNT; ++n) x[n] -= slope * fabsf(float(distance + distance_of<KEYS_DOWN>(n)));
   }
 }
 
 // -inf where the span hides a key; i and j as above.
-template <int COUNT>
-DUPLEX_DEVICE void hide(float (&x)[COUNT], const Work& w, int i, int j) {
+template <bool KEYS_DOWN, int COUNT>
+DUPLEX_DEVICE void hide(float (&x)[COUNT], const Place& w, int i, int j) {
   const int live = w.len_k - j, prefix = w.prefix - j, place = i + w.offset - j;
-  const int low[2] = {place - w.left, place + 8 - w.left}, high[2] = {place + w.right, place + 8 + w.right};
+  const int low = place - w.left, high = place + w.right;
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) {
-    const int c = column_of(n), r = row_of(n);
-    const bool seen = (c < live) & ((c < prefix) | ((low[r] <= c) & (c <= high[r])));  // without branches
+    const int key = key_of<KEYS_DOWN>(n), distance = distance_of<KEYS_DOWN>(n);
+    const bool seen = (key < live) & ((key < prefix) | ((low <= distance) & (distance <= high)));  // without branches
     x[n] = seen ? x[n] : -INFINITY;
   }
 }

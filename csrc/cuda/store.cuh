@@ -22,40 +22,48 @@ DUPLEX_DEVICE void transpose_quad(uint32_t (&w)[4], int quad_lane) {
   }
 }
 
-// The thread's rows i and i + 8 of a tile, times their weight; rows from len_q on belong to others.
+// Row r of a thread's two, times its weight, to `to`; every lane of the four comes here, and writes if the row is live.
 template <class T, int COUNT>
-DUPLEX_DEVICE void store_rows(const ForwardArguments& a, const Work& w, const float (&out)[COUNT], int i, int quad_lane,
-                              const float (&weight)[2], const float (&lse)[2]) {
-  const bool packed = a.lengths.cu_q != nullptr, whole = a.head_dim_v % 8 == 0;
+DUPLEX_DEVICE void store_row(uint16_t* to, const float (&x)[COUNT], int r, float weight, int columns, bool live,
+                             int quad_lane) {
+  const bool whole = columns % 8 == 0;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const bool live = i + 8 * r < w.len_q;
-    const int64_t row = w.row_q + i + 8 * r, batch = packed ? 0 : w.batch;
-    uint16_t* to = static_cast<uint16_t*>(a.out) + batch * a.out_batch + row * a.out_row + w.head * a.out_head;
+  for (int g = 0; g < COUNT / 16; ++g) {  // 32 columns
+    uint32_t words[4];
 #pragma unroll
-    for (int g = 0; g < COUNT / 16; ++g) {  // 32 columns
-      uint32_t words[4];
+    for (int j = 0; j < 4; ++j) {
+      const float* pair = x + 4 * (4 * g + j) + 2 * r;
+      words[j] = ptx::pack<T>(pair[0] * weight, pair[1] * weight);
+    }
+    if (whole) {
+      transpose_quad(words, quad_lane);
+      const int column = 32 * g + 8 * quad_lane;
+      if (live && column < columns) *reinterpret_cast<Words4*>(to + column) = {words[0], words[1], words[2], words[3]};
+    } else if (live) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float* x = out + 4 * (4 * g + j) + 2 * r;
-        words[j] = ptx::pack<T>(x[0] * weight[r], x[1] * weight[r]);
-      }
-      if (whole) {
-        transpose_quad(words, quad_lane);
-        const int column = 32 * g + 8 * quad_lane;
-        if (live && column < a.head_dim_v)
-          *reinterpret_cast<Words4*>(to + column) = {words[0], words[1], words[2], words[3]};
-      } else if (live) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int column = 32 * g + 8 * j + 2 * quad_lane;
-          if (column < a.head_dim_v) to[column] = uint16_t(words[j]);
-          if (column + 1 < a.head_dim_v) to[column + 1] = uint16_t(words[j] >> 16);
-        }
+        const int column = 32 * g + 8 * j + 2 * quad_lane;
+        if (column < columns) to[column] = uint16_t(words[j]);
+        if (column + 1 < columns) to[column + 1] = uint16_t(words[j] >> 16);
       }
     }
-    if (live && quad_lane == 0) a.lse[batch * a.lse_batch + w.head * a.lse_head + row] = lse[r];
   }
+}
+
+// The thread's rows n and n + 8 of a sequence stored from `row` on; rows from `length` on belong to others.
+template <class T, int COUNT>
+DUPLEX_DEVICE void store_rows(const Rows& to, int batch, int row, int head, int n, int length, int columns,
+                              const float (&x)[COUNT], const float (&weight)[2], int quad_lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    store_row<T>(to.at(batch, int64_t(row) + n + 8 * r, head), x, r, weight[r], columns, n + 8 * r < length, quad_lane);
+}
+
+DUPLEX_DEVICE void store_lse(const ForwardArguments& a, const Work& w, int i, const float (&lse)[2], int quad_lane) {
+  float* to = a.lse + w.batch * a.lse_batch + w.head * a.lse_head + w.row_q + i;
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    if (quad_lane == 0 && i + 8 * r < w.len_q) to[8 * r] = lse[r];
 }
 
 }  // namespace duplex

@@ -111,11 +111,11 @@ def test_it_tells_its_tile_and_that_it_has_not_run_on_a_card(emulated: Lane, car
         assert da.explain(x(), x(), x(), backend="cuda").tile == f"{narrow} of head_dim 64; {told}"
         of_wide = da.explain(x(1, 4, 2, 200), x(1, 4, 2, 200), x(1, 4, 2, 8), backend="cuda")
         assert of_wide.tile == f"{wide} of head_dim 256; {told}"
-    assert da.backends()["cuda"].detail == f"forward; {told}"
+    assert da.backends()["cuda"].detail == f"forward and backward; {told}"
 
 
 def test_the_operator_refuses_an_older_card(emulated: Lane) -> None:
-    with EMULATED.on(75), pytest.raises(ValueError, match=r"a card of compute capability 8\.0 or more"):
+    with EMULATED.on(75), pytest.raises(ValueError, match=r"cards of compute capability 8\.0 and later"):
         da.attention(x(), x(), x(), backend="cuda")
 
 

@@ -5,6 +5,7 @@
 
 #include "cuda/accumulators.cuh"
 #include "cuda/sm90/load.cuh"
+#include "cuda/sm90/products.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/store.cuh"
 
@@ -37,29 +38,19 @@ struct Compute {
   }
 
   DUPLEX_DEVICE void multiply_keys(float (&x)[PRODUCTS], int n) {
-#pragma unroll
-    for (int k = 0; k < S::HEAD_DIM / 16; ++k)
-      ptx::wgmma<T, Major::K, Major::K>(x, columns_operand<typename S::Queries>(shared.q(), 64 * warpgroup, k),
-                                        columns_operand<typename S::Keys>(shared.k(stage(n)), 0, k), k > 0);
-    ptx::wgmma_commit();
+    multiply_rows<T, typename S::Queries, typename S::Keys>(x, shared.q(), 64 * warpgroup, shared.k(stage(n)));
   }
 
   DUPLEX_DEVICE void multiply_values(float (&out)[OUT], const uint32_t (&p)[WEIGHTS][4], int n, bool accumulate) {
-#pragma unroll
-    for (int k = 0; k < WEIGHTS; ++k)
-      ptx::wgmma<T, Major::MN>(out, p[k], rows_operand<typename S::Keys>(shared.v(stage(n)), k), accumulate || k > 0);
-    ptx::wgmma_commit();
+    multiply_registers<T, typename S::Keys>(out, p, shared.v(stage(n)), accumulate);
   }
 
-  // Values past the sequence's last key may be anything, NaN too, and 0 * NaN is NaN: they are made 0.
+  // Values past the sequence's last key.
   DUPLEX_DEVICE void clear_strangers(const Work& w, int t, int n) {
     const int live = w.len_k - w.keys.at(t) * S::BLOCK_N;
     if (live >= S::BLOCK_N || w.row_k + w.len_k >= a.lengths.rows_k) return;
-    using V = typename S::Keys;
-    constexpr int UNITS = V::ROW_BYTES / 16;
     ptx::barrier_wait(shared.v_full(stage(n)), phase(n));
-    for (int u = live * UNITS + 128 * warpgroup + thread; u < S::BLOCK_N * UNITS; u += 128 * S::WARPGROUPS)
-      for (int p = 0; p < V::PANELS; ++p) ptx::shared_zero16(shared.v(stage(n)) + p * V::PANEL_BYTES + u * 16);
+    clear_rows<typename S::Keys>(shared.v(stage(n)), live, 128 * warpgroup + thread, 128 * S::WARPGROUPS);
     ptx::fence_async_proxy();
     ptx::named_sync(BARRIER_ALL, 128 * S::WARPGROUPS);
   }
@@ -68,8 +59,8 @@ struct Compute {
   template <bool EDGE>
   DUPLEX_DEVICE void weigh(float (&x)[PRODUCTS], const Work& w, int t, int i, Softmax& softmax, float (&decay)[2]) {
     const int j = w.keys.at(t) * S::BLOCK_N + 2 * quad_lane();
-    if constexpr (TERMS) add_terms(x, a.terms, w.head, i, j, w.offset);
-    if constexpr (EDGE) hide(x, w, i, j);
+    if constexpr (TERMS) add_terms<false>(x, a.terms, w.head, i, j, w.offset, [](int, float) {});
+    if constexpr (EDGE) hide<false>(x, w, i, j);
     softmax.next<EDGE || TERMS, TERMS>(x, a.terms.scale * LOG2E, decay);
   }
 
@@ -144,12 +135,13 @@ struct Compute {
     }
     float weight[2], lse[2];
     softmax.finish(UNIT, weight, lse);
-    store_rows<T>(a, w, out, i, quad_lane(), weight, lse);
+    store_rows<T>(a.rows(), w.batch, w.row_q, w.head, i, w.len_q, a.head_dim_v, out, weight, quad_lane());
+    store_lse(a, w, i, lse, quad_lane());
   }
 
   DUPLEX_DEVICE void run() {
     if (warpgroup == S::WARPGROUPS - 1) pass_turn();  // the first to go needs a turn passed to it
-    for_each_tile(a, [&](const Work& w) { tile(w); });
+    for_each_tile(a.lengths, a.tiles(), [&](const Work& w) { tile(w); });
   }
 };
 

@@ -10,13 +10,18 @@ struct Maps {
   ptx::TensorMap q, k, v;  // (head_dim, row, head, batch)
 };
 
-// A tile of rows from `row` on, panel by panel.
+// A tile of rows from `row` on, panel by panel, of which the barrier has been told.
 template <class Tile>
-DUPLEX_DEVICE void load_tile(uint32_t to, const ptx::TensorMap& map, uint32_t barrier, int row, int head, int batch) {
-  ptx::barrier_expect(barrier, Tile::BYTES);
+DUPLEX_DEVICE void copy_tile(uint32_t to, const ptx::TensorMap& map, uint32_t barrier, int row, int head, int batch) {
 #pragma unroll
   for (int p = 0; p < Tile::PANELS; ++p)
     ptx::copy_box(to + p * Tile::PANEL_BYTES, map, barrier, p * Tile::PANEL, row, head, batch);
+}
+
+template <class Tile>
+DUPLEX_DEVICE void load_tile(uint32_t to, const ptx::TensorMap& map, uint32_t barrier, int row, int head, int batch) {
+  ptx::barrier_expect(barrier, Tile::BYTES);
+  copy_tile<Tile>(to, map, barrier, row, head, batch);
 }
 
 template <class S>
@@ -25,7 +30,7 @@ DUPLEX_DEVICE void load(const ForwardArguments& a, const Maps& maps, Shared<S> s
   ptx::prefetch(maps.k);
   ptx::prefetch(maps.v);
   int step = 0, tiles = 0;  // blocks of keys and tiles so far
-  for_each_tile(a, [&](const Work& w) {
+  for_each_tile(a.lengths, a.tiles(), [&](const Work& w) {
     const int count = w.keys.count(), kv_head = w.head / a.group;
     const int batch = a.lengths.cu_q ? 0 : w.batch;
     for (int t = 0; t < count; ++t, ++step) {

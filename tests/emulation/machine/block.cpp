@@ -226,8 +226,12 @@ void Block::copy(const Copy& given) {
   maybe_yield();
   Copy copy = given;
   const int row_bytes = 2 * copy.map.box_columns;
-  if (copy.to % (8 * row_bytes)) fail("the target of a swizzled copy is not aligned to its pattern");
-  shared(copy.to, row_bytes * copy.map.box_rows);
+  if (copy.bytes > 0) {
+    if ((copy.to | copy.bytes | reinterpret_cast<uintptr_t>(copy.map.data)) % 16) fail("a copy of bytes is not in 16s");
+  } else if (copy.to % (8 * row_bytes)) {
+    fail("the target of a swizzled copy is not aligned to its pattern");
+  }
+  shared(copy.to, copy.bytes > 0 ? copy.bytes : row_bytes * copy.map.box_rows);
   mbarrier(copy.barrier);
   copy.late = int(random() % 100) < late_copies_;
   copies_.push_back(copy);
@@ -387,6 +391,14 @@ bool Block::finish_one(bool any) {
 void Block::land(const Copy& c) {
   const TensorMap& m = c.map;
   const int row_bytes = 2 * m.box_columns;
+  const auto written = [&](uint32_t to) {
+    if (dirty_[(to - SHARED_BEGIN) / 16] >= 0 && failure_.empty())
+      failure_ = "a bulk copy overwrites ordinary writes that were not fenced for it";
+  };
+  for (int n = 0; n < c.bytes; ++n) {
+    memory_[c.to + n - SHARED_BEGIN] = m.data[n];
+    written(c.to + n);
+  }
   for (int r = 0; r < m.box_rows; ++r) {
     const int64_t row = int64_t(c.at[1]) + r;
     const bool in =
@@ -399,12 +411,11 @@ void Block::land(const Copy& c) {
       uint32_t to = c.to + r * row_bytes + 2 * x;
       to ^= (to >> 7 & (row_bytes == 128 ? 7 : 3)) << 4;
       std::memcpy(memory_.data() + (to - SHARED_BEGIN), &value, 2);
-      if (dirty_[(to - SHARED_BEGIN) / 16] >= 0 && failure_.empty())
-        failure_ = "a bulk copy overwrites ordinary writes that were not fenced for it";
+      written(to);
     }
   }
   Mbarrier& b = mbarriers_[c.barrier];
-  b.bytes -= int64_t(row_bytes) * m.box_rows;
+  b.bytes -= int64_t(row_bytes) * m.box_rows + c.bytes;
   complete(b);
 }
 

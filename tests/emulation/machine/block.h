@@ -61,6 +61,7 @@ struct Copy {
   uint32_t to, barrier;
   int at[4];
   bool late;
+  int bytes = 0;  // of a copy without a map, from map.data on
 };
 
 // A few bytes that a thread has on their way: cp.async.

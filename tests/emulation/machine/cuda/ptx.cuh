@@ -57,6 +57,8 @@ inline int shared_load(uint32_t address) {
   block->load(address, &x, 4);
   return x;
 }
+inline void shared_store(uint32_t address, float x) { block->store(address, &x, 4); }
+inline void shared_load2(uint32_t address, float (&x)[2]) { block->load(address, x, 8); }
 inline void shared_zero16(uint32_t address) {
   const char zeros[16] = {};
   block->store(address, zeros, 16);
@@ -83,6 +85,13 @@ inline void barrier_wait(uint32_t barrier, int parity) { block->barrier_wait(bar
 inline void prefetch(const TensorMap&) {}
 inline void copy_box(uint32_t to, const TensorMap& map, uint32_t barrier, int c0, int c1, int c2, int c3) {
   block->copy({map, to, barrier, {c0, c1, c2, c3}, false});
+}
+
+inline void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  emulation::Copy copy{{}, to, barrier, {}, false};
+  copy.map.data = static_cast<const char*>(from);
+  copy.bytes = bytes;
+  block->copy(copy);
 }
 
 template <int COUNT>
@@ -117,6 +126,23 @@ uint16_t round_to(float x) {
 template <class T>
 uint32_t pack(float low, float high) {
   return uint32_t(round_to<T>(low)) | uint32_t(round_to<T>(high)) << 16;
+}
+
+template <class T>
+void unpack(uint32_t x, float& low, float& high) {
+  const auto widen = [](uint16_t bits) {
+    if constexpr (T::BITS == FLOAT16_BITS) {
+      _Float16 y;
+      std::memcpy(&y, &bits, 2);
+      return float(y);
+    }
+    const uint32_t word = uint32_t(bits) << 16;
+    float y;
+    std::memcpy(&y, &word, 4);
+    return y;
+  };
+  low = widen(uint16_t(x));
+  high = widen(uint16_t(x >> 16));
 }
 
 template <class T>

@@ -1,0 +1,137 @@
+// attention_backward: allocates the gradients and the workspace, describes the call to the kernels. dq, and dk with dv,
+// are computed apart: seven products a pair of blocks instead of five, but nothing is added to memory by several
+// blocks, so the result is deterministic and there is no float32 copy of dq.
+#include "cuda/backward.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "cuda/call.h"
+#include "cuda/device.h"
+#include "cuda/prepare.h"
+#include "cuda/variants.h"
+
+namespace duplex {
+namespace {
+
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t n = 0; n < t.dim(); ++n) sizes.push_back(t.size(n));
+  return sizes;
+}
+
+Tensor gradient_of(const Tensor& t) { return new_tensor(t, sizes_of(t), dtype_of(t)); }
+
+bool last_is_contiguous(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
+
+Tensor row_contiguous(const Tensor& t) { return last_is_contiguous(t) ? t : torch::stable::contiguous(t); }
+
+Entries entries_of(const BackwardVariant& v, int32_t most, bool keys) {
+  const int32_t block = keys ? v.block_n : v.block_m;
+  return {(most + block - 1) / block, v.block_m, v.block_n, keys};
+}
+
+// Ranks the entries, and fills `tiles` but for the order's owner.
+Tensor rank(const Lengths& lengths, const Entries& entries, int64_t heads, int32_t section, const Tensor& on,
+            void* stream, Tiles& tiles) {
+  const int64_t count = entries.count(lengths);
+  expect(count < FAR, "at most 2^29 blocks of rows");
+  Tensor order = new_tensor(on, {1 + count}, aoti_torch_dtype_int32());
+  int32_t* to = static_cast<int32_t*>(order.data_ptr());
+  schedule(lengths, entries, to, stream);
+  tiles = {entries, to, int32_t(heads), section};
+  return order;
+}
+
+}  // namespace
+
+GradientTensors attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, DUPLEX_CALL_PARAMETERS,
+                                   int64_t output_mask) {
+  const CallArguments call DUPLEX_CALL_ARGUMENTS;
+  check_call(call);
+  const auto wanted = [&](int n) { return (output_mask >> n & 1) != 0; };
+  expect((output_mask & ~0x87) == 0, "no gradients but those of q, k, v and sink");
+  const bool packed = call.packed(), queries = wanted(0), keys = wanted(1) || wanted(2);
+  dout = row_contiguous(dout);
+  out = row_contiguous(out);
+  lse = torch::stable::contiguous(lse);
+  if (dlse) dlse = torch::stable::contiguous(*dlse);
+
+  const int64_t d = q.dim(), rows_q = q.size(d - 3), heads = call.heads_q(), heads_kv = k.size(d - 2);
+  const int64_t head_dim = q.size(d - 1), dim_v = v.size(d - 1), batch = packed ? 1 : q.size(0);
+  const int32_t float32 = aoti_torch_dtype_float32();
+  const Device device(device_index(q));
+  const auto none = [&] { return new_tensor(q, {0}, float32); };
+  Tensor dq = queries ? gradient_of(q) : none(), dk = keys ? gradient_of(k) : none(),
+         dv = keys ? gradient_of(v) : none(), dsink = wanted(7) ? gradient_of(*sink) : none();
+
+  BackwardLaunch l{};
+  BackwardArguments& a = l.arguments;
+  a.lengths = lengths_of(call);
+  a.terms = terms_of(call);
+  a.group = int32_t(heads_kv ? heads / heads_kv : 1);
+  a.head_dim = int32_t(head_dim);
+  a.head_dim_v = int32_t(dim_v);
+  l.bfloat16 = q.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+  l.terms = has_terms(a.terms);
+  l.processors = device.processors;
+  l.stream = device.stream;
+
+  const int64_t sum_rows_a_head = RowSums::rows(a.lengths), numbers = heads * sum_rows_a_head;
+  const Tensor sums = new_tensor(q, {2, heads, sum_rows_a_head}, float32);
+  float* references = static_cast<float*>(sums.data_ptr());
+  a.sums = {references, references + numbers, sum_rows_a_head};
+  const bool bulk = has_bulk_rows(dout), whole = bulk && has_bulk_rows(out) && dim_v % 8 == 0;
+  Tensor readable = dout;
+  if (!bulk) {
+    std::vector<int64_t> sizes = sizes_of(dout);
+    sizes.back() = (dim_v + 7) / 8 * 8;
+    readable = new_tensor(dout, sizes, dtype_of(dout));
+  }
+  if (numbers > 0)
+    sum_rows({a.lengths, int32_t(heads), a.head_dim_v, rows_of(dout), rows_of(out),
+              static_cast<const float*>(lse.const_data_ptr()), data<float>(dlse), packed ? 0 : heads * rows_q, rows_q,
+              a.sums, bulk ? Rows{} : rows_of(readable)},
+             l.bfloat16, whole, l.processors, l.stream);
+
+  const Tensor& instead = q.numel() ? q : k;
+  l.q = box_of(q, instead);
+  l.k = box_of(k, instead);
+  l.v = box_of(v, instead);
+  l.dout = box_of(readable, instead);
+  const int64_t width = 2 * (head_dim + dim_v);  // bytes of a row of both
+  const auto clear = [&](const Tensor& t, bool of_keys) {
+    if (packed || (of_keys ? seqlens_k || starts_k : seqlens_q || starts_q))
+      clear_outside({a.lengths, of_keys, int32_t(t.size(d - 2)), int32_t(t.size(d - 1)), rows_of(t), nullptr, 0, 0},
+                    l.processors, l.stream);
+  };
+  if (dq.numel() > 0) {
+    const BackwardVariant& variant = dq_variant(device.capability, std::max(head_dim, dim_v));
+    const int64_t read = k.size(d - 3) * (packed ? 1 : batch) * width;
+    const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_q, false), heads,
+                              section_of(heads, a.group, read), q, l.stream, a.row_tiles);
+    a.dq = rows_of(dq);
+    clear(dq, false);
+    if (order.numel() > 1) variant.launch(l);
+  }
+  if (dk.numel() > 0 || dv.numel() > 0) {
+    const BackwardVariant& variant = dkdv_variant(device.capability, std::max(head_dim, dim_v));
+    const int64_t read = rows_q * batch * a.group * width;
+    const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_k, true), heads_kv,
+                              section_of(heads_kv, 1, read), q, l.stream, a.key_tiles);
+    a.dk = rows_of(dk);
+    a.dv = rows_of(dv);
+    clear(dk, true);
+    clear(dv, true);
+    if (order.numel() > 1) variant.launch(l);
+  }
+  if (wanted(7))
+    sink_gradient({a.lengths, data<float>(sink), a.sums, static_cast<float*>(dsink.data_ptr())}, int(heads), l.stream);
+  if (!wanted(1)) dk = none();
+  if (!wanted(2)) dv = none();
+  return {dq, dk, dv, none(), none(), none(), none(), dsink};
+}
+
+}  // namespace duplex

@@ -1,0 +1,34 @@
+"""Gradients of the CUDA kernels, emulated, against the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ..cases import Case, grid, problem
+from ..lanes import Lane, run
+from ..oracle import assert_accurate
+from .library import draw
+from .test_grid import fitting
+
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+
+
+def differentiable(case: Case) -> Case:
+    """The nearest case whose gradients the kernels have; a table of distances has none, so slopes take its place."""
+    case = fitting(case)
+    if case.distance_radius is None:
+        return case
+    return dataclasses.replace(case, distance_radius=None, alibi=True)
+
+
+@pytest.mark.parametrize("case", grid(), ids=str)
+def test_gradients(case: Case, kernels: Lane) -> None:
+    made = problem(differentiable(case))
+    exact, plain, floor = made.answers(gradients=True)
+    if kernels.device == "cpu":
+        draw(case.seed, processors=1 + case.seed % 3)
+    got = run(made.call, kernels, made.dout, made.dlse, deterministic=case.deterministic)
+    assert_accurate(got, exact, plain, floor, str(case))
+    made.guard.assert_untouched()
