@@ -1,6 +1,6 @@
 // attention_backward: allocates the gradients and the workspace, describes the call to the kernels. dq, and dk with dv,
-// are computed apart: seven products a pair of blocks instead of five, but nothing is added to memory by several blocks,
-// so the result is deterministic and there is no float32 copy of dq.
+// are computed apart: seven products a pair of blocks instead of five, but nothing is added to memory by several
+// blocks, so the result is deterministic and there is no float32 copy of dq.
 #include "cuda/backward.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -38,8 +38,7 @@ DUPLEX_DEVICE void store_row(uint16_t* to, const float (&x)[COUNT], int r, float
     if (whole) {
       transpose_quad(words, quad_lane);
       const int column = 32 * g + 8 * quad_lane;
-      if (live && column < columns)
-        *reinterpret_cast<Words4*>(to + column) = {words[0], words[1], words[2], words[3]};
+      if (live && column < columns) *reinterpret_cast<Words4*>(to + column) = {words[0], words[1], words[2], words[3]};
     } else if (live) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
