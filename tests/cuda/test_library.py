@@ -14,9 +14,19 @@ from duplex_attn.backends import BACKENDS
 
 LIBRARY = BACKENDS["cuda"].library
 HEAD_DIMS = (64, 96, 128, 192, 256)
-KERNELS = [(d, dtype, terms) for d in HEAD_DIMS for dtype in ("Bfloat16", "Float16") for terms in (False, True)]
-# The widest with terms has one number too many for its registers.
-LOCAL_LOADS = {(256, "Bfloat16", True): 1, (256, "Float16", True): 1}
+Kernel = tuple[str, int, str, bool]  # name, head_dim, dtype, with terms
+SHAPES = {"forward": "Shape", "dq": "QueryShape", "dkdv": "KeyShape"}
+KERNELS: list[Kernel] = [
+    (name, d, dtype, terms)
+    for name in SHAPES
+    for d in HEAD_DIMS
+    for dtype in ("Bfloat16", "Float16")
+    for terms in (False, True)
+]
+FORWARD = [kernel for kernel in KERNELS if kernel[0] == "forward"]
+BACKWARD = [kernel for kernel in KERNELS if kernel[0] != "forward"]
+# The widest with terms have one number too many for their registers.
+LOCAL_LOADS = {(name, 256, dtype, True): 1 for name in ("forward", "dkdv") for dtype in ("Bfloat16", "Float16")}
 
 
 def tool(name: str) -> str | None:
@@ -38,8 +48,10 @@ def dump(option: str) -> str:
     ).stdout
 
 
-def kernel_name(head_dim: int, dtype: str, terms: bool) -> str:
-    return f"4sm9014forward_kernelINS_{len(dtype)}{dtype}ENS0_5ShapeILi{head_dim}EEELb{int(terms)}E"
+def kernel_name(name: str, head_dim: int, dtype: str, terms: bool) -> str:
+    shape = SHAPES[name]
+    of = f"INS_{len(dtype)}{dtype}ENS0_{len(shape)}{shape}ILi{head_dim}EEELb{int(terms)}E"
+    return f"4sm90{len(name) + 7}{name}_kernel{of}"
 
 
 @cache
@@ -54,7 +66,7 @@ def machine_code() -> dict[str, list[tuple[int, str]]]:
     return kernels
 
 
-def code_of(kernel: tuple[int, str, bool]) -> list[tuple[int, str]]:
+def code_of(kernel: Kernel) -> list[tuple[int, str]]:
     (name,) = [name for name in machine_code() if kernel_name(*kernel) in name]
     return machine_code()[name]
 
@@ -74,33 +86,62 @@ def loops(code: list[tuple[int, str]]) -> list[list[str]]:
 
 
 def test_every_kernel_is_there_for_its_cards() -> None:
-    assert {name for name in machine_code() if "4sm9014forward_kernel" in name} == {
-        name for name in machine_code() for kernel in KERNELS if kernel_name(*kernel) in name
-    }
-    assert len([name for name in machine_code() if "4sm9014forward_kernel" in name]) == len(KERNELS)
-    assert {"schedule_kernel", "outside_kernel"} <= {
-        word for name in machine_code() for word in re.findall(r"[a-z]+_kernel", name)
+    large = [name for name in machine_code() if re.search(r"4sm90\d+\w+_kernelI", name)]
+    assert len(large) == len(KERNELS)
+    assert all(any(kernel_name(*kernel) in name for name in large) for kernel in KERNELS)
+    assert {"schedule_kernel", "outside_kernel", "row_sums_kernel", "sink_kernel"} <= {
+        word for name in machine_code() for word in re.findall(r"\d([a-z_]+_kernel)", name)
     }
     assert set(re.findall(r"sm_\d+a?", dump("--list-elf"))) == {"sm_80", "sm_90a"}
     assert set(re.findall(r"sm_\d+a?", dump("--list-ptx"))) == {"sm_80"}, "later cards compile Ampere's"
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_tensor_cores_and_the_copy_engine_work_side_by_side(kernel: tuple[int, str, bool]) -> None:
-    head_dim, _, terms = kernel
+def loops_of(kernel: Kernel, products: int) -> list[list[str]]:
+    """Those with so many products and no copies: what tensor cores and copy engine do goes on side by side."""
     code = code_of(kernel)
     text = [line for _, line in code]
     assert count(text, "HGMMA") and count(text, "UTMALDG") and count(text, "USETMAXREG") == 2
     assert not count(text, "HMMA") and not count(text, "LDSM"), "products by the path of older cards"
+    return [loop for loop in loops(code) if count(loop, "HGMMA") == products and not count(loop, "UTMALDG")]
+
+
+def assert_local(kernel: Kernel, loop: list[str]) -> None:
+    assert count(loop, "LDL") <= LOCAL_LOADS.get(kernel, 0)
+    assert count(loop, "STL") == 0
+
+
+@pytest.mark.parametrize("kernel", FORWARD, ids=str)
+def test_forward(kernel: Kernel) -> None:
+    _, head_dim, _, terms = kernel
     block_n = {192: 96, 256: 64}.get(head_dim, 128)
-    products = head_dim // 16 + block_n // 16  # of one block of keys
-    inner = [loop for loop in loops(code) if count(loop, "HGMMA") == products and not count(loop, "UTMALDG")]
+    inner = loops_of(kernel, head_dim // 16 + block_n // 16)
     assert len(inner) == (1 if terms else 2), "one loop over edge blocks, one over inside blocks where they differ"
     for loop in inner:
-        assert count(loop, "LDL") <= LOCAL_LOADS.get(kernel, 0)
-        assert count(loop, "STL") == 0
+        assert_local(kernel, loop)
         # The compiler waits for products where the source does, and nowhere else: they are not serialised.
         assert count(loop, r"WARPGROUP\.DEPBAR\S*") == 2
+
+
+@pytest.mark.parametrize("kernel", BACKWARD, ids=str)
+def test_backward(kernel: Kernel) -> None:
+    name, head_dim, _, terms = kernel
+    deep, wide = head_dim // 16, {"dq": 128 if head_dim <= 128 else 64, "dkdv": 64}[name] // 16
+    if name == "dq":
+        roles = [(2 * deep + wide, 2 if terms else 3)]  # products, waits
+    elif head_dim <= 128:
+        roles = [(2 * deep + 2 * wide, 2 if terms else 3)]
+    else:  # dv, dk
+        roles = [(deep + wide, 2), (2 * deep + wide, 2 if terms else 3)]
+    for products, waits in roles:
+        loop = min(loops_of(kernel, products), key=len)  # there are loops around it
+        assert_local(kernel, loop)
+        assert count(loop, r"WARPGROUP\.DEPBAR\S*") == waits
+
+
+def stack(name: str, head_dim: int, dtype: str, terms: bool) -> int:
+    if name == "forward":
+        return 128 if head_dim == 256 else 64
+    return 512 if name == "dkdv" and head_dim == 256 else 192
 
 
 def test_registers_and_stack() -> None:
@@ -109,8 +150,8 @@ def test_registers_and_stack() -> None:
         (line,) = [line for name, line in used.items() if kernel_name(*kernel) in name]
         numbers = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}
         assert numbers["REG"] <= 168, "three warpgroups of a block no longer fit"
-        # The loader's, which waits for memory anyway; for the widest all of its loop over tiles.
-        assert numbers["STACK"] <= (128 if kernel[0] == 256 else 64)
+        # The loader's, which waits for memory anyway, and what lies outside the loops over blocks.
+        assert numbers["STACK"] <= stack(*kernel)
         assert numbers["LOCAL"] == 0
 
 
