@@ -261,8 +261,6 @@ class CudaBackend(Backend):
     def refuses_backward(self, call: Call, wanted: Sequence[bool]) -> str | None:
         if wanted[GRADIENTS.index("distance_bias")]:
             return "its kernels have no gradient of distance_bias"
-        if self.capability(call.q.device) != 90:
-            return "its backward is for compute capability 9.0"
         return self.refuses(call)
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
@@ -294,7 +292,7 @@ class CudaBackend(Backend):
         return None if call.bias is None else "its kernels have no bias"
 
     def detail(self) -> str:
-        return f"forward and paged calls, backward for Hopper; {_NOT_RUN}"
+        return f"forward, backward and paged calls; {_NOT_RUN}"
 
     def tile(self, call: Call) -> str:
         head_dim = max(call.q.shape[-1], call.v.shape[-1])

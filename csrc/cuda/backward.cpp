@@ -1,6 +1,6 @@
 // attention_backward: allocates the gradients and the workspace, describes the call to the kernels. dq, and dk with dv,
-// are computed apart: seven products a pair of blocks instead of five, but nothing is added to memory by several blocks,
-// so the result is deterministic and there is no float32 copy of dq.
+// are computed apart: seven products a pair of blocks instead of five, but nothing is added to memory by several
+// blocks, so the result is deterministic and there is no float32 copy of dq.
 #include "cuda/operators.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +10,7 @@
 #include "cuda/call.h"
 #include "cuda/device.h"
 #include "cuda/prepare.h"
-#include "cuda/sm90/backward.h"
+#include "cuda/variants.h"
 
 namespace duplex {
 namespace {
@@ -27,7 +27,7 @@ bool last_is_contiguous(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.
 
 Tensor row_contiguous(const Tensor& t) { return last_is_contiguous(t) ? t : torch::stable::contiguous(t); }
 
-Entries entries_of(const sm90::BackwardVariant& v, int32_t most, bool keys) {
+Entries entries_of(const BackwardVariant& v, int32_t most, bool keys) {
   const int32_t block = keys ? v.block_n : v.block_m;
   return {(most + block - 1) / block, v.block_m, v.block_n, keys};
 }
@@ -65,7 +65,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
   Tensor dq = queries ? gradient_of(q) : none(), dk = keys ? gradient_of(k) : none(),
          dv = keys ? gradient_of(v) : none(), dsink = wanted(7) ? gradient_of(*sink) : none();
 
-  sm90::BackwardLaunch l{};
+  BackwardLaunch l{};
   BackwardArguments& a = l.arguments;
   a.lengths = lengths_of(call);
   a.terms = terms_of(head_dim, scale, softcap, distance_bias, alibi_slopes);
@@ -106,7 +106,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
                     l.processors, l.stream);
   };
   if (dq.numel() > 0) {
-    const sm90::BackwardVariant& variant = sm90::dq_variant(std::max(head_dim, dim_v));
+    const BackwardVariant& variant = dq_variant(device.capability, std::max(head_dim, dim_v));
     const int64_t read = k.size(d - 3) * (packed ? 1 : batch) * width;
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_q, false), heads,
                               section_of(heads, a.group, read), q, l.stream, a.row_tiles);
@@ -115,7 +115,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
     if (order.numel() > 1) variant.launch(l);
   }
   if (dk.numel() > 0 || dv.numel() > 0) {
-    const sm90::BackwardVariant& variant = sm90::dkdv_variant(std::max(head_dim, dim_v));
+    const BackwardVariant& variant = dkdv_variant(device.capability, std::max(head_dim, dim_v));
     const int64_t read = rows_q * batch * a.group * width;
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_k, true), heads_kv,
                               section_of(heads_kv, 1, read), q, l.stream, a.key_tiles);

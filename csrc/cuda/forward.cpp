@@ -7,22 +7,12 @@
 #include "cuda/call.h"
 #include "cuda/device.h"
 #include "cuda/prepare.h"
-#include "cuda/sm80/forward.h"
-#include "cuda/sm90/forward.h"
+#include "cuda/variants.h"
 
 namespace duplex {
-namespace {
-
-// Hopper has kernels of its own, which no other card runs.
-const Variant& variant(int64_t capability, int64_t head_dim) {
-  expect(capability >= 80, "a card of compute capability 8.0 or more");
-  return capability == 90 ? sm90::variant(head_dim) : sm80::variant(head_dim);
-}
-
-}  // namespace
 
 std::string forward_tile(int64_t capability, int64_t head_dim) {
-  const Variant& v = variant(capability, head_dim);
+  const Variant& v = forward_variant(capability, head_dim);
   return std::to_string(v.block_m) + "x" + std::to_string(v.block_n) + " of head_dim " + std::to_string(v.head_dim);
 }
 
@@ -38,7 +28,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   Tensor lse = packed ? new_float(q, {heads, rows}) : new_float(q, {batch, heads, rows});
   if (batch * rows * heads == 0) return {std::move(out), std::move(lse)};
 
-  const Variant& chosen = variant(device.capability, std::max(head_dim, dim_v));
+  const Variant& chosen = forward_variant(device.capability, std::max(head_dim, dim_v));
   ForwardLaunch l{};
   ForwardArguments& a = l.arguments;
   a.lengths = lengths_of(call);

@@ -27,9 +27,10 @@ struct RowBlocks {
 DUPLEX_HOST_DEVICE inline RowBlocks row_blocks(const Span& s, int64_t len_q, int64_t j0, int64_t j1, int64_t block) {
   const auto within = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
   const auto up = [block](int64_t x) { return (x + block - 1) / block; };
-  const bool empty = s.left + s.right < 0;                    // no row has a window
-  const int64_t windowed = j0 < s.prefix ? s.prefix : j0;     // keys [windowed, j1) are left to the windows
-  int64_t low = 0, high = len_q, first = 0, last = len_q;     // some of rows [low, high) see a key, all of [first, last) all
+  const bool empty = s.left + s.right < 0;                 // no row has a window
+  const int64_t windowed = j0 < s.prefix ? s.prefix : j0;  // keys [windowed, j1) are left to the windows
+  int64_t low = 0, high = len_q, first = 0,
+          last = len_q;  // some of rows [low, high) see a key, all of [first, last) all
   if (j0 >= s.prefix) {
     low = within(j0 - s.right - s.offset, 0, len_q);
     high = empty ? low : within(j1 + s.left - s.offset, low, len_q);

@@ -22,8 +22,7 @@ sink_kernel(DUPLEX_PARAMETER SinkArguments a) {
     if (i0 >= q.length) continue;
     const int64_t at = head * a.sums.head + RowSums::start(l, b, q.row) + i0 + lane;
 #pragma unroll
-    for (int i = 0; i < SUM_ROWS; i += 32)
-      sum -= ptx::exp2(sink - a.sums.references[at + i]) * a.sums.deltas[at + i];
+    for (int i = 0; i < SUM_ROWS; i += 32) sum -= ptx::exp2(sink - a.sums.references[at + i]) * a.sums.deltas[at + i];
   }
   for (int mask = 1; mask < 32; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
   const uint32_t shared = ptx::shared_base();

@@ -61,8 +61,7 @@ DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const Terms& t, int head, int i,
   if (t.distance_bias) {
     const float* middle = t.distance_bias + int64_t(head) * (2 * t.radius + 1) + t.radius;
 #pragma unroll
-    for (int n = 0; n < COUNT; ++n)
-      x[n] += middle[clamp32(distance + distance_of<KEYS_DOWN>(n), -t.radius, t.radius)];
+    for (int n = 0; n < COUNT; ++n) x[n] += middle[clamp32(distance + distance_of<KEYS_DOWN>(n), -t.radius, t.radius)];
   }
   if (t.alibi_slopes) {
     const float slope = t.alibi_slopes[head];

@@ -38,8 +38,7 @@ DUPLEX_DEVICE void store_row(uint16_t* to, const float (&x)[COUNT], int r, float
     if (whole) {
       transpose_quad(words, quad_lane);
       const int column = 32 * g + 8 * quad_lane;
-      if (live && column < columns)
-        *reinterpret_cast<Words4*>(to + column) = {words[0], words[1], words[2], words[3]};
+      if (live && column < columns) *reinterpret_cast<Words4*>(to + column) = {words[0], words[1], words[2], words[3]};
     } else if (live) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -60,12 +59,9 @@ DUPLEX_DEVICE void store_rows(const Rows& to, int batch, int row, int head, int 
     store_row<T>(to.at(batch, int64_t(row) + n + 8 * r, head), x, r, weight[r], columns, n + 8 * r < length, quad_lane);
 }
 
-// The forward's results for the thread's rows i and i + 8.
-template <class T, int COUNT>
-DUPLEX_DEVICE void store_output(const ForwardArguments& a, const Work& w, int i, const float (&out)[COUNT],
-                                const float (&weight)[2], const float (&lse)[2], int quad_lane) {
-  store_rows<T>(a.rows(), w.batch, w.row_q, w.head, i, w.len_q, a.head_dim_v, out, weight, quad_lane);
+DUPLEX_DEVICE void store_lse(const ForwardArguments& a, const Work& w, int i, const float (&lse)[2], int quad_lane) {
   float* to = a.lse + w.batch * a.lse_batch + w.head * a.lse_head + w.row_q + i;
+#pragma unroll
   for (int r = 0; r < 2; ++r)
     if (quad_lane == 0 && i + 8 * r < w.len_q) to[8 * r] = lse[r];
 }

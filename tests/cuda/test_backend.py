@@ -111,27 +111,28 @@ def test_it_tells_its_tile_and_that_it_has_not_run_on_a_card(emulated: Lane, car
         assert da.explain(x(), x(), x(), backend="cuda").tile == f"{narrow} of head_dim 64; {told}"
         of_wide = da.explain(x(1, 4, 2, 200), x(1, 4, 2, 200), x(1, 4, 2, 8), backend="cuda")
         assert of_wide.tile == f"{wide} of head_dim 256; {told}"
-    assert da.backends()["cuda"].detail == f"forward; {told}"
+    assert da.backends()["cuda"].detail == f"forward and backward; {told}"
 
 
 def test_the_operator_refuses_an_older_card(emulated: Lane) -> None:
-    with EMULATED.on(75), pytest.raises(ValueError, match=r"a card of compute capability 8\.0 or more"):
+    with EMULATED.on(75), pytest.raises(ValueError, match=r"cards of compute capability 8\.0 and later"):
         da.attention(x(), x(), x(), backend="cuda")
 
 
-def test_gradients_are_refused_where_it_is_named_and_found_elsewhere_where_not(
+def test_the_gradient_of_distances_is_refused_where_it_is_named_and_found_elsewhere_where_not(
     emulated: Lane,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    q = x().requires_grad_()
-    out = da.attention(q, q, q, backend="cuda")
-    with pytest.raises(ValueError, match="cuda: its kernels have no backward yet"):
+    q, table = x().requires_grad_(), torch.zeros(2, 5, requires_grad=True)
+    da.attention(q, q, q, distance_bias=table.detach(), backend="cuda").sum().backward()
+    out = da.attention(q, q, q, distance_bias=table, backend="cuda")
+    with pytest.raises(ValueError, match="cuda: its kernels have no gradient of distance_bias"):
         out.sum().backward()
     monkeypatch.setattr(
         sys.modules[CudaBackend.__module__], "_candidates", lambda _: (BACKENDS["cuda"], BACKENDS["reference"])
     )
-    da.attention(q, q, q).sum().backward()
-    assert q.grad is not None and q.grad.isfinite().all()
+    da.attention(q, q, q, distance_bias=table).sum().backward()
+    assert table.grad is not None and table.grad.isfinite().all()
 
 
 def test_merge_and_paged_calls_are_refused(emulated: Lane) -> None:

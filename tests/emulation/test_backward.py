@@ -24,11 +24,11 @@ def differentiable(case: Case) -> Case:
 
 
 @pytest.mark.parametrize("case", grid(), ids=str)
-def test_gradients(case: Case, hopper: Lane) -> None:
+def test_gradients(case: Case, kernels: Lane) -> None:
     made = problem(differentiable(case))
     exact, plain, floor = made.answers(gradients=True)
-    if hopper.device == "cpu":
+    if kernels.device == "cpu":
         draw(case.seed, processors=1 + case.seed % 3)
-    got = run(made.call, hopper, made.dout, made.dlse, deterministic=case.deterministic)
+    got = run(made.call, kernels, made.dout, made.dlse, deterministic=case.deterministic)
     assert_accurate(got, exact, plain, floor, str(case))
     made.guard.assert_untouched()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cases import Case, make
 from ..lanes import Lane, run
-from ..oracle import Call, answer, assert_accurate, floors
+from ..oracle import GRADIENTS, Call, answer, assert_accurate, floors
 from .library import EMULATED_ONLY, draw
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
@@ -26,8 +26,10 @@ def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def compare(call: Call, lane: Lane) -> None:
-    exact, plain = answer(call, torch.float64), answer(call, call.q.dtype)
-    assert_accurate(run(call, lane), exact, plain, floors(call, exact), str(lane))
+    """Outputs and gradients."""
+    dout = normal(*call.q.shape[:-1], call.v.shape[-1])
+    exact, plain = answer(call, torch.float64, dout), answer(call, call.q.dtype, dout)
+    assert_accurate(run(call, lane, dout), exact, plain, floors(call, exact, dout), str(lane))
 
 
 @pytest.mark.parametrize("sink", [False, True])
@@ -87,6 +89,22 @@ def test_same_bits_in_every_order_on_any_card(kernels: Lane, case: Case) -> None
     assert len(kept) == 1
 
 
+SHORTER = dataclasses.replace(LONG, lengths=((140, 10), (140, 200)), heads=(2, 1), sink="float32")
+
+
+@EMULATED_ONLY
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+def test_same_bits_of_gradients_in_every_order_on_any_card(kernels: Lane, head_dim: int) -> None:
+    made = make(dataclasses.replace(SHORTER, head_dims=(head_dim, head_dim), softcap=3.0 * (head_dim == 64)))
+    runs = []
+    for seed in range(6):
+        draw(seed, processors=(1, 2, 3, 132)[seed % 4])
+        runs.append(run(made.call, kernels, made.dout, made.dlse))
+    assert {"dq", "dk", "dv", "dsink"} <= runs[0].keys()
+    for other in runs[1:]:
+        assert all(torch.equal(x, other[name]) for name, x in runs[0].items())
+
+
 def test_a_sequence_does_not_feel_its_batch(kernels: Lane) -> None:
     made = make(LONG)
     whole = run(made.call, kernels, batch_invariant=True)
@@ -98,15 +116,52 @@ def test_a_sequence_does_not_feel_its_batch(kernels: Lane) -> None:
     assert torch.equal(got["out"], whole["out"][300:310]) and torch.equal(got["lse"], whole["lse"][:, 300:310])
 
 
+def test_gradients_in_strides_that_bulk_copies_cannot_read(kernels: Lane) -> None:
+    """As sum() gives them, one row for all, columns that are no neighbours, rows off 16 bytes; and of values that wide."""
+    q, k = normal(2, 70, 2, 40), normal(2, 90, 1, 40)
+    v = normal(2, 90, 1, 24)[..., :20]
+    for dout in (
+        torch.ones(1, dtype=BF16).expand(2, 70, 2, 20),
+        normal(1, 1, 1, 20).expand(2, 70, 2, 20),
+        normal(2, 70, 2, 40)[..., ::2],
+        normal(2, 70, 2, 23)[..., 3:],
+        normal(2, 2, 20, 70).permute(0, 3, 1, 2),
+    ):
+        call = Call(q, k, v, right=0)
+        exact, plain = answer(call, torch.float64, dout), answer(call, BF16, dout)
+        assert_accurate(run(call, kernels, dout), exact, plain, floors(call, exact, dout), str(dout.stride()))
+
+
+@EMULATED_ONLY
+@pytest.mark.parametrize("wanted", [("q",), ("k",), ("v",), ("sink",), ("k", "sink"), ()])
+def test_gradients_that_are_wanted_and_no_others(kernels: Lane, wanted: tuple[str, ...]) -> None:
+    q, k, v, sink = normal(1, 70, 2, 8), normal(1, 70, 2, 8), normal(1, 70, 2, 8), normal(2, dtype=torch.float32)
+    call = (
+        q, k, v, None, None, 70, 70, None, None, None, None, None, None, None, False,
+        None, None, None, None, None, sink, None, 0.0, 0.0, None, False, False,
+    )  # fmt: skip
+    out, lse = torch.ops.duplex_attn_cuda.attention_forward(*call)
+    dout, bit = normal(1, 70, 2, 8), [1, 2, 4, 0, 0, 0, 0, 128]
+    every = torch.ops.duplex_attn_cuda.attention_backward(dout, None, out, lse, *call, sum(bit))
+    mask = sum(b for b, name in zip(bit, GRADIENTS, strict=True) if name in wanted)
+    got = torch.ops.duplex_attn_cuda.attention_backward(dout, None, out, lse, *call, mask)
+    for name, x, whole in zip(GRADIENTS, got, every, strict=True):
+        assert torch.equal(x, whole if name in wanted else torch.empty(0))
+
+
 @EMULATED_ONLY
 def test_lengths_that_lie_reach_no_further_than_the_tensors(kernels: Lane) -> None:
     """Beside the operator, which checks contents on the CPU: past their tensors, lengths mean all that is stored."""
     q, k, v = normal(2, 20, 2, 8), normal(2, 30, 1, 8), normal(2, 30, 1, 8)
     far = int32(10_000, 2**31 - 1)
     draw(0)
-    got = torch.ops.duplex_attn_cuda.attention_forward(
+    call = (
         q, k, v, None, None, 20, 30, far, far, int32(0, -5), int32(-1, 0), far, None, 0, False,
         None, None, None, None, None, None, None, 0.0, 0.0, None, False, False,
     )  # fmt: skip
-    whole = run(Call(q, k, v), kernels)
+    got = torch.ops.duplex_attn_cuda.attention_forward(*call)
+    dout = normal(2, 20, 2, 8)
+    whole = run(Call(q, k, v), kernels, dout)
     assert torch.equal(got[0], whole["out"]) and torch.equal(got[1], whole["lse"])
+    grads = torch.ops.duplex_attn_cuda.attention_backward(dout, None, *got, *call, 7)
+    assert all(torch.equal(x, whole[f"d{name}"]) for x, name in zip(grads, "qkv", strict=False))

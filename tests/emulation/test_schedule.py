@@ -64,6 +64,44 @@ def test_random_spans() -> None:
         check_span(len_k, rng.randrange(0, len_k + 1), rng.randrange(-40, 40), left, right, rows=rows, block=block)
 
 
+def check_keys(
+    len_k: int, prefix: int, offset: int, left: int, right: int, len_q: int, keys: range, block: int
+) -> None:
+    out, edges = np.zeros(64, np.int32), ctypes.c_int()
+    numbers = [ctypes.c_int64(x) for x in (len_k, prefix, offset, left, right, len_q, keys.start, keys.stop)]
+    count = functions().row_blocks_of(*numbers, block, ctypes.byref(edges), pointer(out))
+    blocks, mask = (
+        out[:count].tolist(),
+        sees(len_k, prefix, offset, left, right, range(len_q))[:, keys.start : keys.stop],
+    )
+    assert len(set(blocks)) == len(blocks)
+    needed = {int(i) // block for i in np.flatnonzero(mask.any(1))}
+    assert needed <= set(blocks), "a row that sees a key lies in no visited block"
+    if left + right >= 0:
+        assert set(blocks) == needed, "a block that sees no key is visited"
+    for n, b in enumerate(blocks):
+        whole = bool(mask[b * block : (b + 1) * block].all())
+        assert (n >= edges.value) == whole, "an inside block hides a key, or an edge block hides nothing"
+
+
+def test_every_small_span_by_its_keys() -> None:
+    for len_k, offset, prefix in itertools.product((1, 7, 8, 13), (-9, -3, 0, 2, 9), (0, 1, 4, 6, 13)):
+        for left, right in itertools.product((-2, 0, 1, 5, FAR), (-3, 0, 2, 6, FAR)):
+            for len_q, keys in itertools.product((0, 1, 8, 11), (range(0, 1), range(0, 4), range(4, 8), range(6, 9))):
+                if keys.stop <= len_k:
+                    check_keys(len_k, min(prefix, len_k), offset, left, right, len_q, keys, block=4)
+
+
+def test_random_spans_by_their_keys() -> None:
+    rng = random.Random(1)
+    for _ in range(3000):
+        len_k, len_q, block = rng.randrange(1, 60), rng.randrange(0, 60), rng.choice([1, 2, 3, 8, 16])
+        left, right = (rng.choice([FAR, rng.randrange(-5, 30)]) for _ in range(2))
+        start = rng.randrange(len_k)
+        keys = range(start, rng.randrange(start, len_k) + 1)
+        check_keys(len_k, rng.randrange(len_k + 1), rng.randrange(-40, 40), left, right, len_q, keys, block)
+
+
 class Lengths(ctypes.Structure):
     """csrc/cuda/lengths.h"""
 
@@ -77,7 +115,10 @@ class Lengths(ctypes.Structure):
 class Entries(ctypes.Structure):
     """csrc/cuda/schedule.h"""
 
-    _fields_ = [("blocks", ctypes.c_int32), ("block_m", ctypes.c_int32), ("block_n", ctypes.c_int32)]
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("blocks", "block_m", "block_n")),
+        ("keys", ctypes.c_bool),
+    ]
 
 
 def packed(lens_q: list[int], lens_k: list[int], left: int, right: int) -> tuple[Lengths, list[torch.Tensor]]:
@@ -89,29 +130,46 @@ def packed(lens_q: list[int], lens_k: list[int], left: int, right: int) -> tuple
     return lengths, cu
 
 
-@pytest.mark.parametrize(("left", "right"), [(FAR, FAR), (FAR, 0), (0, FAR), (100, 100)])
-def test_entries_are_ranked_longest_first(left: int, right: int) -> None:
-    """Of 400 sequences, so that several blocks of the ranking kernel work on them; every block of rows once, no other."""
+@pytest.mark.parametrize(
+    ("left", "right", "keys"),
+    [(FAR, FAR, False), (FAR, 0, False), (0, FAR, False), (100, 100, False), (FAR, 0, True), (100, 100, True)],
+)
+def test_entries_are_ranked_longest_first(left: int, right: int, keys: bool) -> None:
+    """Of 400 sequences, so that several blocks of the ranking kernel work on them; every block of rows (keys) once, no other."""
     rng = random.Random(left + right)
     lens_q = [rng.choice([0, 1, 64, 65, 500, rng.randrange(900)]) for _ in range(400)]
     lens_k = [rng.choice([0, n, n + 200]) for n in lens_q]
     lengths, kept = packed(lens_q, lens_k, left, right)
-    entries = Entries(-(-max(lens_q) // 64), 64, 32)
+    lens, block, other = (lens_k, 128, 64) if keys else (lens_q, 64, 32)
+    entries = Entries(-(-max(lens) // block), 64, 128 if keys else 32, keys)
     order = np.full(1 + entries.blocks * 400, -1, np.int32)
     draw(1)
     assert call("schedule_of", ctypes.byref(lengths), ctypes.byref(entries), pointer(order)) is None
-    real = {b * entries.blocks + n for b, rows in enumerate(lens_q) for n in range(-(-rows // 64))}
+    real = {b * entries.blocks + n for b, length in enumerate(lens) for n in range(-(-length // block))}
     assert order[0] == len(real) and (order[1 + len(real) :] == -1).all()
     ranked = order[1 : 1 + len(real)].tolist()
     assert set(ranked) == real
     costs = []
     for entry in ranked:
         b, n = divmod(entry, entries.blocks)
-        rows = range(64 * n, min(64 * n + 64, lens_q[b]))
-        mask = sees(lens_k[b], 0, lens_k[b] - lens_q[b], left, right, rows)
-        costs.append(len({int(j) // 32 for j in np.flatnonzero(mask.any(0))}))
+        own = range(block * n, min(block * n + block, lens[b]))
+        mask = sees(lens_k[b], 0, lens_k[b] - lens_q[b], left, right, range(lens_q[b]) if keys else own)
+        seen = mask[:, own.start : own.stop].any(1) if keys else mask.any(0)
+        costs.append(len({int(x) // other for x in np.flatnonzero(seen)}))
     assert costs == sorted(costs, reverse=True)
     assert all(a < b for (a, x), (b, y) in itertools.pairwise(zip(ranked, costs, strict=True)) if x == y), "not stable"
+
+
+def test_sequences_share_no_block_of_what_is_kept_of_rows() -> None:
+    rng = random.Random(2)
+    for _ in range(200):
+        lens = [rng.choice([0, 1, 127, 128, 129, rng.randrange(600)]) for _ in range(rng.randrange(1, 9))]
+        lengths, kept = packed(lens, lens, FAR, FAR)
+        sums_start_of = functions().sums_start_of
+        sums_start_of.restype = ctypes.c_int64
+        starts = [sums_start_of(ctypes.byref(lengths), b) for b in range(len(lens) + 1)]
+        assert all(start % 128 == 0 for start in starts)
+        assert all(next_one - start >= n for n, (start, next_one) in zip(lens, itertools.pairwise(starts), strict=True))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5, 132])

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "cuda/accumulators.cuh"
-#include "cuda/sm80/fragments.cuh"
 #include "cuda/sm80/load.cuh"
+#include "cuda/sm80/products.cuh"
 #include "cuda/sm80/shape.h"
 #include "cuda/softmax.cuh"
 #include "cuda/store.cuh"
@@ -24,9 +24,8 @@ struct Compute {
   const Sources& from;
   int buffer = 0;  // of the block whose turn it is
 
-  DUPLEX_DEVICE static int lane() { return ptx::anew(ptx::thread_index()) % 32; }
   // The warp's first row of a tile.
-  DUPLEX_DEVICE static int row() { return ptx::anew(ptx::thread_index()) / 32 * S::WARP_ROWS; }
+  DUPLEX_DEVICE static int row() { return warp() * S::WARP_ROWS; }
   DUPLEX_DEVICE static uint32_t queries() { return ptx::shared_base() + S::Q; }
   DUPLEX_DEVICE static uint32_t place(int buffer) { return ptx::shared_base() + S::KEYS + buffer * Keys::BYTES; }
 
@@ -62,48 +61,6 @@ struct Compute {
   }
   DUPLEX_DEVICE void end_turn() { buffer = buffer == S::BUFFERS - 1 ? 0 : buffer + 1; }
 
-  DUPLEX_DEVICE void multiply_keys(float (&x)[ROW_TILES][PRODUCTS]) const {
-    const int lane = this->lane();
-    const auto queries = Fragments<Queries>::down(this->queries() + row() * Queries::ROW_BYTES, lane);
-    const auto keys = Fragments<Keys>::across(place(buffer), lane);
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-      for (int n = 0; n < PRODUCTS; ++n) x[r][n] = 0;
-#pragma unroll
-    for (int k = 0; k < S::HEAD_DIM / 16; ++k) {
-      uint32_t q[ROW_TILES][4];
-#pragma unroll
-      for (int r = 0; r < ROW_TILES; ++r) ptx::load_matrices(q[r], queries(16 * r, k));
-#pragma unroll
-      for (int n = 0; n < S::BLOCK_N / 16; ++n) {
-        uint32_t b[4];
-        ptx::load_matrices(b, keys(16 * n, k));
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r) {
-          ptx::mma<T>(x[r] + 8 * n, q[r], b[0], b[1]);
-          ptx::mma<T>(x[r] + 8 * n + 4, q[r], b[2], b[3]);
-        }
-      }
-    }
-  }
-
-  DUPLEX_DEVICE void multiply_values(float (&out)[ROW_TILES][OUT], const uint32_t (&p)[ROW_TILES][WEIGHTS][4]) const {
-    const auto values = Fragments<Keys>::down(place(buffer), lane());
-#pragma unroll
-    for (int k = 0; k < WEIGHTS; ++k)
-#pragma unroll
-      for (int n = 0; n < S::HEAD_DIM / 16; ++n) {
-        uint32_t b[4];
-        ptx::load_matrices_transposed(b, values(16 * k, n));
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r) {
-          ptx::mma<T>(out[r] + 8 * n, p[r][k], b[0], b[1]);
-          ptx::mma<T>(out[r] + 8 * n + 4, p[r][k], b[2], b[3]);
-        }
-      }
-  }
-
   // One more block of keys.
   template <bool EDGE>
   DUPLEX_DEVICE void next_block(const Work& w, int t, int count, float (&out)[ROW_TILES][OUT],
@@ -111,7 +68,7 @@ struct Compute {
     float x[ROW_TILES][PRODUCTS];
     uint32_t p[ROW_TILES][WEIGHTS][4];
     take_turn<false>(w, t, count);
-    multiply_keys(x);
+    multiply_rows<T, Queries, Keys>(x, queries(), row(), place(buffer));
     end_turn();
     const int j = w.keys.at(t) * S::BLOCK_N + 2 * (lane() % 4);
 #pragma unroll
@@ -126,7 +83,7 @@ struct Compute {
       pack_operand<T>(x[r], p[r]);
     }
     take_turn<true>(w, t, count);
-    multiply_values(out, p);
+    multiply_registers<T, Keys>(out, p, place(buffer));
     end_turn();
   }
 
@@ -138,11 +95,8 @@ struct Compute {
     Softmax softmax[ROW_TILES];
     float out[ROW_TILES][OUT];
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) {
-      softmax[r].start(a.sink, w.head, UNIT, lane() % 4);
-#pragma unroll
-      for (int n = 0; n < OUT; ++n) out[r][n] = 0;
-    }
+    for (int r = 0; r < ROW_TILES; ++r) softmax[r].start(a.sink, w.head, UNIT, lane() % 4);
+    set_zero(out);
     if (count > 0) {
       begin(w, count);
       int t = 0;
@@ -154,7 +108,9 @@ struct Compute {
     for (int r = 0; r < ROW_TILES; ++r) {
       float weight[2], lse[2];
       softmax[r].finish(UNIT, weight, lse);
-      store_output<T>(a, w, first_row(w, r), out[r], weight, lse, lane() % 4);
+      const int i = first_row(w, r);
+      store_rows<T>(a.rows(), w.batch, w.row_q, w.head, i, w.len_q, a.head_dim_v, out[r], weight, lane() % 4);
+      store_lse(a, w, i, lse, lane() % 4);
     }
     ptx::block_sync();  // the next tile's queries and keys come where these are read
   }

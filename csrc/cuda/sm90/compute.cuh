@@ -135,7 +135,8 @@ struct Compute {
     }
     float weight[2], lse[2];
     softmax.finish(UNIT, weight, lse);
-    store_output<T>(a, w, i, out, weight, lse, quad_lane());
+    store_rows<T>(a.rows(), w.batch, w.row_q, w.head, i, w.len_q, a.head_dim_v, out, weight, quad_lane());
+    store_lse(a, w, i, lse, quad_lane());
   }
 
   DUPLEX_DEVICE void run() {

@@ -1,6 +1,5 @@
 // dk and dv for one head_dim, DUPLEX_HEAD_DIM.
 #include "cuda/sm90/dkdv.cuh"
-
 #include "cuda/sm90/launch_backward.cuh"
 
 namespace duplex::sm90 {
@@ -26,6 +25,6 @@ void launch_dkdv(BackwardLaunch& l) {
 
 extern const BackwardVariant DUPLEX_NAME(DKDV_, DUPLEX_HEAD_DIM);
 const BackwardVariant DUPLEX_NAME(DKDV_, DUPLEX_HEAD_DIM) = {Built::HEAD_DIM, Built::BLOCK_M, Built::BLOCK_N,
-                                                          &launch_dkdv};
+                                                             &launch_dkdv};
 
 }  // namespace duplex::sm90

@@ -45,8 +45,8 @@ struct KeyGradients : Gradients<TERMS> {
   static constexpr int PRODUCTS = S::BLOCK_M / 2, OUT = S::HEAD_DIM / 2, STEPS = S::BLOCK_M / 16;
 
   const typename S::Shared shared;
-  const int row;              // of the tile of keys, where the warpgroup's 64 begin
-  int step = 0, tiles = 0;    // blocks of rows and tiles so far
+  const int row;            // of the tile of keys, where the warpgroup's 64 begin
+  int step = 0, tiles = 0;  // blocks of rows and tiles so far
 
   DUPLEX_DEVICE KeyGradients(const BackwardArguments& a, typename S::Shared shared, int warpgroup, int thread)
       : Base(a, warpgroup, thread), shared(shared), row(S::DIVIDED ? 0 : 64 * warpgroup) {}

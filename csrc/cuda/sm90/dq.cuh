@@ -48,9 +48,7 @@ struct QueryGradients : Gradients<TERMS> {
 
   DUPLEX_DEVICE static int k_stage(int n) { return n % S::K_STAGES; }
   DUPLEX_DEVICE static int v_stage(int n) { return n % S::V_STAGES; }
-  DUPLEX_DEVICE void wait_for_keys() const {
-    ptx::barrier_wait(shared.k_full(k_stage(step)), step / S::K_STAGES & 1);
-  }
+  DUPLEX_DEVICE void wait_for_keys() const { ptx::barrier_wait(shared.k_full(k_stage(step)), step / S::K_STAGES & 1); }
   DUPLEX_DEVICE void wait_for_values() const {
     ptx::barrier_wait(shared.v_full(v_stage(step)), step / S::V_STAGES & 1);
   }

@@ -3,7 +3,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/sm90/forward.cuh"
-#include "cuda/sm90/forward.h"
+#include "cuda/sm90/variants.h"
 
 namespace duplex::sm90 {
 

@@ -1,12 +1,14 @@
-// What the computing warpgroups of both backward kernels share. From log-sum-exps the probabilities are recomputed (Dao,
-// "FlashAttention-2", 2023); delta is rowsum(dout * out) - dlse:
+// What the computing warpgroups of both backward kernels share. From log-sum-exps the probabilities are recomputed
+// (Dao, "FlashAttention-2", 2023); delta is rowsum(dout * out) - dlse:
 //
 //    dv = P^T dout     dP = dout v^T     dS = P * (dP - delta)     dq = scale * dS k     dk = scale * dS^T q
 #pragma once
 
+#include "cuda/accumulators.cuh"
 #include "cuda/sm90/backward_shape.h"
 #include "cuda/sm90/load.cuh"
 #include "cuda/sm90/products.cuh"
+#include "cuda/softmax.cuh"
 #include "cuda/store.cuh"
 
 namespace duplex::sm90 {
@@ -24,11 +26,7 @@ struct Gradients {
   const float factor;                 // of what add_terms leaves, or of products, to exponents of 2
 
   DUPLEX_DEVICE Gradients(const BackwardArguments& a, int warpgroup, int thread)
-      : a(a),
-        warpgroup(warpgroup),
-        thread(thread),
-        lane(thread % 32),
-        factor(TERMS ? LOG2E : a.terms.scale * LOG2E) {}
+      : a(a), warpgroup(warpgroup), thread(thread), lane(thread % 32), factor(TERMS ? LOG2E : a.terms.scale * LOG2E) {}
 
   DUPLEX_DEVICE int quad_lane() const { return lane % 4; }
 

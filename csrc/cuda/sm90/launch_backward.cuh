@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "cuda/device.cuh"
-#include "cuda/sm90/backward.h"
 #include "cuda/sm90/gradients.cuh"
+#include "cuda/sm90/variants.h"
 
 #define DUPLEX_JOIN(a, b) a##b
 #define DUPLEX_NAME(a, b) DUPLEX_JOIN(a, b)

@@ -1,4 +1,4 @@
-// Products of whole tiles by a warpgroup, and accumulators as the left operand of the next.
+// Products of whole tiles by a warpgroup.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -22,13 +22,6 @@ DUPLEX_DEVICE void multiply_registers(float (&d)[COUNT], const uint32_t (&a)[STE
 #pragma unroll
   for (int k = 0; k < STEPS; ++k) ptx::wgmma<T, Major::MN>(d, a[k], rows_operand<B>(b, k), accumulate || k > 0);
   ptx::wgmma_commit();
-}
-
-template <class T, int COUNT, int STEPS>
-DUPLEX_DEVICE void pack_operand(const float (&x)[COUNT], uint32_t (&a)[STEPS][4]) {
-  static_assert(8 * STEPS == COUNT);
-#pragma unroll
-  for (int n = 0; n < COUNT / 2; ++n) a[n / 4][n % 4] = ptx::pack<T>(x[2 * n], x[2 * n + 1]);
 }
 
 // Rows of a tile from `live` on become 0: what lies behind a sequence may be anything, NaN too, and 0 * NaN is NaN.

@@ -1,26 +1,13 @@
-#include <stdexcept>
-
-#include "cuda/sm90/backward.h"
-#include "cuda/sm90/forward.h"
+#include "cuda/sm90/variants.h"
 
 namespace duplex::sm90 {
-namespace {
-
-template <class V, size_t COUNT>
-const V& smallest(const V* const (&variants)[COUNT], int64_t head_dim) {
-  for (const V* v : variants)
-    if (head_dim <= v->head_dim) return *v;
-  throw std::invalid_argument("the CUDA kernels take a head_dim of at most 256");
-}
-
-}  // namespace
 
 // Each is forward.cu, dq.cu or dkdv.cu compiled for one head_dim.
 extern const Variant FORWARD_64, FORWARD_96, FORWARD_128, FORWARD_192, FORWARD_256;
 extern const BackwardVariant DQ_64, DQ_96, DQ_128, DQ_192, DQ_256;
 extern const BackwardVariant DKDV_64, DKDV_96, DKDV_128, DKDV_192, DKDV_256;
 
-const Variant& variant(int64_t head_dim) {
+const Variant& forward_variant(int64_t head_dim) {
   return smallest({&FORWARD_64, &FORWARD_96, &FORWARD_128, &FORWARD_192, &FORWARD_256}, head_dim);
 }
 

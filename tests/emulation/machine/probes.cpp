@@ -9,6 +9,8 @@
 #include "cuda/device.cuh"
 #include "cuda/key_blocks.h"
 #include "cuda/prepare.h"
+#include "cuda/row_blocks.h"
+#include "cuda/row_sums.h"
 #include "cuda/schedule.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -201,6 +203,18 @@ EXPORTED int key_blocks_of(int64_t len_k, int64_t prefix, int64_t offset, int64_
   *edges = keys.edges();
   for (int t = 0; t < keys.count(); ++t) visited[t] = keys.at(t);
   return keys.count();
+}
+
+EXPORTED int row_blocks_of(int64_t len_k, int64_t prefix, int64_t offset, int64_t left, int64_t right, int64_t len_q,
+                           int64_t j0, int64_t j1, int block, int* edges, int* visited) {
+  const RowBlocks rows = row_blocks({len_k, prefix, offset, left, right}, len_q, j0, j1, block);
+  *edges = rows.edges();
+  for (int t = 0; t < rows.count(); ++t) visited[t] = rows.at(t);
+  return rows.count();
+}
+
+EXPORTED int64_t sums_start_of(const Lengths* lengths, int b) {
+  return b < lengths->batch ? RowSums::start(*lengths, b, query_rows(*lengths, b).row) : RowSums::rows(*lengths);
 }
 
 EXPORTED void places_of(int entries, int heads, int section, int blocks, int64_t rounds, int64_t* tiles, int* ranks,

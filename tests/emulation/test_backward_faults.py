@@ -1,0 +1,91 @@
+"""Each wait and fence of the backward kernels is needed: where the machine ignores one, some order of events shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import pytest
+import torch
+from duplex_attn.call import GRADIENTS
+from duplex_attn.ops import attention_backward, attention_forward
+from torch import Tensor
+
+from ..cases import Case, Problem, make
+from ..lanes import Lane
+from ..oracle import assert_accurate
+from .library import CARDS, EMULATED, draw, left_out
+
+# All stages come round, several tiles a block, rows of strangers behind queries and keys. The widest has fewer blocks of
+# values in flight than of keys: elsewhere the waits for room for keys cover those for values.
+CASE = Case("packed_with_tail", ((150, 70), (150, 300)), (2, 1), (128, 128), torch.bfloat16, mask="causal")
+WIDEST = dataclasses.replace(CASE, lengths=((150, 30), (150, 200)), heads=(1, 1), head_dims=(256, 256))
+SEEDS = 24  # every way that the machine divides what is late
+DQ = ["rows_full", "rows_empty", "k_full_0", "k_empty_0", "k_full_1", "k_empty_1", "v_full_0", "v_empty_0"]
+DKDV = ["keys_full", "keys_empty", *(f"rows_{of}_{stage}" for stage in range(3) for of in ("full", "empty"))]
+FENCES = [
+    pytest.param("named_sync", 1, id="strangers_cleared"),  # the named barrier of the computing warpgroups
+    *(pytest.param(what, 0, id=what) for what in ("proxy_fence", "product_wait", "product_fence", "block_sync")),
+]
+
+
+@cache
+def forward(case: Case) -> tuple[Problem, list[object], Tensor, Tensor]:
+    made = make(case)
+    c = made.call
+    call = [
+        c.q, c.k, c.v, c.cu_seqlens_q, c.cu_seqlens_k, *map(max, case.lengths), None, None, None, None, None, None, 0, False,
+        None, None, None, None, None, None, None, 0.0, 0.0, None, False, False,
+    ]  # fmt: skip
+    draw(0)
+    return made, call, *attention_forward(*call, "cuda")
+
+
+def outcome(case: Case, wanted: tuple[str, ...], seed: int) -> str:
+    made, call, out, lse = forward(case)
+    exact, plain, floor = made.answers(gradients=True)
+    draw(seed, processors=1)
+    try:
+        mask = [name in wanted for name in GRADIENTS]
+        grads = attention_backward(made.dout, made.dlse, out, lse, *call, mask, "cuda")
+        got = {f"d{name}": grad for name, grad in zip(GRADIENTS, grads, strict=True) if name in wanted}
+        assert_accurate(got, exact, plain, floor)
+    except (RuntimeError, AssertionError) as error:
+        return str(error)
+    return ""
+
+
+EACH = pytest.mark.parametrize(("case", "wanted"), [(WIDEST, ("q",)), (CASE, ("k", "v"))], ids=["dq", "dkdv"])
+
+
+@EACH
+@pytest.mark.parametrize("card", CARDS)
+def test_nothing_is_left_out(emulated: Lane, card: str, case: Case, wanted: tuple[str, ...]) -> None:
+    with EMULATED.on(CARDS[card]):
+        assert {outcome(case, wanted, seed) for seed in range(SEEDS)} == {""}
+
+
+@EACH
+@pytest.mark.parametrize("what", ["copy_wait", "block_sync"])
+def test_what_ampere_leaves_out_is_noticed(emulated: Lane, what: str, case: Case, wanted: tuple[str, ...]) -> None:
+    forward(case)
+    with EMULATED.on(80), left_out(what):
+        assert any(outcome(case, wanted, seed) for seed in range(SEEDS))
+
+
+@pytest.mark.parametrize(
+    ("what", "number"), [*(pytest.param("mbarrier_wait", n, id=name) for n, name in enumerate(DQ)), *FENCES]
+)
+def test_what_dq_leaves_out_is_noticed(emulated: Lane, what: str, number: int) -> None:
+    forward(WIDEST)
+    with left_out(what, number):
+        assert any(outcome(WIDEST, ("q",), seed) for seed in range(SEEDS))
+
+
+@pytest.mark.parametrize(
+    ("what", "number"), [*(pytest.param("mbarrier_wait", n, id=name) for n, name in enumerate(DKDV)), *FENCES]
+)
+def test_what_dk_and_dv_leave_out_is_noticed(emulated: Lane, what: str, number: int) -> None:
+    forward(CASE)
+    with left_out(what, number):
+        assert any(outcome(CASE, ("k", "v"), seed) for seed in range(SEEDS))
