@@ -187,7 +187,9 @@ class BuildNative(build_ext):
         # A folder reads its own headers, those above it, and what all share; host code, which joins them, reads all.
         def newest(job: Job) -> float:
             above = [p for p in (job.source.parent, *job.source.parent.parents) if p.is_relative_to(sources)]
-            found = [p for at in above for p in at.glob("*.*h")] if job.source.suffix == ".cu" else sources.rglob("*.*h")
+            found = (
+                [p for at in above for p in at.glob("*.*h")] if job.source.suffix == ".cu" else sources.rglob("*.*h")
+            )
             return max(p.stat().st_mtime for p in (*found, *(CSRC / "common").glob("*.h"), job.source, Path(__file__)))
 
         def compile_one(job: Job) -> str:
