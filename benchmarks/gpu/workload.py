@@ -53,6 +53,8 @@ class Workload:
     left: int | None = None
     right: int | None = None
     distance_radius: int = 0
+    pair_bias: bool = False  # a number for every (head, i, j), the batch sharing them, and their gradient
+    alibi: bool = False
     shortest: int = 0  # lengths uniform from here to queries
     page_size: int = 0
     stored: torch.dtype | None = None  # of the pages
@@ -66,6 +68,11 @@ class Workload:
     @property
     def kv(self) -> int:
         return self.heads_kv or self.heads
+
+    @property
+    def terms(self) -> bool:
+        """A score is more than <q, k>."""
+        return self.distance_radius > 0 or self.pair_bias or self.alibi
 
     def tiny(self) -> Workload:
         """The same in little: for a rehearsal, where an interpreted tile takes milliseconds."""
