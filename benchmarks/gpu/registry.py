@@ -95,6 +95,11 @@ def paged() -> Iterator[Workload]:
         page_size=16,
         bars=both(0.75, 0.8, "copy of the bytes"),
     )
+    yield Workload("append 64 tokens + RoPE", "append", 64, 8, page_size=16)
+    yield Workload("copy of 256 pages", "copy", 32, 8, queries=256, page_size=16, pages=256)
+    yield Workload("copy of 4 pages", "copy", 1, 8, queries=128, page_size=16, pages=4)
+    yield Workload("merge of 4 parts, 4096 rows", "merge", 1, 16, queries=4096, parts=4)
+    yield Workload("merge of 4 parts, 64 rows", "merge", 64, 32, parts=4)
 
 
 def models() -> Iterator[Workload]:

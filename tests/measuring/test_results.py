@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from duplex_attn import evidence as of_package
+from duplex_attn import ops
+from duplex_attn.paged import ops as paged_ops
 
 from .conftest import ROOT
 
@@ -144,17 +151,64 @@ def test_evidence_of_a_card() -> None:
         "distance bias, forward + backward 1024": ours(triton=3.0),
         DECODE: {"triton": {"status": "wrong", "reason": "by much", "ours": True}},
     }
+    found |= {
+        "append 4096 tokens + RoPE": ours(triton=2.0, cuda=1.0),
+        "copy of 4 pages": ours(triton=1.0, cuda=2.0),
+        "merge of 4 parts, 64 rows": ours(triton=3.0),
+        "prefill 8 x 512 after 3584, ALiBi": ours(triton=5.0),
+    }
     made = evidence(results(found))
     assert made["failing"] == ["triton"]
     assert made["times"] == {
         "forward, plain, 16 bit, head_dim 128, long": {"cuda": 1.0, "triton": 4.0},
         "forward, plain, 16 bit, head_dim 64, short": {"cuda": 2.0, "triton": 1.0},
         "backward, terms, 16 bit, head_dim 64, short": {"triton": 1.0},
+        "append, 16 bit, head_dim 128, large": {"cuda": 1.0, "triton": 2.0},
+        "copy, 16 bit, head_dim 128, small": {"cuda": 2.0, "triton": 1.0},
+        "merge, 16 bit, head_dim 128, small": {"triton": 1.0},
+        "paged, terms, 16 bit, head_dim 128, short": {"triton": 1.0},
     }
     failures = [{"test": f"tests/gpu/test_x.py::test_y[{lane}-case]", "message": ""} for lane in ("triton-cuda", "cpu")]
     del found[DECODE]
     assert evidence(results(found))["failing"] == []
     assert evidence(results(found, test=STAMP | {"failures": failures}))["failing"] == ["triton"]
+
+
+CHOICES = {  # how the package chooses a backend for a call -> the class of shapes that the call is then looked up in
+    "choose": lambda call, name: of_package.class_of(call, "forward"),
+    "choose_backward": lambda call, name: of_package.class_of(call, "backward"),
+    "choose_merge": lambda outs, name: of_package.class_of_merge(outs),
+    "choose_paged": lambda call, name: of_package.class_of_paged(call),
+    "choose_append": lambda call, name: of_package.class_of_append(call),
+    "choose_copy": lambda k_pages, v_pages, src, name: of_package.class_of_copy(k_pages, v_pages, src),
+}
+
+
+def test_a_workload_is_evidence_for_the_very_calls_that_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.evidence import class_of
+    from benchmarks.gpu.families import build
+    from benchmarks.gpu.registry import workloads
+
+    asked: set[str] = set()
+
+    def spy(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def choice(*given: Any) -> Any:
+            asked.add(CHOICES[name](*given))
+            return real(*given)
+
+        return choice
+
+    for module in (ops, paged_ops):
+        for name in CHOICES.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
+    in_little = dict.fromkeys(replace(w.tiny(), name="") for w in workloads() if class_of(w))
+    for workload in in_little:
+        asked.clear()
+        problem = build(workload, torch.device("cpu"))
+        assert problem.check(problem.ours("cpu")()).passes(ours=True), workload
+        assert class_of(workload) in asked, workload
+    kinds = {class_of(workload).split(",")[0] for workload in in_little}
+    assert kinds == {"forward", "backward", "paged", "append", "merge", "copy"}
 
 
 def test_what_is_derived_from_the_committed_results_is_what_they_say() -> None:
