@@ -20,7 +20,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .settings import LIMITS, ROOT
+from .limits import LIMITS
+from .settings import ROOT
 
 SCHEMA = 1
 STATUSES = ("done", "failed", "cut", "skipped")

@@ -20,8 +20,8 @@ def found_in(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_stage_over_every_workload(rehearse: Run, tmp_path: Path) -> None:
+    from benchmarks.gpu.limits import LIMITS
     from benchmarks.gpu.registry import workloads
-    from benchmarks.gpu.settings import LIMITS
     from benchmarks.gpu.store import wrong_with
 
     ran = rehearse("--tests", "test_streams and cpu")
