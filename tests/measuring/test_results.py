@@ -225,13 +225,57 @@ def test_what_is_derived_from_the_committed_results_is_what_they_say() -> None:
 
 
 def test_committed_results_of_cards_are_of_cards_and_of_a_commit() -> None:
-    from benchmarks.report import files
+    from benchmarks.report import files, is_a_commit
 
     cards, _ = files()
     for name, card in cards.items():
         assert not card["rehearsal"], name
         for stage in card["stages"].values():
-            assert stage["commit"] and not stage["commit"].endswith("+"), f"{name}: measured with local changes"
+            assert is_a_commit(stage["commit"]), (
+                f"{name}: measured with the sources of no commit, or make report is due"
+            )
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(
+        ["git", *who, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_results_of_a_copy_without_git_get_the_commit_that_has_its_sources(tmp_path: Path) -> None:
+    from benchmarks.gpu.store import CODE, commit_with, sources
+    from benchmarks.report import name_commits
+
+    clone, plain = tmp_path / "clone", tmp_path / "plain"
+    for folder in CODE:
+        (clone / folder).mkdir(parents=True)
+        (clone / folder / "code.py").write_text(folder)
+    git(tmp_path, "init", "--quiet", str(clone))
+    named = {}
+    for text in ("one", "two", "three"):
+        (clone / "csrc" / "new.cu").write_text(text)
+        git(clone, "add", ".")
+        git(clone, "commit", "--quiet", "-m", text)
+        named[text] = (git(clone, "rev-parse", "HEAD"), sources(clone))
+    shutil.copytree(clone, plain, ignore=shutil.ignore_patterns(".git"))
+    (plain / "README.md").write_text("no code")
+    assert sources(plain) == named["three"][1] and len({digest for _, digest in named.values()}) == 3
+    (plain / "tests" / "code.py").write_text("changed where it was measured")
+
+    unnamed = {"two": None, "three": "0" * 40 + "+", "changed": None}
+    stages = {
+        name: STAMP | {"commit": commit, "sources": sources(plain) if name == "changed" else named[name][1]}
+        for name, commit in unnamed.items()
+    }
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(GOOD | {"stages": stages}))
+    assert list(name_commits(tmp_path, clone)) == [path]
+    found = {name: stage["commit"] for name, stage in json.loads(path.read_text())["stages"].items()}
+    assert found == {"two": named["two"][0], "three": named["three"][0], "changed": None}
+    assert list(name_commits(tmp_path, clone)) == [], "what is named stays as it is"
+    assert commit_with(named["one"][1], clone) == named["one"][0]
 
 
 def test_a_page_of_a_card_tells_all_that_was_found() -> None:
