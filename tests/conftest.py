@@ -24,8 +24,11 @@ else:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run on CPU tensors
 
+from . import interpreter
 from .emulation.library import EMULATED
 from .lanes import CPU_LANES, GPU_LANES, Lane, missing
+
+interpreter.hasten()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
