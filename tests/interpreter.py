@@ -15,7 +15,7 @@ def hasten() -> None:
 
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
-    if hasattr(interpreter, "_patch_lang"):
+    if hasattr(interpreter, "_LangPatchScope"):  # what a launch patches, it restores
         interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
 
 
