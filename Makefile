@@ -27,7 +27,7 @@ demo: $(STAMPS)/demo
 	@$(BIN)/duplex-attn profile
 
 test: $(STAMPS)/dev
-	@$(BIN)/pytest tests -n 2 -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')"
+	@$(BIN)/pytest tests -n 2 --dist worksteal -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')"
 
 lint: $(STAMPS)/dev
 	@$(BIN)/ruff check .

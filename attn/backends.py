@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from . import evidence, reference
 from .call import GRADIENTS, Call
 from .checks import wrong_value
 from .paged import reference as paged_reference
-from .paged.call import PagedCall
+from .paged.call import AppendCall, PagedCall
 
 _INTERPRET_HINT = " (TRITON_INTERPRET=1 interprets it on the CPU)"
 _FLOAT64 = "float64 runs in the reference only"
@@ -370,39 +370,45 @@ def _ranked(device: torch.device, shape: str) -> tuple[Backend, ...]:
 
 def choose(call: Call, name: str) -> Backend:
     """The backend that runs `call`. ValueError when the named one cannot."""
-    if name:
-        return _named(name, lambda backend: backend.refuses(call))
-    return next(backend for backend in _contenders(call, "forward") if backend.refuses(call) is None)
+    return _choose(call.q, name, lambda b: b.refuses(call), partial(evidence.class_of, call, "forward"))
 
 
 def choose_backward(call: Call, name: str, wanted: Sequence[bool]) -> Backend:
     """The same for the gradients of `call` that are wanted."""
-    if name:
-        return _named(name, lambda backend: backend.refuses_backward(call, wanted))
-    return next(backend for backend in _contenders(call, "backward") if backend.refuses_backward(call, wanted) is None)
-
-
-def _contenders(call: Call, kind: str) -> tuple[Backend, ...]:
-    device = call.q.device
-    if device.type == "cuda" and _is_contested("cuda"):
-        return _ranked(device, evidence.class_of(call, kind))
-    return _candidates(device.type)
+    return _choose(
+        call.q, name, lambda b: b.refuses_backward(call, wanted), partial(evidence.class_of, call, "backward")
+    )
 
 
 def choose_merge(outs: Sequence[Tensor], name: str) -> Backend:
-    if name:
-        return _named(name, lambda backend: backend.refuses_merge(outs))
-    return next(backend for backend in _candidates(outs[0].device.type) if backend.refuses_merge(outs) is None)
+    return _choose(outs[0], name, lambda b: b.refuses_merge(outs), partial(evidence.class_of_merge, outs))
 
 
-def choose_paged(x: Tensor, name: str, call: PagedCall | None = None) -> Backend:
+def choose_paged(call: PagedCall, name: str) -> Backend:
+    return _choose(call.q, name, lambda b: b.refuses_paged(call.q, call), partial(evidence.class_of_paged, call))
+
+
+def choose_append(call: AppendCall, name: str) -> Backend:
+    return _choose(call.k, name, lambda b: b.refuses_paged(call.k, None), partial(evidence.class_of_append, call))
+
+
+def choose_copy(k_pages: Tensor, v_pages: Tensor, src: Tensor, name: str) -> Backend:
+    shape = partial(evidence.class_of_copy, k_pages, v_pages, src)
+    return _choose(k_pages, name, lambda b: b.refuses_paged(k_pages, None), shape)
+
+
+def choose_planned(k_pages: Tensor) -> Backend:
+    """The backend that plans are made for, before there is a call."""
+    return next(b for b in _candidates(k_pages.device.type) if b.refuses_paged(k_pages, None) is None)
+
+
+def _choose(x: Tensor, name: str, refuses: Callable[[Backend], str | None], shape: Callable[[], str]) -> Backend:
     if name:
-        return _named(name, lambda backend: backend.refuses_paged(x, call))
-    if x.is_cuda and call is not None and _is_contested("cuda"):
-        candidates = _ranked(x.device, evidence.class_of_paged(call))
-    else:
-        candidates = _candidates(x.device.type)
-    return next(b for b in candidates if b.refuses_paged(x, call) is None)
+        return _named(name, refuses)
+    device = x.device
+    contested = device.type == "cuda" and _is_contested("cuda")
+    contenders = _ranked(device, shape()) if contested else _candidates(device.type)
+    return next(backend for backend in contenders if refuses(backend) is None)
 
 
 def _named(name: str, refuses: Callable[[Backend], str | None]) -> Backend:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Workers, choose_paged
+from .backends import Workers, choose_planned
 from .checks import MAX_HEAD_DIM, wrong_type, wrong_value
 from .mask import Mask
 from .paged.functional import copy_pages, plan, plan_capacity
@@ -209,7 +209,7 @@ class PagedKVCache:
         self.v_pages = torch.empty(*slots, head_dim_v, dtype=stored, device=device)
         self.k_scales = None if quantization is None else torch.empty(slots, dtype=torch.float32, device=device)
         self.v_scales = None if quantization is None else torch.empty(slots, dtype=torch.float32, device=device)
-        self._workers = choose_paged(self.k_pages[0, 0], "").paged_workers(self.k_pages.device, num_kv_heads)
+        self._workers = choose_planned(self.k_pages[0, 0]).paged_workers(self.k_pages.device, num_kv_heads)
         self._runtime = _runtime.Cache(num_pages, page_size)
         self._swapped: dict[Sequence, _HostPages] = {}
 

@@ -7,16 +7,20 @@ and, for each class of shapes, every backend's time as a multiple of the fastest
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .call import Call
-from .paged.call import PagedCall
+from .paged.call import AppendCall, PagedCall
 
 FILE = Path(__file__).with_name("evidence.json")
 HEAD_DIMS = (64, 128, 256)  # a class holds what is at most so wide
 SHORT = 1024  # queries of a sequence
+SMALL = 4 * 2**20  # bytes: what a card reads and writes in about the time of a launch
 
 
 @cache
@@ -25,25 +29,49 @@ def cards() -> dict[str, dict[str, Any]]:
 
 
 def shape_class(kind: str, terms: bool, bits: int, head_dim: int, queries: int) -> str:
-    """kind: forward, backward, paged or append; `terms`: a score is more than <q, k>, or dropout follows it."""
-    width = next((n for n in HEAD_DIMS if head_dim <= n), head_dim)
+    """kind: forward, backward or paged; `terms`: a score is more than <q, k>, or dropout follows it."""
     rows = "one" if queries == 1 else "short" if queries <= SHORT else "long"
-    return f"{kind}, {'terms' if terms else 'plain'}, {bits} bit, head_dim {width}, {rows}"
+    return f"{kind}, {'terms' if terms else 'plain'}, {bits} bit, {_width(head_dim)}, {rows}"
+
+
+def moving_class(kind: str, bits: int, head_dim: int, size: int) -> str:
+    """kind: append, merge or copy, which only move numbers; size: bytes of what they are given."""
+    return f"{kind}, {bits} bit, {_width(head_dim)}, {'small' if size <= SMALL else 'large'}"
+
+
+def _width(head_dim: int) -> str:
+    return f"head_dim {next((n for n in HEAD_DIMS if head_dim <= n), head_dim)}"
 
 
 def class_of(call: Call, kind: str) -> str:
-    terms = (
-        call.bias is not None
-        or call.distance_bias is not None
-        or call.alibi_slopes is not None
-        or call.softcap > 0
-        or call.dropout_p > 0
-    )
-    return shape_class(kind, terms, 8 * call.q.element_size(), call.q.shape[-1], call.max_seqlen_q)
+    terms = _has_terms(call) or call.dropout_p > 0
+    return shape_class(kind, terms, _bits(call.q), call.q.shape[-1], call.max_seqlen_q)
 
 
 def class_of_paged(call: PagedCall) -> str:
-    return shape_class("paged", False, 8 * call.k_pages.element_size(), call.q.shape[-1], call.max_seqlen_q)
+    return shape_class("paged", _has_terms(call), _bits(call.k_pages), call.q.shape[-1], call.max_seqlen_q)
+
+
+def class_of_append(call: AppendCall) -> str:
+    return moving_class("append", _bits(call.k_pages), call.k.shape[-1], call.k.nbytes + call.v.nbytes)
+
+
+def class_of_merge(outs: Sequence[Tensor]) -> str:
+    return moving_class("merge", _bits(outs[0]), outs[0].shape[-1], sum(out.nbytes for out in outs))
+
+
+def class_of_copy(k_pages: Tensor, v_pages: Tensor, src: Tensor) -> str:
+    page = (k_pages.nbytes + v_pages.nbytes) // max(len(k_pages), 1)
+    return moving_class("copy", _bits(k_pages), k_pages.shape[-1], len(src) * page)
+
+
+def _has_terms(call: Call | PagedCall) -> bool:
+    terms = (call.bias, call.distance_bias, call.alibi_slopes)
+    return call.softcap > 0 or any(term is not None for term in terms)
+
+
+def _bits(x: Tensor) -> int:
+    return 8 * x.element_size()
 
 
 @cache

@@ -18,7 +18,7 @@ from .gpu import page
 from .gpu.evidence import evidence
 from .gpu.registry import workloads
 from .gpu.settings import RESULTS, ROOT, TUNING
-from .gpu.store import is_of_a_card, read
+from .gpu.store import commit_with, is_of_a_card, read, write
 from .gpu.verdict import Results, seconds, systems
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -34,6 +34,8 @@ class Plot:
 
 
 def main() -> int:
+    for path in name_commits(RESULTS, ROOT):
+        print(path.name)
     for path, text in texts().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -42,6 +44,24 @@ def main() -> int:
         plot.draw(plot.path)
         print(plot.path.relative_to(ROOT))
     return 0
+
+
+def name_commits(folder: Path, root: Path) -> Iterator[Path]:
+    """In results of a copy that had no git, or of files that were committed later: the commit that has what was run."""
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        if not is_of_a_card(found):
+            continue
+        unnamed = [stage for stage in found["stages"].values() if not is_a_commit(stage["commit"])]
+        for stage in unnamed:
+            stage["commit"] = commit_with(stage["sources"], root) or stage["commit"]
+        if any(is_a_commit(stage["commit"]) for stage in unnamed):
+            write(path, found)
+            yield path
+
+
+def is_a_commit(name: str | None) -> bool:
+    return bool(name) and not str(name).endswith("+")
 
 
 def files() -> tuple[dict[str, Results], dict[str, dict[str, Any]]]:

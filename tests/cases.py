@@ -134,6 +134,18 @@ LAYOUTS |= {
 }
 
 
+IN_LITTLE = {  # what the interpreter, whose blocks are 32 x 32, is given for a choice: several blocks still, and several heads
+    "lengths": {"long": ((70,), (140,)), "tiles": ((64,), (128,))},
+    "heads": {(4, 4): (2, 2)},
+}
+
+
+def in_little(case: Case) -> Case:
+    return dataclasses.replace(
+        case, **{name: found.get(getattr(case, name), getattr(case, name)) for name, found in IN_LITTLE.items()}
+    )
+
+
 def covering(choices: Mapping[str, Sequence[object]], seed: int = 0, tries: int = 12) -> list[dict[str, object]]:
     """Few assignments that hold every pair of choices of two dimensions (greedy, as in AETG: Cohen et al., 1997)."""
     rng = random.Random(seed)

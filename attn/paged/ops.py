@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import check_name, choose_paged
+from ..backends import check_name, choose_append, choose_copy, choose_paged
 from ..checks import contents_are_readable
 from . import checks
 from .call import AppendCall, PagedCall
@@ -49,7 +49,7 @@ def _attention(*arguments: Any) -> None:
     *given, out, lse, name = arguments
     call = PagedCall._make(given)
     checks.check_attention(call, out, lse)
-    backend = choose_paged(call.q, name, call)
+    backend = choose_paged(call, name)
     if contents_are_readable(call.q) and not backend.checks_paged_contents:
         checks.check_attention_contents(call)
     if call.q.stride(2) != 1 and call.q.shape[2] > 1:
@@ -61,7 +61,7 @@ def _append(*arguments: Any) -> None:
     *given, name = arguments
     call = AppendCall._make(given)
     checks.check_append(call)
-    backend = choose_paged(call.k, name)
+    backend = choose_append(call, name)
     if contents_are_readable(call.k) and not backend.checks_paged_contents:
         checks.check_append_contents(call)
     if call.k.stride(2) != 1 or call.v.stride(2) != 1:
@@ -76,7 +76,7 @@ def _copy(
     checks.check_copy(k_pages, v_pages, src, dst, k_scales, v_scales)
     if contents_are_readable(k_pages):
         checks.check_copy_contents(src, dst, k_pages.shape[0])
-    choose_paged(k_pages, name).copy_pages(k_pages, v_pages, src, dst, k_scales, v_scales)
+    choose_copy(k_pages, v_pages, src, name).copy_pages(k_pages, v_pages, src, dst, k_scales, v_scales)
 
 
 for _name, _implementation in (("paged_attention", _attention), ("paged_append", _append), ("copy_pages", _copy)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,16 +83,32 @@ def worst(checks: Iterable[Check]) -> Check:
     return max(checks, key=lambda check: float("inf") if check.share != check.share else check.share)
 
 
+@dataclass(frozen=True)
+class Bias:
+    """Of one head, as the call has it: `plane` makes (Sq, Sk) of it, and each of its gradients sums over so many rows."""
+
+    values: Tensor
+    plane: Callable[[Tensor], Tensor]
+    rows: int
+
+
 def gradients(
-    found: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Tensor, bias: Tensor | None = None
+    found: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    visible: Tensor,
+    bias: Bias | None = None,
 ) -> Check:
-    """dq, dk, dv of one head, q (Sq, D) and so on, against autograd of the formula in float64."""
+    """dq, dk, dv of one head, q (..., Sq, D) and so on, and that of a bias, against autograd of the formula in float64."""
+    given = [x.detach() for x in (q, k, v, *((bias.values,) if bias else ()))]
 
     def of(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], float]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        scores = leaves[0] @ leaves[1].T * q.shape[-1] ** -0.5
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in given]
+        scores = leaves[0] @ leaves[1].mT * q.shape[-1] ** -0.5
         if bias is not None:
-            scores = scores + bias.to(dtype)
+            scores = scores + bias.plane(leaves[3])
         scores = scores.masked_fill(~visible, float("-inf"))
         out = scores.softmax(-1).nan_to_num(0.0) @ leaves[2]
         largest = float(scores.detach().logsumexp(-1).abs().max())
@@ -101,7 +117,10 @@ def gradients(
     truth, largest_lse = of(torch.float64)
     plain, _ = of(q.dtype)
     unit = 2 * torch.finfo(q.dtype).eps * (1 + largest_lse) * float(dout.abs().max())
-    reach = [float(x.detach().abs().max()) for x in (q, k, v)]
+    reach = [float(x.abs().max()) for x in given[:3]]
     scale = q.shape[-1] ** -0.5
-    floors = (unit * reach[2] * reach[1] * scale, unit * reach[2] * reach[0] * scale, unit)
+    floors = [unit * reach[2] * reach[1] * scale, unit * reach[2] * reach[0] * scale, unit]
+    if bias is not None:  # rows err independently, and their sum is stored in its own dtype
+        stored = torch.finfo(bias.values.dtype).eps * float(truth[3].abs().max())
+        floors.append(unit * reach[2] * bias.rows**0.5 + stored)
     return worst(map(against, found, truth, plain, floors))

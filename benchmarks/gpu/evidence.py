@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from statistics import geometric_mean
 from typing import Any
 
 from duplex_attn.backends import names_for
-from duplex_attn.evidence import shape_class
+from duplex_attn.evidence import moving_class, shape_class
 
 from .registry import workloads
 from .verdict import Results, seconds, systems
 from .workload import Workload
 
 KINDS = {"dense": "forward", "packed": "forward", "backward": "backward", "biased": "backward", "decode": "paged"}
+GIVEN: dict[str, Callable[[Workload], int]] = {  # rows that a call is given which only moves numbers
+    "append": lambda w: 2 * w.batch * w.queries * w.kv,
+    "merge": lambda w: w.parts * w.batch * w.queries * w.heads,
+    "copy": lambda w: 2 * w.pages * w.page_size * w.kv,
+}
 
 
 def evidence(results: Results) -> dict[str, Any]:
@@ -35,11 +41,12 @@ def evidence(results: Results) -> dict[str, Any]:
 
 
 def class_of(w: Workload) -> str | None:
-    kind = KINDS.get(w.family)
-    if kind is None:
-        return None
+    """As the package classes the calls of this workload; None where it is a model, or of Python."""
     bits = 8 * (w.stored or w.dtype).itemsize
-    return shape_class(kind, w.distance_radius > 0, bits, w.head_dim, w.queries)
+    if w.family in GIVEN:
+        return moving_class(w.family, bits, w.head_dim, GIVEN[w.family](w) * w.head_dim * w.dtype.itemsize)
+    kind = KINDS.get(w.family)
+    return kind and shape_class(kind, w.terms, bits, w.head_dim, w.queries)
 
 
 def failing(results: Results) -> list[str]:

@@ -67,6 +67,8 @@ def padding_and_bias() -> Iterator[Workload]:
         "distance bias, forward + backward 1024", "biased", 8, 12, queries=1024, head_dim=64, distance_radius=128,
         bars=both(1.5, 1.8, "sdpa with a bias"),
     )  # fmt: skip
+    sizes = {"heads": 4, "queries": 384, "pair_bias": True}
+    yield Workload("bias of pairs, forward + backward 384", "biased", 128, head_dim=32, **sizes)
 
 
 def paged() -> Iterator[Workload]:
@@ -83,6 +85,7 @@ def paged() -> Iterator[Workload]:
     yield Workload("decode 1 x 32768, pages of 16", "decode", 1, keys=32768, page_size=16, bars=one, **sizes)
     sizes["queries"] = 512
     yield Workload("prefill 8 x 512 after 3584", "decode", 8, keys=4096, page_size=16, **sizes)
+    yield Workload("prefill 8 x 512 after 3584, ALiBi", "decode", 8, keys=4096, page_size=16, alibi=True, **sizes)
     yield Workload(
         "append 4096 tokens + RoPE",
         "append",
@@ -92,6 +95,11 @@ def paged() -> Iterator[Workload]:
         page_size=16,
         bars=both(0.75, 0.8, "copy of the bytes"),
     )
+    yield Workload("append 64 tokens + RoPE", "append", 64, 8, page_size=16)
+    yield Workload("copy of 256 pages", "copy", 32, 8, queries=256, page_size=16, pages=256)
+    yield Workload("copy of 4 pages", "copy", 1, 8, queries=128, page_size=16, pages=4)
+    yield Workload("merge of 4 parts, 4096 rows", "merge", 1, 16, queries=4096, parts=4)
+    yield Workload("merge of 4 parts, 64 rows", "merge", 64, 32, parts=4)
 
 
 def models() -> Iterator[Workload]:

@@ -14,10 +14,12 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from .card import Card, look
-from .settings import LIMITS, RESULTS, ROOT, Settings, parse
+from .limits import LIMITS, after_build
+from .settings import RESULTS, ROOT, Settings, parse
 from .store import UNFINISHED, Store, slug
 
 GRACE = 5.0  # seconds before its limit, by which a stage should end by itself
@@ -43,12 +45,16 @@ def main(arguments: list[str]) -> int:
     for line in (card.name or "no card", *card.conditions):
         print(f"gpu: {line}", flush=True)
     stages = settings.stages or tuple(s for s in LIMITS if not store.is_done(s)) or tuple(LIMITS)
+    most = sum(after_build(settings.limits, settings.limits["build"] * ("build" in stages))[stage] for stage in stages)
+    print(f"gpu: {', '.join(stages)}: at most {most / 60:.1f} minutes", flush=True)
     for stage in stages:
         if card.problem and stage != "build":
             skip(store, stage, card.problem)
         else:
             supervise(settings, store, stage)
         found = store.stage(stage)
+        if stage == "build":
+            settings = replace(settings, limits=after_build(settings.limits, found["seconds"]))
         print(f"gpu: {stage}: {found['status']} in {found['seconds']:.0f} s {found.get('reason', '')}", flush=True)
     print(f"gpu: written to {path}", flush=True)
     return status(card, {name: store.stage(name)["status"] for name in stages})

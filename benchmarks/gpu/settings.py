@@ -8,11 +8,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .limits import LIMITS, limits_here
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TUNING = ROOT / "kernels" / "tuning"
 REHEARSED_TUNING = ROOT / "build" / "gpu" / "tuning"
-LIMITS = {"build": 60, "test": 120, "bench": 150, "sanitize": 60, "tune": 90, "winners": 60}  # seconds, in order
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def parse(arguments: list[str]) -> Settings:
     given = parser.parse_args(arguments)
     if given.tuning is None:
         given.tuning = REHEARSED_TUNING if given.tiny or given.device == "cpu" else TUNING
-    limits: dict[str, float] = dict(LIMITS)
+    limits = limits_here(ROOT / "csrc")
     for text in given.limit:
         stage, _, seconds = text.partition("=")
         if stage not in LIMITS or not re.fullmatch(r"\d+(\.\d+)?", seconds):

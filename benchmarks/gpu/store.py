@@ -11,22 +11,26 @@ A measured system is {"status": "measured", "seconds": {"median", "q1", "q3", "r
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .settings import LIMITS, ROOT
+from .limits import LIMITS
+from .settings import ROOT
 
 SCHEMA = 1
 STATUSES = ("done", "failed", "cut", "skipped")
 SYSTEM_STATUSES = ("measured", "skipped", "wrong", "failed", "crashed")
 UNFINISHED = "it never came to its end"
 CODE = ("attn", "kernels", "csrc", "benchmarks/gpu", "tests")
+CODE_SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh")
 
 
 class Store:
@@ -54,15 +58,19 @@ class Store:
         return self.stage(name)
 
     def save(self) -> None:
-        """The file is at any time the old one or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(beside, self.path)
+        write(self.path, self.data)
 
     def is_done(self, name: str) -> bool:
         stage = self.data["stages"].get(name, {})
         return stage.get("status") in ("done", "failed", "skipped") and stage.get("sources") == sources()
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """The file is at any time the old one or the new one."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(beside, path)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -122,22 +130,41 @@ def now() -> str:
 
 
 def commit() -> str | None:
-    """What is checked out, with "+" where tracked files differ; DUPLEX_ATTN_COMMIT where the copy has no git."""
-    if named := os.environ.get("DUPLEX_ATTN_COMMIT"):
-        return named
+    """What is checked out, with "+" where tracked files differ; None in a copy without git, for `make report` to find."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *CODE, ":(exclude)kernels/tuning"], cwd=ROOT)
+        head = git("rev-parse", "HEAD").decode().strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if dirty.returncode else "")
+    dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *CODE, ":(exclude)kernels/tuning"], cwd=ROOT)
+    return head + ("+" if dirty.returncode else "")
 
 
-def sources() -> str:
+def sources(root: Path = ROOT) -> str:
     """A digest of the code that was run, which tells one run's results from another's with git or without."""
-    digest = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    files = (path for folder in CODE for path in (root / folder).rglob("*") if path.suffix in CODE_SUFFIXES)
+    return digest({path.relative_to(root).as_posix(): path.read_bytes() for path in files})
+
+
+def commit_with(wanted: str, root: Path = ROOT) -> str | None:
+    """The newest commit up to the one checked out that has these sources."""
+    for one in git("rev-list", "HEAD", "--", *CODE, root=root).decode().split():
+        try:
+            archive = git("archive", one, "--", *CODE, root=root)
+        except subprocess.CalledProcessError:  # one of the folders was not there yet
+            continue
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            members = [member for member in tar if member.isfile() and Path(member.name).suffix in CODE_SUFFIXES]
+            if digest({m.name: tar.extractfile(m).read() for m in members}) == wanted:  # type: ignore[union-attr]
+                return one
+    return None
+
+
+def git(*arguments: str, root: Path = ROOT) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
+
+
+def digest(texts: Mapping[str, bytes]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(texts):
+        found.update(f"{path}\0".encode() + texts[path])
+    return found.hexdigest()[:16]

@@ -53,9 +53,13 @@ class Workload:
     left: int | None = None
     right: int | None = None
     distance_radius: int = 0
+    pair_bias: bool = False  # a number for every (head, i, j), the batch sharing them, and their gradient
+    alibi: bool = False
     shortest: int = 0  # lengths uniform from here to queries
     page_size: int = 0
     stored: torch.dtype | None = None  # of the pages
+    parts: int = 1  # of the keys, whose outputs are merged
+    pages: int = 0  # copied
     flex: bool = False  # FlexAttention runs it too: each takes many seconds to compile
     bars: tuple[Bar, ...] = field(default=(), compare=False)
 
@@ -67,6 +71,11 @@ class Workload:
     def kv(self) -> int:
         return self.heads_kv or self.heads
 
+    @property
+    def terms(self) -> bool:
+        """A score is more than <q, k>."""
+        return self.distance_radius > 0 or self.pair_bias or self.alibi
+
     def tiny(self) -> Workload:
         """The same in little: for a rehearsal, where an interpreted tile takes milliseconds."""
 
@@ -76,7 +85,7 @@ class Workload:
         return replace(
             self, batch=min(self.batch, 2), heads=2 * self.heads // self.kv, heads_kv=2, left=span(self.left),
             right=span(self.right), queries=min(self.queries, TINY_ROWS), keys=min(self.keys, TINY_KEYS),
-            prefix=min(self.prefix, TINY_SPAN), shortest=min(self.shortest, 3),
+            prefix=min(self.prefix, TINY_SPAN), shortest=min(self.shortest, 3), pages=min(self.pages, 1),
             head_dim=min(self.head_dim, TINY_WIDTH), distance_radius=min(self.distance_radius, TINY_SPAN),
         )  # fmt: skip
 

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 @pytest.mark.parametrize("case", grid(), ids=str)
 def test_forward(case: Case, lane: Lane) -> None:
+    if lane.slow and case.seed % 8:
+        pytest.skip("the interpreter runs every eighth: with gradients, below, it runs the same forward of all")
     check(case, lane, gradients=False)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ..cases import BIASES, LAYOUTS, Case, make
+from ..cases import BIASES, LAYOUTS, Case, problem
 from ..lanes import Lane, run
 from ..oracle import assert_accurate
 
@@ -51,7 +51,7 @@ def test_random_call(lane: Lane) -> None:
         print_blob=False,
     )
     def check(case: Case) -> None:
-        made = make(case)
+        made = problem(case)
         exact, plain, floor = made.answers(gradients=True)
         got = run(made.call, lane, made.dout, made.dlse, deterministic=case.deterministic)
         # The contract speaks of largest errors; of a single number the plain formula's may happen to be none. Defects are far beyond this.

@@ -20,8 +20,8 @@ def found_in(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_stage_over_every_workload(rehearse: Run, tmp_path: Path) -> None:
+    from benchmarks.gpu.limits import LIMITS
     from benchmarks.gpu.registry import workloads
-    from benchmarks.gpu.settings import LIMITS
     from benchmarks.gpu.store import wrong_with
 
     ran = rehearse("--tests", "test_streams and cpu")
@@ -64,16 +64,16 @@ def test_a_run_that_was_cut_goes_on_where_it_was(rehearse: Run, tmp_path: Path) 
     (kept,) = bench["workloads"].values()
     bench.update(status="cut", reason="interrupted")
     path.write_text(json.dumps(found))
-    assert rehearse("bench", "--only", f"{ONE}|^append").returncode == 0
+    assert rehearse("bench", "--only", f"{ONE}|^append 4096").returncode == 0
     again = found_in(tmp_path)["stages"]["bench"]
     assert again["status"] == "done" and len(again["workloads"]) == 2
     assert kept in again["workloads"].values(), "what was measured was not measured again"
-    assert rehearse("bench", "--only", "^append").returncode == 0
+    assert rehearse("bench", "--only", "^append 4096").returncode == 0
     assert len(found_in(tmp_path)["stages"]["bench"]["workloads"]) == 1, "a stage that was done begins anew"
 
 
 def test_time_that_is_over_is_told(rehearse: Run, tmp_path: Path) -> None:
-    ran = rehearse("bench", "--only", f"{ONE}|^append", "--limit", "bench=0")
+    ran = rehearse("bench", "--only", f"{ONE}|^append 4096", "--limit", "bench=0")
     bench = found_in(tmp_path)["stages"]["bench"]
     assert ran.returncode == 1
     assert (bench["status"], bench["reason"]) == ("cut", "time was over before 2 of 2 workloads")

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from duplex_attn import evidence as of_package
+from duplex_attn import ops
+from duplex_attn.paged import ops as paged_ops
 
 from .conftest import ROOT
 
@@ -144,17 +151,64 @@ def test_evidence_of_a_card() -> None:
         "distance bias, forward + backward 1024": ours(triton=3.0),
         DECODE: {"triton": {"status": "wrong", "reason": "by much", "ours": True}},
     }
+    found |= {
+        "append 4096 tokens + RoPE": ours(triton=2.0, cuda=1.0),
+        "copy of 4 pages": ours(triton=1.0, cuda=2.0),
+        "merge of 4 parts, 64 rows": ours(triton=3.0),
+        "prefill 8 x 512 after 3584, ALiBi": ours(triton=5.0),
+    }
     made = evidence(results(found))
     assert made["failing"] == ["triton"]
     assert made["times"] == {
         "forward, plain, 16 bit, head_dim 128, long": {"cuda": 1.0, "triton": 4.0},
         "forward, plain, 16 bit, head_dim 64, short": {"cuda": 2.0, "triton": 1.0},
         "backward, terms, 16 bit, head_dim 64, short": {"triton": 1.0},
+        "append, 16 bit, head_dim 128, large": {"cuda": 1.0, "triton": 2.0},
+        "copy, 16 bit, head_dim 128, small": {"cuda": 2.0, "triton": 1.0},
+        "merge, 16 bit, head_dim 128, small": {"triton": 1.0},
+        "paged, terms, 16 bit, head_dim 128, short": {"triton": 1.0},
     }
     failures = [{"test": f"tests/gpu/test_x.py::test_y[{lane}-case]", "message": ""} for lane in ("triton-cuda", "cpu")]
     del found[DECODE]
     assert evidence(results(found))["failing"] == []
     assert evidence(results(found, test=STAMP | {"failures": failures}))["failing"] == ["triton"]
+
+
+CHOICES = {  # how the package chooses a backend for a call -> the class of shapes that the call is then looked up in
+    "choose": lambda call, name: of_package.class_of(call, "forward"),
+    "choose_backward": lambda call, name, wanted: of_package.class_of(call, "backward"),
+    "choose_merge": lambda outs, name: of_package.class_of_merge(outs),
+    "choose_paged": lambda call, name: of_package.class_of_paged(call),
+    "choose_append": lambda call, name: of_package.class_of_append(call),
+    "choose_copy": lambda k_pages, v_pages, src, name: of_package.class_of_copy(k_pages, v_pages, src),
+}
+
+
+def test_a_workload_is_evidence_for_the_very_calls_that_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.evidence import class_of
+    from benchmarks.gpu.families import build
+    from benchmarks.gpu.registry import workloads
+
+    asked: set[str] = set()
+
+    def spy(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def choice(*given: Any) -> Any:
+            asked.add(CHOICES[name](*given))
+            return real(*given)
+
+        return choice
+
+    for module in (ops, paged_ops):
+        for name in CHOICES.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
+    in_little = dict.fromkeys(replace(w.tiny(), name="") for w in workloads() if class_of(w))
+    for workload in in_little:
+        asked.clear()
+        problem = build(workload, torch.device("cpu"))
+        assert problem.check(problem.ours("cpu")()).passes(ours=True), workload
+        assert class_of(workload) in asked, workload
+    kinds = {class_of(workload).split(",")[0] for workload in in_little}
+    assert kinds == {"forward", "backward", "paged", "append", "merge", "copy"}
 
 
 def test_what_is_derived_from_the_committed_results_is_what_they_say() -> None:
@@ -171,13 +225,57 @@ def test_what_is_derived_from_the_committed_results_is_what_they_say() -> None:
 
 
 def test_committed_results_of_cards_are_of_cards_and_of_a_commit() -> None:
-    from benchmarks.report import files
+    from benchmarks.report import files, is_a_commit
 
     cards, _ = files()
     for name, card in cards.items():
         assert not card["rehearsal"], name
         for stage in card["stages"].values():
-            assert stage["commit"] and not stage["commit"].endswith("+"), f"{name}: measured with local changes"
+            assert is_a_commit(stage["commit"]), (
+                f"{name}: measured with the sources of no commit, or make report is due"
+            )
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(
+        ["git", *who, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_results_of_a_copy_without_git_get_the_commit_that_has_its_sources(tmp_path: Path) -> None:
+    from benchmarks.gpu.store import CODE, commit_with, sources
+    from benchmarks.report import name_commits
+
+    clone, plain = tmp_path / "clone", tmp_path / "plain"
+    for folder in CODE:
+        (clone / folder).mkdir(parents=True)
+        (clone / folder / "code.py").write_text(folder)
+    git(tmp_path, "init", "--quiet", str(clone))
+    named = {}
+    for text in ("one", "two", "three"):
+        (clone / "csrc" / "new.cu").write_text(text)
+        git(clone, "add", ".")
+        git(clone, "commit", "--quiet", "-m", text)
+        named[text] = (git(clone, "rev-parse", "HEAD"), sources(clone))
+    shutil.copytree(clone, plain, ignore=shutil.ignore_patterns(".git"))
+    (plain / "README.md").write_text("no code")
+    assert sources(plain) == named["three"][1] and len({digest for _, digest in named.values()}) == 3
+    (plain / "tests" / "code.py").write_text("changed where it was measured")
+
+    unnamed = {"two": None, "three": "0" * 40 + "+", "changed": None}
+    stages = {
+        name: STAMP | {"commit": commit, "sources": sources(plain) if name == "changed" else named[name][1]}
+        for name, commit in unnamed.items()
+    }
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(GOOD | {"stages": stages}))
+    assert list(name_commits(tmp_path, clone)) == [path]
+    found = {name: stage["commit"] for name, stage in json.loads(path.read_text())["stages"].items()}
+    assert found == {"two": named["two"][0], "three": named["three"][0], "changed": None}
+    assert list(name_commits(tmp_path, clone)) == [], "what is named stays as it is"
+    assert commit_with(named["one"][1], clone) == named["one"][0]
 
 
 def test_a_page_of_a_card_tells_all_that_was_found() -> None:

@@ -1,4 +1,5 @@
-"""Forward and backward with T5's bias by distance: a table here, a tensor of all pairs in the peers."""
+"""Forward and backward with a bias that is learned: T5's by distance, a table here and a tensor of all pairs in the peers;
+or one of pairs, a tensor for all, as AlphaFold's triangle attention has it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import duplex_attn as da
 import torch
 from torch import Tensor
 
-from ..check import Check, gradients
+from ..check import Bias, Check, gradients
 from ..peers import dense as peers
 from ..workload import Problem, Workload
 from . import normal
@@ -18,25 +19,34 @@ from .dense import tensors
 
 def build(w: Workload, device: torch.device) -> Problem:
     leaves = [x.requires_grad_() for x in tensors(w, device)]
-    table = torch.randn(w.heads, 2 * w.distance_radius + 1, device=device).requires_grad_()
     dout = normal(*leaves[0].shape, device=device, dtype=w.dtype)
-    j = torch.arange(w.queries, device=device)
-    place = (j - j[:, None]).clamp(-w.distance_radius, w.distance_radius) + w.distance_radius
+    if w.pair_bias:
+        bias = normal(w.heads, w.queries, w.queries, device=device, dtype=w.dtype).requires_grad_()
+        rows = w.batch
+    else:
+        bias = torch.randn(w.heads, 2 * w.distance_radius + 1, device=device).requires_grad_()
+        rows = w.batch * w.queries
+        j = torch.arange(w.queries, device=device)
+        place = (j - j[:, None]).clamp(-w.distance_radius, w.distance_radius) + w.distance_radius
+
+    def plane(values: Tensor) -> Tensor:
+        """(..., Sq, Sk)"""
+        return values if w.pair_bias else values[..., place]
 
     def ours(backend: str) -> Callable[[], tuple[Tensor, ...]]:
         def step() -> tuple[Tensor, ...]:
-            out = da.attention(*leaves, distance_bias=table, backend=backend)
-            return torch.autograd.grad(out, [*leaves, table], dout)
+            given = {"bias": bias} if w.pair_bias else {"distance_bias": bias}
+            out = da.attention(*leaves, **given, backend=backend)
+            return torch.autograd.grad(out, [*leaves, bias], dout)
 
         return step
 
     def check(found: tuple[Tensor, ...]) -> Check:
-        b, h = w.batch - 1, w.heads - 1
+        h = w.heads - 1
         everything = torch.ones(w.queries, w.queries, dtype=torch.bool, device=device)
-        one_head = [x[b, :, h] for x in found[:3]]
-        return gradients(
-            one_head, *(x.detach()[b, :, h] for x in leaves), dout[b, :, h], everything, table.detach()[h][place]
-        )
+        one_head = (x.detach()[:, :, h] for x in (*leaves, dout))
+        of_bias = Bias(bias.detach()[h], plane, rows)
+        return gradients([*(x[:, :, h] for x in found[:3]), found[3][h]], *one_head, everything, of_bias)
 
     flops = 2.0 * (PRODUCTS + 2) * w.batch * w.heads * w.head_dim * w.queries**2
-    return Problem(ours, peers.biased(w, leaves, table, place, dout), check, flops)
+    return Problem(ours, peers.biased(w, leaves, bias, plane, dout), check, flops)

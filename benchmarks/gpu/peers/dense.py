@@ -46,15 +46,17 @@ def backward(w: Workload, leaves: Sequence[Tensor], dout: Tensor) -> Makers:
     return {name: partial(of, make) for name, make in makers.items()}
 
 
-def biased(w: Workload, leaves: Sequence[Tensor], table: Tensor, place: Tensor, dout: Tensor) -> Makers:
-    """SDPA with the whole bias as a tensor, made from the table in every step as T5 makes it."""
+def biased(
+    w: Workload, leaves: Sequence[Tensor], bias: Tensor, plane: Callable[[Tensor], Tensor], dout: Tensor
+) -> Makers:
+    """SDPA with the whole bias as a tensor, which `plane` makes of a table in every step, as T5 does."""
 
     def sdpa(backend: SDPBackend) -> Peer:
         def step() -> tuple[Tensor, ...]:
-            bias = table[:, place].to(w.dtype)[None].expand(w.batch, -1, -1, -1)
+            whole = plane(bias).to(w.dtype)[None].expand(w.batch, -1, -1, -1)
             with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), bias)
-            return torch.autograd.grad(out.transpose(1, 2), [*leaves, table], dout)
+                out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), whole)
+            return torch.autograd.grad(out.transpose(1, 2), [*leaves, bias], dout)
 
         return Peer(step)
 

@@ -17,13 +17,13 @@ from .dense import Makers, _first
 WORKSPACE = 256 * 2**20  # bytes
 
 
-def attention(w: Workload, q: Tensor, pool: Pool) -> Makers:
+def attention(w: Workload, q: Tensor, pool: Pool, slopes: Tensor | None) -> Makers:
     return {
         "sdpa, keys in a row": partial(_in_a_row, w, q, pool),
         "varlen_attn": partial(_varlen_attn, w, q, pool),
         "flashinfer": partial(_flashinfer, w, q, pool),
-        "flash-attn 2": partial(_flash, w, q, pool, "flash_attn"),
-        "flash-attn 3": partial(_flash, w, q, pool, "flash_attn_interface"),
+        "flash-attn 2": partial(_flash, w, q, pool, slopes, "flash_attn"),
+        "flash-attn 3": partial(_flash, w, q, pool, slopes, "flash_attn_interface"),
     }
 
 
@@ -31,9 +31,14 @@ def _as_pages(w: Workload) -> None:
     require(w.stored is None, "its quantised caches are others")
 
 
+def _without_terms(w: Workload) -> None:
+    require(not w.terms, "its scores have no such term")
+
+
 def _in_a_row(w: Workload, q: Tensor, pool: Pool) -> Peer:
     """What paging is held against: the same keys, one after another."""
     _as_pages(w)
+    _without_terms(w)
     require(w.queries == 1, "is_causal stands at the top left")
     rows = pool.block_table.long()
     k, v = (pages[rows].flatten(1, 2)[:, : w.len_k].transpose(1, 2) for pages in (pool.k_pages, pool.v_pages))
@@ -47,6 +52,7 @@ def _cu(w: Workload, q: Tensor) -> Tensor:
 
 def _varlen_attn(w: Workload, q: Tensor, pool: Pool) -> Peer:
     _as_pages(w)
+    _without_terms(w)
     function = module("torch.nn.attention.varlen").varlen_attn
     call = partial(
         function, q, pool.k_pages, pool.v_pages, _cu(w, q), None, w.queries, w.len_k, window_size=(-1, 0),
@@ -65,13 +71,16 @@ def _or_without(call: Callable[[], Tensor], argument: str) -> Callable[[], Tenso
     return call
 
 
-def _flash(w: Workload, q: Tensor, pool: Pool, name: str) -> Peer:
+def _flash(w: Workload, q: Tensor, pool: Pool, slopes: Tensor | None, name: str) -> Peer:
     _as_pages(w)
     function = module(name).flash_attn_with_kvcache
-    table = "block_table" if name == "flash_attn" else "page_table"
+    given = {"block_table" if name == "flash_attn" else "page_table": pool.block_table}
+    if slopes is not None:
+        require(name == "flash_attn", "its scores have no such term")
+        given["alibi_slopes"] = slopes
     call = partial(
         function, q.view(w.batch, w.queries, w.heads, w.head_dim), pool.k_pages, pool.v_pages,
-        cache_seqlens=pool.seqlens_k, causal=True, **{table: pool.block_table},
+        cache_seqlens=pool.seqlens_k, causal=True, **given,
     )  # fmt: skip
     return Peer(call, lambda found: _first(found).flatten(0, 1))
 
@@ -79,6 +88,7 @@ def _flash(w: Workload, q: Tensor, pool: Pool, name: str) -> Peer:
 def _flashinfer(w: Workload, q: Tensor, pool: Pool) -> Peer:
     """Its plan is made beforehand: a step has one for all layers."""
     _as_pages(w)
+    _without_terms(w)
     flashinfer = module("flashinfer")
     workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=q.device)
     each = pool.block_table.shape[1]

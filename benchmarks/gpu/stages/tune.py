@@ -34,8 +34,10 @@ MEASURED_BY: dict[str, Callable[[Workload], bool]] = {
     "forward_terms": lambda w: w.family == "biased",
     "dq": lambda w: w.family == "backward",
     "dkdv": lambda w: w.family == "backward",
-    "ddistance": lambda w: w.family == "biased",
-    "paged": lambda w: w.family == "decode" and w.queries > 1,
+    "dbias": lambda w: w.family == "biased" and w.pair_bias,
+    "ddistance": lambda w: w.family == "biased" and w.distance_radius > 0,
+    "paged": lambda w: w.family == "decode" and w.queries > 1 and not w.terms,
+    "paged_terms": lambda w: w.family == "decode" and w.queries > 1 and w.terms,
     "paged_decode": lambda w: w.family == "decode" and w.queries == 1,
 }
 GAIN = 0.02  # of the time
@@ -63,7 +65,7 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     table = table_of(device, settings.tuning)
     clock = Clock(device, settings.tiny)
     clock.warm()
-    goals = list(targets(settings, table, record))[: 2 if settings.tiny else None]
+    goals = list(targets(settings, table))[: 2 if settings.tiny else None]
     current = {goal: tuning.config(goal.kernel, table, goal.bits, goal.head_dim_class) for goal in goals}
     record.update(tried=0, winners={}, gains={}, refused={})
     best: dict[Target, float] = {}
@@ -96,16 +98,15 @@ def table_of(device: torch.device, folder: Path) -> str:
     return name
 
 
-def targets(settings: Settings, table: str, record: dict[str, Any]) -> Iterator[Target]:
+def targets(settings: Settings, table: str) -> Iterator[Target]:
     """Every kind of kernel at the width and classes of head_dim that the workloads of its family have."""
     inherited = tuning.tables()[tuning.base(table)]
     kinds = [kind for kind, entry in inherited.items() if isinstance(entry, dict)]
-    record["without_a_workload"] = [kind for kind in kinds if kind not in MEASURED_BY]
     chosen: dict[tuple[str, int, int], Workload] = {}
     wanted = [w.tiny() if settings.tiny else w for w in workloads() if settings.wants(w.name)]
     for workload in wanted:
         for kind in kinds:
-            if kind in MEASURED_BY and MEASURED_BY[kind](workload):
+            if MEASURED_BY[kind](workload):
                 head_dim_class = next(n for n in tuning.HEAD_DIMS if workload.head_dim <= n)
                 chosen.setdefault((kind, 8 * workload.dtype.itemsize, head_dim_class), workload)
     for (kind, bits, head_dim_class), workload in chosen.items():

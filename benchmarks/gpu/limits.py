@@ -1,0 +1,65 @@
+"""How long each stage may take: nine minutes in all on a machine with 16 cores.
+
+The build's time follows from what there is to compile and from the cores that compile it. What it takes beyond its minute
+comes off the stages that do as much as their time allows, each of which keeps half of it at least; with few cores, and all
+to be compiled, nine minutes are therefore not enough.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# Seconds, in order. The build's are those of installing and of Triton's compiler.
+LIMITS = {"build": 60, "test": 120, "bench": 150, "sanitize": 60, "tune": 90, "winners": 60}
+ELASTIC = ("bench", "tune", "winners")
+LEAST = 0.5  # of an elastic stage's time
+MARGIN = 1.5  # of a machine that is slower than that of the seconds below, or busy
+
+
+@dataclass(frozen=True)
+class Library:
+    """Compiled by itself, on all cores: files of csrc, and the core-seconds of one in all its variants."""
+
+    files: Mapping[str, float]
+    longest: float  # seconds of one compilation, which may begin when all others end
+
+    def seconds(self, csrc: Path, cores: int) -> float:
+        work = sum(each * len(list(csrc.glob(pattern))) for pattern, each in self.files.items())
+        return work / cores + self.longest if work else 0.0
+
+
+# An EPYC core, g++ 12 and nvcc 13.0: a kernel of Hopper's took 12 s for each of five head_dims, a larger one takes more.
+CPU = Library({"cpu/kernels/*.cpp": 15, "cpu/*.cpp": 3}, 8)
+RUNTIME = Library({"runtime/*.cpp": 3}, 12)
+CUDA = Library({"cuda/sm*/*.cu": 75, "cuda/*.cu": 4, "cuda/**/*.cpp": 3}, 30)
+
+
+def build_limit(csrc: Path, cores: int, nvcc: bool) -> int:
+    """Seconds in which everything is compiled anew and installed."""
+    libraries = (CPU, RUNTIME, *([CUDA] if nvcc else []))
+    return math.ceil(LIMITS["build"] + MARGIN * sum(library.seconds(csrc, cores) for library in libraries))
+
+
+def limits_here(csrc: Path) -> dict[str, float]:
+    return {**LIMITS, "build": build_limit(csrc, len(os.sched_getaffinity(0)), has_nvcc())}
+
+
+def after_build(limits: Mapping[str, float], taken: float) -> dict[str, float]:
+    """Those of a run whose build took so many seconds. A limit that was asked for stays."""
+    over = max(taken - LIMITS["build"], 0) / sum(LIMITS[stage] for stage in ELASTIC)
+    share = max(1 - over, LEAST)
+    return {
+        stage: limit * share if stage in ELASTIC and limit == LIMITS[stage] else limit
+        for stage, limit in limits.items()
+    }
+
+
+def has_nvcc() -> bool:
+    """Where setup.py looks for it."""
+    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
+    return any(shutil.which("nvcc", path=path) for path in (None, *(f"{home}/bin" for home in homes)))

@@ -1,0 +1,61 @@
+"""Triton's interpreter without what it does over and over again: tests on the CPU take half as long."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+
+def hasten() -> None:
+    """Once in a process, before a kernel runs. What this release of Triton does not have stays as it is."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_get_np_dtype"):
+        interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+    if hasattr(interpreter, "_LangPatchScope"):  # what a launch patches, it restores
+        interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
+
+
+def _by_name(dtype_of: Any) -> Any:
+    """Numpy's type for one of Triton's or for a block of it, found once, not in a dictionary made at every question."""
+    found: dict[str, Any] = {}
+
+    def remembered(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = dtype_of(dtype)
+        return found[name]
+
+    return remembered
+
+
+def _once_a_launch(patch: Any) -> Any:
+    """A launch puts the interpreter's functions in the place of the language's, and so does every call of a jitted function
+    within it, by looking through the whole language: for each module that a function may know the language by, the first
+    time is enough."""
+    patched: set[tuple[int, ...]] = set()
+    languages: dict[Any, tuple[int, ...]] = {}
+
+    def patched_once(function: Any) -> Any:
+        from triton import language as tl
+
+        if function not in languages:
+            known = function.__globals__.values()
+            languages[function] = tuple(sorted({id(x) for x in known if x is tl or x is tl.core}))
+        if (seen := languages[function]) in patched:
+            return None  # a launch is never within another; calls within one leave what they patch to it
+        scope = patch(function)
+        restore = scope.restore
+
+        def restore_all() -> None:
+            patched.clear()
+            restore()
+
+        scope.restore = restore_all
+        patched.add(seen)
+        return scope
+
+    return patched_once
