@@ -111,7 +111,7 @@ def test_it_tells_its_tile_and_that_it_has_not_run_on_a_card(emulated: Lane, car
         assert da.explain(x(), x(), x(), backend="cuda").tile == f"{narrow} of head_dim 64; {told}"
         of_wide = da.explain(x(1, 4, 2, 200), x(1, 4, 2, 200), x(1, 4, 2, 8), backend="cuda")
         assert of_wide.tile == f"{wide} of head_dim 256; {told}"
-    assert da.backends()["cuda"].detail == f"forward and backward; {told}"
+    assert da.backends()["cuda"].detail == f"forward, backward and paged calls; {told}"
 
 
 def test_the_operator_refuses_an_older_card(emulated: Lane) -> None:
@@ -135,7 +135,33 @@ def test_the_gradient_of_distances_is_refused_where_it_is_named_and_found_elsewh
     assert table.grad is not None and table.grad.isfinite().all()
 
 
-def test_merge_and_paged_calls_are_refused(emulated: Lane) -> None:
+def pages(dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(3, 16, 2, dim).to(dtype)
+
+
+REFUSED_PAGED = {
+    "float32": ({"dtype": torch.float32}, {}, "it takes bfloat16 and float16"),
+    "bias": ({}, {"bias": torch.zeros(16)}, "its kernels have no bias"),
+    "width": ({"dim": 12}, {}, "k_pages: bulk copies want strides and a first element at multiples of 16 bytes"),
+    "bytes": ({"dim": 24, "stored": torch.int8}, {}, "k_pages: bulk copies want strides and a first element at multiples of 16 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_PAGED)
+def test_paged_calls_that_it_does_not_take(emulated: Lane, name: str) -> None:
+    how, given, reason = REFUSED_PAGED[name]
+    dtype, dim = how.get("dtype", torch.bfloat16), how.get("dim", 64)
+    held = pages(dim, how.get("stored", dtype))
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError) as error:
+        da.paged_attention(x(1, 4, dim, dtype=dtype), held, held, table, lengths, **given, backend="cuda")
+    assert f"cuda: {reason}" in str(error.value)
+
+
+def test_merges_that_it_does_not_take(emulated: Lane) -> None:
     out, lse = x(1, 2, 2, 8), torch.randn(1, 2, 2)
-    with pytest.raises(ValueError, match="cuda: its kernels have no merge yet"):
-        da.merge_attention([out], [lse], backend="cuda")
+    da.merge_attention([out] * 32, [lse] * 32, backend="cuda")
+    with pytest.raises(ValueError, match="cuda: it merges up to 32 parts"):
+        da.merge_attention([out] * 33, [lse] * 33, backend="cuda")
+    with pytest.raises(ValueError, match="cuda: float64 runs in the reference only"):
+        da.merge_attention([out.double()], [lse.double()], backend="cuda")

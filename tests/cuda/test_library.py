@@ -1,4 +1,4 @@
-"""What the build made for Hopper, read off its machine code; no card is needed."""
+"""What the build made, and its kernels for Hopper, read off their machine code; no card is needed."""
 
 from __future__ import annotations
 
@@ -56,11 +56,13 @@ def kernel_name(name: str, head_dim: int, dtype: str, terms: bool) -> str:
 
 @cache
 def machine_code() -> dict[str, list[tuple[int, str]]]:
-    """By kernel: address and instruction."""
+    """By architecture and kernel: address and instruction."""
     kernels: dict[str, list[tuple[int, str]]] = {}
     for line in dump("-sass").splitlines():
-        if found := re.search(r"Function : (\S+)", line):
-            kernels[found[1]] = current = []
+        if found := re.match(r"arch = (\S+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function : (\S+)", line):
+            kernels[f"{architecture} {found[1]}"] = current = []
         elif found := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", line):
             current.append((int(found[1], 16), found[2]))
     return kernels

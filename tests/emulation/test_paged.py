@@ -48,18 +48,29 @@ def test_call(lane: Lane, case: Case) -> None:
     make(fitting(case)).check(lane)
 
 
-@pytest.mark.parametrize(("heads", "stored"), [((8, 8), None), ((8, 2), INT8), ((8, 1), FLOAT8), ((40, 2), None)])
-def test_a_plan_with_a_shared_prefix(lane: Lane, heads: tuple[int, int], stored: torch.dtype | None) -> None:
+CAUSAL, WINDOW, PREFIX_AND_WINDOW = (0, None, 0), (0, 200, 0), (40, 50, 0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "stored", "mask", "workers"),
+    [
+        ((2, 2), None, CAUSAL, Workers(64, 3)),
+        ((8, 2), INT8, CAUSAL, Workers(2, 8)),
+        ((8, 1), FLOAT8, WINDOW, Workers(64, 3)),
+        ((40, 2), None, CAUSAL, Workers(64, 3)),
+        ((4, 2), FLOAT8, PREFIX_AND_WINDOW, Workers(2, 8)),
+    ],
+    ids=str,
+)
+def test_a_plan(
+    lane: Lane, heads: tuple[int, int], stored: torch.dtype | None, mask: tuple, workers: Workers
+) -> None:
     """Decoding and prefilling together, with rows behind the last sequence; more heads than a tile has rows."""
     lens_q, lens_k = (1, 1, 9, 1, 3) * 3, tuple(290 + 11 * n for n in range(15))
-    for mask in ((0, None, 0), (0, 200, 0), (40, 50, 0)):
-        pool = make(Case((lens_q, lens_k), heads, (32, 64), BF16, stored, shared=288, mask=mask, sink=True, tail=5))
-        for workers in (Workers(64, 3), Workers(2, 8)):
-            made = plan(
-                pool.block_table, pool.seqlens_k, 16, da.Mask(*mask), cu_seqlens_q=pool.cu_seqlens_q, workers=workers
-            )
-            assert made is not None and (made[0, 5] > 0) == (mask == (0, None, 0))
-            pool.check(lane, plan=made)
+    pool = make(Case((lens_q, lens_k), heads, (32, 64), BF16, stored, shared=288, mask=mask, sink=True, tail=5))
+    made = plan(pool.block_table, pool.seqlens_k, 16, da.Mask(*mask), cu_seqlens_q=pool.cu_seqlens_q, workers=workers)
+    assert made is not None and (made[0, 5] > 0) == (mask == CAUSAL)
+    pool.check(lane, plan=made)
 
 
 def test_distances_in_a_shared_tile(lane: Lane) -> None:
