@@ -115,7 +115,7 @@ def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
         for d in HEAD_DIMS
     ]
     others = [*CUDA.glob("*.cu"), *CUDA.rglob("*.cpp")]
-    return kernels + [Job(s, "host", [*flags, AMPERE, HOPPER]) for s in sorted(others)]
+    return kernels + [Job(s, f"{s.parent.name}.host", [*flags, AMPERE, HOPPER]) for s in sorted(others)]
 
 
 def cuda_stub(cxx: str) -> Path:
