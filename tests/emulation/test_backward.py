@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 
 from ..cases import Case, grid, problem
 from ..lanes import Lane, run
@@ -24,7 +23,7 @@ def differentiable(case: Case) -> Case:
     return dataclasses.replace(case, distance_radius=None, alibi=True)
 
 
-def sampled() -> list[ParameterSet]:
+def sampled() -> list[object]:
     """Those of sm80, which the machine takes longest for, are every third of the grid."""
     return [
         pytest.param(kernels, case, marks=[pytest.mark.gpu] * (kernels == "card"), id=f"{kernels}-{case}")
