@@ -64,9 +64,11 @@ def run(
     dlse: Tensor | None = None,
     deterministic: bool | None = None,
     batch_invariant: bool = False,
+    constants: tuple[str, ...] = (),
 ) -> Answer:
-    """The package's answer to a call: out and lse, with `dout` every gradient too. Strides stay as they are on the CPU."""
-    return on_own_stack(lane, lambda: _run(call, lane, dout, dlse, deterministic, batch_invariant))
+    """The package's answer to a call: out and lse, with `dout` every gradient too but those of `constants`. Strides stay as
+    they are on the CPU."""
+    return on_own_stack(lane, lambda: _run(call, lane, dout, dlse, deterministic, batch_invariant, constants))
 
 
 def on_own_stack(lane: Lane, work: Callable[[], T]) -> T:
@@ -76,13 +78,20 @@ def on_own_stack(lane: Lane, work: Callable[[], T]) -> T:
 
 
 def _run(
-    call: Call, lane: Lane, dout: Tensor | None, dlse: Tensor | None, deterministic: bool | None, batch_invariant: bool
+    call: Call,
+    lane: Lane,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    deterministic: bool | None,
+    batch_invariant: bool,
+    constants: tuple[str, ...],
 ) -> Answer:
+    variables = set(GRADIENTS) - set(constants) if dout is not None else set()
     moved = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
     for name, x in moved.items():
         if isinstance(x, Tensor):
             x = on(x, lane.device).detach()
-            moved[name] = x.requires_grad_(dout is not None and name in GRADIENTS and x.is_floating_point())
+            moved[name] = x.requires_grad_(name in variables and x.is_floating_point())
     call = Call(**moved)
     mask = da.Mask(call.prefix, call.left, call.right, "top_left" if call.top_left else "bottom_right")
     options = {

@@ -52,8 +52,8 @@ KERNELS = [Kernel(*x) for x in itertools.product(SHAPES, HEAD_DIMS, ("Bfloat16",
 
 
 def code_of(kernel: Kernel) -> list[tuple[int, str]]:
-    (name,) = [name for name in machine_code() if kernel.mangled in name]
-    return machine_code()[name]
+    (name,) = [name for name in machine_code("sm_80") if kernel.mangled in name]
+    return machine_code("sm_80")[name]
 
 
 @cache
@@ -62,7 +62,7 @@ def resource_usage() -> dict[str, str]:
 
 
 def test_every_kernel_is_there() -> None:
-    built = [name for name in machine_code() if re.search(r"4sm80\d+\w+_kernelI", name)]
+    built = [name for name in machine_code("sm_80") if re.search(r"4sm80\d+\w+_kernelI", name)]
     assert len(built) == len(KERNELS) and all(sum(k.mangled in name for name in built) == 1 for k in KERNELS)
 
 

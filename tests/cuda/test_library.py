@@ -25,8 +25,9 @@ KERNELS: list[Kernel] = [
 ]
 FORWARD = [kernel for kernel in KERNELS if kernel[0] == "forward"]
 BACKWARD = [kernel for kernel in KERNELS if kernel[0] != "forward"]
-# The widest with terms have one number too many for their registers.
-LOCAL_LOADS = {(name, 256, dtype, True): 1 for name in ("forward", "dkdv") for dtype in ("Bfloat16", "Float16")}
+# The widest with terms have a number or two too many for their registers.
+WIDEST = {"forward": 1, "dkdv": 2}
+LOCAL_LOADS = {(name, 256, dtype, True): n for name, n in WIDEST.items() for dtype in ("Bfloat16", "Float16")}
 
 
 def tool(name: str) -> str | None:
@@ -42,9 +43,9 @@ pytestmark = [
 ]
 
 
-def dump(option: str) -> str:
+def dump(*options: str) -> str:
     return subprocess.run(
-        [str(tool("cuobjdump")), option, str(LIBRARY)], check=True, capture_output=True, text=True
+        [str(tool("cuobjdump")), *options, str(LIBRARY)], check=True, capture_output=True, text=True
     ).stdout
 
 
@@ -55,14 +56,12 @@ def kernel_name(name: str, head_dim: int, dtype: str, terms: bool) -> str:
 
 
 @cache
-def machine_code() -> dict[str, list[tuple[int, str]]]:
-    """By architecture and kernel: address and instruction."""
+def machine_code(arch: str = "sm_90a") -> dict[str, list[tuple[int, str]]]:
+    """By kernel: address and instruction."""
     kernels: dict[str, list[tuple[int, str]]] = {}
-    for line in dump("-sass").splitlines():
-        if found := re.match(r"arch = (\S+)", line):
-            architecture = found[1]
-        elif found := re.search(r"Function : (\S+)", line):
-            kernels[f"{architecture} {found[1]}"] = current = []
+    for line in dump("-sass", "-arch", arch).splitlines():
+        if found := re.search(r"Function : (\S+)", line):
+            kernels[found[1]] = current = []
         elif found := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", line):
             current.append((int(found[1], 16), found[2]))
     return kernels
@@ -143,7 +142,7 @@ def test_backward(kernel: Kernel) -> None:
 def stack(name: str, head_dim: int, dtype: str, terms: bool) -> int:
     if name == "forward":
         return 128 if head_dim == 256 else 64
-    return 512 if name == "dkdv" and head_dim == 256 else 192
+    return 512 if name == "dkdv" and head_dim > 128 else 192
 
 
 def test_registers_and_stack() -> None:

@@ -105,6 +105,19 @@ def test_same_bits_of_gradients_in_every_order_on_any_card(kernels: Lane, head_d
         assert all(torch.equal(x, other[name]) for name, x in runs[0].items())
 
 
+MANY = Case("packed", ((40,) * 12, (70,) * 12), (2, 1), (128, 128), BF16)
+
+
+@EMULATED_ONLY
+def test_tiles_that_follow_one_another_in_a_block(kernels: Lane) -> None:
+    """Many for each block of the grid: what warps still read of one is not overwritten for the next."""
+    made = make(MANY)
+    exact, plain, floor = made.answers(gradients=True)
+    for seed in range(2):
+        draw(seed, processors=1)
+        assert_accurate(run(made.call, kernels, made.dout, made.dlse), exact, plain, floor, str(seed))
+
+
 def test_a_sequence_does_not_feel_its_batch(kernels: Lane) -> None:
     made = make(LONG)
     whole = run(made.call, kernels, batch_invariant=True)
