@@ -20,10 +20,3 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Lane]:
     if reason := missing(lane):
         pytest.skip(f"{lane}: {reason}")
     yield lane
-
-
-@pytest.fixture
-def hopper(emulated: Lane) -> Iterator[Lane]:
-    """Those of Hopper alone, emulated."""
-    with EMULATED.on(90):
-        yield emulated

@@ -129,6 +129,27 @@ def test_a_sequence_does_not_feel_its_batch(kernels: Lane) -> None:
     assert torch.equal(got["out"], whole["out"][300:310]) and torch.equal(got["lse"], whole["lse"][:, 300:310])
 
 
+def test_the_gradient_of_a_sink_is_of_every_row(kernels: Lane) -> None:
+    """By its formula from what the forward gave: the accuracy contract, of sums over rows, would let a few of them go."""
+    made = make(dataclasses.replace(LONG, lengths=((300, 10, 150), (20, 10, 30)), sink="float32", softcap=0.0))
+    got = {name: x.cpu().float() for name, x in run(made.call, kernels, made.dout, made.dlse).items()}
+    assert made.dlse is not None and made.call.sink is not None
+    delta = (made.dout.float() * got["out"]).sum(-1).T - made.dlse  # (heads, rows)
+    want = -(torch.exp(made.call.sink[:, None] - got["lse"]) * delta).sum(1)
+    torch.testing.assert_close(got["dsink"], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_rows_that_see_nothing_beside_rows_that_do(kernels: Lane, softcap: float) -> None:
+    """Where a block is an edge, their log-sum-exp of -inf must weigh nothing, and no gradient become NaN."""
+    case = Case("packed", "long_queries", (4, 2), (64, 64), BF16, mask="causal", softcap=softcap)
+    made = make(case)
+    exact, plain, floor = made.answers(gradients=True)
+    got = run(made.call, kernels, made.dout, made.dlse)
+    assert_accurate(got, exact, plain, floor, str(case))
+    assert (got["lse"] == -torch.inf).any() and (got["dq"][0] == 0).all()
+
+
 def test_gradients_in_strides_that_bulk_copies_cannot_read(kernels: Lane) -> None:
     """As sum() gives them, one row for all, columns that are no neighbours, rows off 16 bytes; and of values that wide."""
     q, k = normal(2, 70, 2, 40), normal(2, 90, 1, 40)

@@ -8,37 +8,42 @@
 
 namespace duplex::sm90 {
 
-// A warpgroup that loads and two that compute; registers of a thread of each.
+// A warpgroup that loads and two that compute: a thread of each has 168 registers at the start, and the loading one
+// leaves to the others what it does not keep.
 struct Warpgroups {
   static constexpr int WARPGROUPS = 2, WARPS = 8, THREADS = 384;
-  static constexpr int LOADER_REGISTERS = 24, COMPUTE_REGISTERS = 240;
+
+  static constexpr int left_by(int loader_registers) { return (3 * 168 - loader_registers) / 2; }
 };
 
-// dk and dv. By head_dim: rows a step, steps in flight, and whether the two accumulators of 64 keys are more than a
-// warpgroup holds, so that one has dv and the other dk of the same keys and each computes the scores for itself.
-template <int BLOCK_M_, int STAGES_, bool DIVIDED_>
+// dk and dv. By head_dim: rows a step, steps in flight, whether the two accumulators of 64 keys are more than a
+// warpgroup holds, so that one has dv and the other dk of the same keys and each computes the scores for itself, and
+// the registers that a loading thread keeps.
+template <int BLOCK_M_, int STAGES_, bool DIVIDED_, int LOADER_REGISTERS_>
 struct KeyChosen {
-  static constexpr int BLOCK_M = BLOCK_M_, STAGES = STAGES_;
+  static constexpr int BLOCK_M = BLOCK_M_, STAGES = STAGES_, LOADER_REGISTERS = LOADER_REGISTERS_;
   static constexpr bool DIVIDED = DIVIDED_;
 };
 
 template <int HEAD_DIM>
 struct KeyChoice;
 template <>
-struct KeyChoice<64> : KeyChosen<64, 4, false> {};
+struct KeyChoice<64> : KeyChosen<64, 4, false, 40> {};
 template <>
-struct KeyChoice<96> : KeyChosen<64, 4, false> {};
+struct KeyChoice<96> : KeyChosen<64, 4, false, 40> {};
 template <>
-struct KeyChoice<128> : KeyChosen<64, 3, false> {};
+struct KeyChoice<128> : KeyChosen<64, 3, false, 24> {};
 template <>
-struct KeyChoice<192> : KeyChosen<64, 3, true> {};
+struct KeyChoice<192> : KeyChosen<64, 3, true, 40> {};
 template <>
-struct KeyChoice<256> : KeyChosen<64, 2, true> {};
+struct KeyChoice<256> : KeyChosen<64, 2, true, 24> {};
 
 template <int HEAD_DIM_>
 struct KeyShape : KeyChoice<HEAD_DIM_>, Warpgroups {
-  using KeyChoice<HEAD_DIM_>::BLOCK_M, KeyChoice<HEAD_DIM_>::STAGES, KeyChoice<HEAD_DIM_>::DIVIDED;
-  static constexpr int HEAD_DIM = HEAD_DIM_, BLOCK_N = DIVIDED ? 64 : 128;
+  using KeyChoice<HEAD_DIM_>::BLOCK_M, KeyChoice<HEAD_DIM_>::STAGES, KeyChoice<HEAD_DIM_>::DIVIDED,
+      KeyChoice<HEAD_DIM_>::LOADER_REGISTERS;
+  static constexpr int HEAD_DIM = HEAD_DIM_, BLOCK_N = DIVIDED ? 64 : 128,
+                       COMPUTE_REGISTERS = left_by(LOADER_REGISTERS);
   static_assert(SUM_ROWS % BLOCK_M == 0);
 
   using Keys = Tile<BLOCK_N, HEAD_DIM>;
@@ -94,6 +99,7 @@ template <int HEAD_DIM_>
 struct QueryShape : QueryChoice<HEAD_DIM_>, Warpgroups {
   using QueryChoice<HEAD_DIM_>::BLOCK_N, QueryChoice<HEAD_DIM_>::K_STAGES, QueryChoice<HEAD_DIM_>::V_STAGES;
   static constexpr int HEAD_DIM = HEAD_DIM_, BLOCK_M = 64 * WARPGROUPS;
+  static constexpr int LOADER_REGISTERS = 40, COMPUTE_REGISTERS = left_by(LOADER_REGISTERS);
   static_assert(SUM_ROWS % BLOCK_M == 0);
 
   using Rows = Tile<BLOCK_M, HEAD_DIM>;
