@@ -46,47 +46,48 @@ inline constexpr char COPY_PAGES_SCHEMA[] =
     "copy_pages(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor src, Tensor dst, Tensor(c!)? k_scales, "
     "Tensor(d!)? v_scales) -> ()";
 
-#define DUPLEX_PAGED_PARAMETERS                                                                                     \
-  Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q,      \
-      int64_t max_seqlen_q, OptionalTensor prefix, std::optional<int64_t> left, std::optional<int64_t> right,       \
-      bool top_left, OptionalTensor bias, OptionalTensor distance_bias, OptionalTensor alibi_slopes,                \
-      OptionalTensor row_distance_bias, OptionalTensor col_distance_bias, OptionalTensor sink,                      \
-      OptionalTensor k_scales, OptionalTensor v_scales, OptionalTensor rope_cos, OptionalTensor rope_sin,           \
+#define DUPLEX_PAGED_PARAMETERS                                                                                      \
+  Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q,       \
+      int64_t max_seqlen_q, OptionalTensor prefix, std::optional<int64_t> left, std::optional<int64_t> right,        \
+      bool top_left, OptionalTensor bias, OptionalTensor distance_bias, OptionalTensor alibi_slopes,                 \
+      OptionalTensor row_distance_bias, OptionalTensor col_distance_bias, OptionalTensor sink,                       \
+      OptionalTensor k_scales, OptionalTensor v_scales, OptionalTensor rope_cos, OptionalTensor rope_sin,            \
       bool rope_interleaved, std::optional<double> scale, double softcap, bool batch_invariant, OptionalTensor plan, \
       Tensor out, Tensor lse
 #define DUPLEX_PAGED_ARGUMENTS \
-  {q,                          \
-   k_pages,                    \
-   v_pages,                    \
-   block_table,                \
-   seqlens_k,                  \
-   cu_seqlens_q,               \
-   max_seqlen_q,               \
-   prefix,                     \
-   left,                       \
-   right,                      \
-   top_left,                   \
-   bias,                       \
-   distance_bias,              \
-   alibi_slopes,               \
-   row_distance_bias,          \
-   col_distance_bias,          \
-   sink,                       \
-   k_scales,                   \
-   v_scales,                   \
-   rope_cos,                   \
-   rope_sin,                   \
-   rope_interleaved,           \
-   scale,                      \
-   softcap,                    \
-   batch_invariant,            \
-   plan,                       \
-   out,                        \
-   lse}
-#define DUPLEX_APPEND_PARAMETERS                                                                             \
-  Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor positions,                  \
-      OptionalTensor cu_seqlens, OptionalTensor rope_cos, OptionalTensor rope_sin, bool rope_interleaved,    \
-      OptionalTensor k_scales, OptionalTensor v_scales
+  {                            \
+      q,                       \
+      k_pages,                 \
+      v_pages,                 \
+      block_table,             \
+      seqlens_k,               \
+      cu_seqlens_q,            \
+      max_seqlen_q,            \
+      prefix,                  \
+      left,                    \
+      right,                   \
+      top_left,                \
+      bias,                    \
+      distance_bias,           \
+      alibi_slopes,            \
+      row_distance_bias,       \
+      col_distance_bias,       \
+      sink,                    \
+      k_scales,                \
+      v_scales,                \
+      rope_cos,                \
+      rope_sin,                \
+      rope_interleaved,        \
+      scale,                   \
+      softcap,                 \
+      batch_invariant,         \
+      plan,                    \
+      out,                     \
+      lse}
+#define DUPLEX_APPEND_PARAMETERS                                                                                       \
+  Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor positions, OptionalTensor cu_seqlens, \
+      OptionalTensor rope_cos, OptionalTensor rope_sin, bool rope_interleaved, OptionalTensor k_scales,                \
+      OptionalTensor v_scales
 #define DUPLEX_APPEND_ARGUMENTS \
   {k, v, k_pages, v_pages, block_table, positions, cu_seqlens, rope_cos, rope_sin, rope_interleaved, k_scales, v_scales}
 

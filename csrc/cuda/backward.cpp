@@ -1,14 +1,13 @@
 // attention_backward: allocates the gradients and the workspace, describes the call to the kernels. dq, and dk with dv,
 // are computed apart: seven products a pair of blocks instead of five, but nothing is added to memory by several
 // blocks, so the result is deterministic and there is no float32 copy of dq.
-#include "cuda/operators.h"
-
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
 #include "cuda/call.h"
 #include "cuda/device.h"
+#include "cuda/operators.h"
 #include "cuda/prepare.h"
 #include "cuda/variants.h"
 
@@ -47,7 +46,7 @@ Tensor rank(const Lengths& lengths, const Entries& entries, int64_t heads, int32
 }  // namespace
 
 Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, DUPLEX_CALL_PARAMETERS,
-                                   int64_t output_mask) {
+                             int64_t output_mask) {
   const CallArguments call DUPLEX_CALL_ARGUMENTS;
   check_call(call);
   const auto wanted = [&](int n) { return (output_mask >> n & 1) != 0; };

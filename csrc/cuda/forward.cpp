@@ -1,11 +1,10 @@
 // attention_forward: allocates the outputs and the workspace, describes the call to the kernels.
-#include "cuda/operators.h"
-
 #include <algorithm>
 #include <string>
 
 #include "cuda/call.h"
 #include "cuda/device.h"
+#include "cuda/operators.h"
 #include "cuda/prepare.h"
 #include "cuda/variants.h"
 

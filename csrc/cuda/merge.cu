@@ -1,6 +1,5 @@
-#include "cuda/merge.cuh"
-
 #include "cuda/device.cuh"
+#include "cuda/merge.cuh"
 
 namespace duplex {
 

@@ -1,4 +1,5 @@
-// The types of numbers in memory, as tags: kernels move their bits and let the hardware do the arithmetic. And constants.
+// The types of numbers in memory, as tags: kernels move their bits and let the hardware do the arithmetic. And
+// constants.
 #pragma once
 
 #include <stdint.h>

@@ -62,9 +62,7 @@ CAUSAL, WINDOW, PREFIX_AND_WINDOW = (0, None, 0), (0, 200, 0), (40, 50, 0)
     ],
     ids=str,
 )
-def test_a_plan(
-    lane: Lane, heads: tuple[int, int], stored: torch.dtype | None, mask: tuple, workers: Workers
-) -> None:
+def test_a_plan(lane: Lane, heads: tuple[int, int], stored: torch.dtype | None, mask: tuple, workers: Workers) -> None:
     """Decoding and prefilling together, with rows behind the last sequence; more heads than a tile has rows."""
     lens_q, lens_k = (1, 1, 9, 1, 3) * 3, tuple(290 + 11 * n for n in range(15))
     pool = make(Case((lens_q, lens_k), heads, (32, 64), BF16, stored, shared=288, mask=mask, sink=True, tail=5))
@@ -74,7 +72,9 @@ def test_a_plan(
 
 
 def test_distances_in_a_shared_tile(lane: Lane) -> None:
-    pool = make(Case(((1,) * 13, tuple(300 + 7 * n for n in range(13))), (4, 2), (32, 32), BF16, shared=288, alibi=True))
+    pool = make(
+        Case(((1,) * 13, tuple(300 + 7 * n for n in range(13))), (4, 2), (32, 32), BF16, shared=288, alibi=True)
+    )
     made = plan(pool.block_table, pool.seqlens_k, 16)
     assert made is not None and made[0, 5] > 0
     pool.check(lane, plan=made)
@@ -117,9 +117,9 @@ def test_batch_invariant_in_every_bit(lane: Lane) -> None:
         )  # fmt: skip
         for given in (None, made):
             draw(seed, processors=1 + 50 * (seed % 2))
-            got = part.run(
-                lane, cu_seqlens_q=part.cu_seqlens_q, max_seqlen_q=chunk, batch_invariant=True, plan=given
-            )["out"]
+            got = part.run(lane, cu_seqlens_q=part.cu_seqlens_q, max_seqlen_q=chunk, batch_invariant=True, plan=given)[
+                "out"
+            ]
             assert torch.equal(got[:chunk], bits[end - chunk : end]), f"rows {end - chunk} to {end}"
 
 

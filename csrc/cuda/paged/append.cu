@@ -1,8 +1,7 @@
-#include "cuda/paged/append.cuh"
-
 #include <algorithm>
 
 #include "cuda/device.cuh"
+#include "cuda/paged/append.cuh"
 
 namespace duplex::paged {
 namespace {
@@ -38,7 +37,8 @@ void copy_pages(const CopyPages& c, int processors, void* stream) {
   const int64_t low = int64_t(reinterpret_cast<uintptr_t>(c.data)) | c.page | c.slot | c.head | c.row_bytes;
   const int64_t unit = std::min<int64_t>(low & -low, 16);
   const int64_t units = c.slots * c.heads * (c.row_bytes / unit);
-  const int blocks = int(std::clamp<int64_t>(8 * processors / c.count, 1, (units + APPEND_THREADS - 1) / APPEND_THREADS));
+  const int blocks =
+      int(std::clamp<int64_t>(8 * processors / c.count, 1, (units + APPEND_THREADS - 1) / APPEND_THREADS));
   const auto go = [&]<class Unit>(Unit) {
     launch<copy_kernel<Unit>>("copy", c.count * blocks, APPEND_THREADS, 0, stream, c, blocks);
   };

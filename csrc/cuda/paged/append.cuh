@@ -24,7 +24,7 @@ DUPLEX_DEVICE uint8_t to_float8(float x) {
   if (x != x) return uint8_t(sign | 0x7F);
   if (magnitude >= FLOAT8_LARGEST) return uint8_t(sign | 0x7E);
   if (magnitude < 0x1p-6f) return uint8_t(sign | uint32_t(int(rintf(magnitude * 512))));  // subnormal: m * 2^-9
-  return uint8_t(sign | (((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3)));    // three bits of mantissa stay
+  return uint8_t(sign | (((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3)));      // three bits of mantissa stay
 }
 
 // The largest magnitude of `width` lanes' numbers, NaN if one is.
@@ -61,7 +61,7 @@ append_kernel(DUPLEX_PARAMETER Append a, int width) {
 
   const Stored* row = side.from.template at<Stored>(0, live ? token : 0, head);
   float x[APPEND_NUMBERS / COUNT][COUNT];
-  float(&all)[APPEND_NUMBERS] = reinterpret_cast<float(&)[APPEND_NUMBERS]>(x);
+  float (&all)[APPEND_NUMBERS] = reinterpret_cast<float (&)[APPEND_NUMBERS]>(x);
 #pragma unroll
   for (int c = 0; c < APPEND_NUMBERS / COUNT; ++c) {
     const int column = (c * width + thread % width) * COUNT;

@@ -27,7 +27,7 @@ struct Append {
 void append(const Append& a, void* stream);
 
 struct CopyPages {
-  void* data;                    // (page, slot, head) of rows, with strides in bytes
+  void* data;  // (page, slot, head) of rows, with strides in bytes
   int64_t page, slot, head;
   int64_t row_bytes;
   int32_t slots, heads, num_pages, count;

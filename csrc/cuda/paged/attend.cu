@@ -1,7 +1,6 @@
 // Attention over pages for one head_dim, DUPLEX_HEAD_DIM.
-#include "cuda/paged/attend.cuh"
-
 #include "cuda/device.cuh"
+#include "cuda/paged/attend.cuh"
 #include "cuda/paged/attend.h"
 
 namespace duplex::paged {
@@ -46,9 +45,10 @@ int block_n(int tile_rows) {
 #define DUPLEX_JOIN(a, b) a##b
 #define DUPLEX_NAME(a, b) DUPLEX_JOIN(a, b)
 extern const Attention DUPLEX_NAME(ATTENTION_, DUPLEX_HEAD_DIM);
-const Attention DUPLEX_NAME(ATTENTION_, DUPLEX_HEAD_DIM) = {
-    HEAD_DIM, &attend, [](Storage storage, int tile_rows) {
-      return storage == Storage::AS_QUERIES ? block_n<Storage::AS_QUERIES>(tile_rows) : block_n<Storage::INT8>(tile_rows);
-    }};
+const Attention DUPLEX_NAME(ATTENTION_, DUPLEX_HEAD_DIM) = {HEAD_DIM, &attend, [](Storage storage, int tile_rows) {
+                                                              return storage == Storage::AS_QUERIES
+                                                                         ? block_n<Storage::AS_QUERIES>(tile_rows)
+                                                                         : block_n<Storage::INT8>(tile_rows);
+                                                            }};
 
 }  // namespace duplex::paged

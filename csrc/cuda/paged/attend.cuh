@@ -23,7 +23,8 @@ struct Tile {
   static constexpr int WARPS_M = ROWS / 16, WARPS_N = ROWS == LARGE_ROWS ? 1 : BLOCK_N / 16;
   static constexpr int WARPS = WARPS_M * WARPS_N, THREADS = 32 * WARPS;
   static constexpr int KEYS = BLOCK_N / WARPS_N;  // of a warp
-  using Side = duplex::Tile<BLOCK_N, HEAD_DIM * STORED_BYTES<S> / 2>;  // keys or values, two bytes a number as if they were one
+  using Side =
+      duplex::Tile<BLOCK_N, HEAD_DIM * STORED_BYTES<S> / 2>;  // keys or values, two bytes a number as if they were one
   static constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
   // Queries stay in registers, which the widest have none left for. They come by way of the last stage, then empty.
   static constexpr bool Q_STAYS = HEAD_DIM == 256;
@@ -35,9 +36,11 @@ struct Tile {
   static constexpr int PLACES = KV + STAGES * 2 * Side::BYTES + (Q_STAYS ? Q_BYTES : 0);
   static constexpr int SCALES = PLACES + STAGES * BLOCK_N * 8;
   static constexpr int SHARED_BYTES = SCALES + (S == Storage::AS_QUERIES ? 0 : STAGES * BLOCK_N * 8);
-  static_assert(STAGES >= 2 && SHARED_BYTES <= 99 * 1024 && THREADS >= BLOCK_N && (Q_STAYS || Q_BYTES <= 2 * Side::BYTES));
+  static_assert(STAGES >= 2 && SHARED_BYTES <= 99 * 1024 && THREADS >= BLOCK_N &&
+                (Q_STAYS || Q_BYTES <= 2 * Side::BYTES));
   // In the end the sums of all warps lie where keys did, and what they are relative to where their places were.
-  static_assert(WARPS_N * ROWS * HEAD_DIM * 4 <= STAGES * 2 * Side::BYTES && WARPS_N * ROWS * 8 <= STAGES * BLOCK_N * 8);
+  static_assert(WARPS_N * ROWS * HEAD_DIM * 4 <= STAGES * 2 * Side::BYTES &&
+                WARPS_N * ROWS * 8 <= STAGES * BLOCK_N * 8);
 };
 
 template <class T, Storage S, int HEAD_DIM, int ROWS>
@@ -200,8 +203,8 @@ struct Attend {
     }
   }
 
-  // Adds weights times values. Of 16 columns, a lane's accumulators are in two runs of four: columns 2 (lane % 4) + {0, 1} of 8
-  // each; where values are bytes, even and odd columns of all 16.
+  // Adds weights times values. Of 16 columns, a lane's accumulators are in two runs of four: columns 2 (lane % 4) + {0,
+  // 1} of 8 each; where values are bytes, even and odd columns of all 16.
   DUPLEX_DEVICE void multiply_values(float (&sum)[HEAD_DIM / 2], const uint32_t (&p)[L::KEYS / 16][4], int t) const {
     constexpr int AT_ONCE = QUANTISED ? 2 : 1;
     const auto values_at = Fragments<typename L::Side>::down(value_stage(t), lane);
@@ -235,8 +238,7 @@ struct Attend {
   DUPLEX_DEVICE void scale_columns(float (&x)[L::KEYS / 2], uint32_t scales_of_block) const {
 #pragma unroll
     for (int n = 0; n < L::KEYS / 2; ++n)
-      x[n] *= ptx::shared_load_float(scales_of_block +
-                                     4 * (warp_n * L::KEYS + column_of(n) + 2 * (lane % 4)));
+      x[n] *= ptx::shared_load_float(scales_of_block + 4 * (warp_n * L::KEYS + column_of(n) + 2 * (lane % 4)));
   }
 
   DUPLEX_DEVICE void weigh(float (&x)[L::KEYS / 2], uint32_t (&p)[L::KEYS / 16][4], const RowPair& rows, int t,
@@ -344,8 +346,7 @@ struct Attend {
     const auto number = [&](int, int column) {
       float x = 0;
 #pragma unroll
-      for (int w = 0; w < L::WARPS_N; ++w)
-        x = ptx::fma(ptx::shared_load_float(sum_at(w, m, column)), weight[w], x);
+      for (int w = 0; w < L::WARPS_N; ++w) x = ptx::fma(ptx::shared_load_float(sum_at(w, m, column)), weight[w], x);
       return x / total;
     };
     if (piece.slot >= 0) {

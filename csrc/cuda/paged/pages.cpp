@@ -52,11 +52,11 @@ void copy_pages(Tensor k_pages, Tensor v_pages, Tensor src, Tensor dst, Optional
   expect(k_pages.size(0) < FAR && src.size(0) < FAR, "at most 2^29 pages");
   const auto copy = [&](const Tensor& t) {
     const int64_t bytes = element_size(t), dim = t.dim() > 3 ? t.size(3) : 1;
-    paged::copy_pages({t.data_ptr(), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes, dim * bytes,
-                       int32_t(t.size(1)), int32_t(t.size(2)), int32_t(t.size(0)), int32_t(src.size(0)),
-                       static_cast<const int32_t*>(src.const_data_ptr()),
-                       static_cast<const int32_t*>(dst.const_data_ptr())},
-                      device.processors, device.stream);
+    paged::copy_pages(
+        {t.data_ptr(), t.stride(0) * bytes, t.stride(1) * bytes, t.stride(2) * bytes, dim * bytes, int32_t(t.size(1)),
+         int32_t(t.size(2)), int32_t(t.size(0)), int32_t(src.size(0)),
+         static_cast<const int32_t*>(src.const_data_ptr()), static_cast<const int32_t*>(dst.const_data_ptr())},
+        device.processors, device.stream);
   };
   copy(k_pages);
   copy(v_pages);

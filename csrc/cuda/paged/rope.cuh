@@ -7,8 +7,9 @@
 
 namespace duplex::paged {
 
-// Numbers [column, column + COUNT) of a row, turned by its position and rounded as their type: as if they had been turned before.
-// With COUNT > 1, no pair's halves and no end of the turning part lie inside such a run but where pairs are interleaved.
+// Numbers [column, column + COUNT) of a row, turned by its position and rounded as their type: as if they had been
+// turned before. With COUNT > 1, no pair's halves and no end of the turning part lie inside such a run but where pairs
+// are interleaved.
 template <class T, int COUNT>
 DUPLEX_DEVICE void load_rotated(const typename T::Stored* row, int column, int64_t position, const Rope& rope,
                                 float (&x)[COUNT]) {

@@ -56,7 +56,8 @@ DUPLEX_HOST_DEVICE inline Parts parts_of(const Extent& x, int32_t i0, int32_t i1
                                          bool fixed) {
   const int32_t offset = int32_t(x.span.offset), prefix = int32_t(x.span.prefix);
   const int32_t last = i1 + offset + int32_t(x.span.right), first = i0 + offset - int32_t(x.span.left);
-  const int32_t end = clamp32(last > prefix ? last : prefix, 0, x.len_k), begin = prefix > 0 ? 0 : clamp32(first, 0, end);
+  const int32_t end = clamp32(last > prefix ? last : prefix, 0, x.len_k),
+                begin = prefix > 0 ? 0 : clamp32(first, 0, end);
   int32_t origin = begin, size = FIXED_SPLIT;
   if (fixed) {
     origin = begin / FIXED_SPLIT * FIXED_SPLIT;
@@ -100,7 +101,14 @@ DUPLEX_HOST_DEVICE inline bool piece_of(const Batch& l, const Division& d, int32
   const Parts parts = parts_of(x, i0, i1, d.splits, d.block, d.fixed);
   if (t >= parts.count) return false;
   const int32_t first = parts.origin + t * parts.size, end = first + parts.size;
-  piece = {b, x.row_q, i0, i1, first, parts.count > 1 ? n * d.rows : -1, x.len_k - x.len_q, false,
+  piece = {b,
+           x.row_q,
+           i0,
+           i1,
+           first,
+           parts.count > 1 ? n * d.rows : -1,
+           x.len_k - x.len_q,
+           false,
            section(x.span, first, end < parts.end ? end : parts.end)};
   return true;
 }
@@ -134,8 +142,8 @@ struct Union {
   int32_t own_slot, own, own_stride;
 
   DUPLEX_HOST_DEVICE int64_t slot(int32_t part, int32_t at_row) const {
-    const int64_t first = part < shared ? shared_slot + int64_t(part) * shared_stride
-                                        : own_slot + int64_t(part - shared) * own_stride;
+    const int64_t first =
+        part < shared ? shared_slot + int64_t(part) * shared_stride : own_slot + int64_t(part - shared) * own_stride;
     return first + (at_row - row);
   }
 };
@@ -160,8 +168,9 @@ DUPLEX_HOST_DEVICE inline bool union_of(const Batch& l, const int32_t* plan, int
   const int32_t size = row_end - row > 0 ? row_end - row : 1;
   const int32_t stride = m.shared_stride > size ? m.shared_stride : size;
   const int32_t shared = clamp32(m.shared_count, 0, capacity / stride), own = clamp32(m.own_count, 0, capacity / size);
-  u = {row, row_end, clamp32(m.shared_slot, 0, capacity - shared * stride), shared, stride,
-       clamp32(m.own_slot, 0, capacity - own * size), own, size};
+  u = {row,    row_end, clamp32(m.shared_slot, 0, capacity - shared * stride),
+       shared, stride,  clamp32(m.own_slot, 0, capacity - own * size),
+       own,    size};
   return row < row_end;
 }
 
