@@ -199,7 +199,7 @@ class BuildNative(build_ext):
 
         def compile_one(job: Job) -> str:
             how = zlib.crc32(" ".join([cxx, *job.flags]).encode())
-            target = folder / f"{job.source.stem}.{job.variant}.{how:08x}.o"
+            target = folder / f"{job.source.name}.{job.variant}.{how:08x}.o"
             if not target.exists() or target.stat().st_mtime < newest(job):
                 done = subprocess.run(
                     [cxx, *job.flags, "-c", str(job.source), "-o", str(target)],

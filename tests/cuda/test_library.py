@@ -142,9 +142,7 @@ def test_backward(kernel: Kernel) -> None:
 def stack(name: str, head_dim: int, dtype: str, terms: bool) -> int:
     if name == "forward":
         return 128 if head_dim == 256 else 64
-    if name == "dkdv" and head_dim in (128, 256):  # whose loaders keep fewer registers
-        return 144 if head_dim == 128 else 480
-    return 80
+    return {128: 144, 192: 240, 256: 480}.get(head_dim, 80) if name == "dkdv" else 80
 
 
 def test_registers_and_stack() -> None:

@@ -34,13 +34,13 @@ struct Tile {
   static constexpr int KV = 0;
   static constexpr int Q = KV + (Q_STAYS ? STAGES : STAGES - 1) * 2 * Side::BYTES;
   static constexpr int PLACES = KV + STAGES * 2 * Side::BYTES + (Q_STAYS ? Q_BYTES : 0);
-  static constexpr int SCALES = PLACES + STAGES * BLOCK_N * 8;
+  static constexpr int SCALES = PLACES + STAGES * BLOCK_N * 16;
   static constexpr int SHARED_BYTES = SCALES + (S == Storage::AS_QUERIES ? 0 : STAGES * BLOCK_N * 8);
   static_assert(STAGES >= 2 && SHARED_BYTES <= 99 * 1024 && THREADS >= BLOCK_N &&
                 (Q_STAYS || Q_BYTES <= 2 * Side::BYTES));
   // In the end the sums of all warps lie where keys did, and what they are relative to where their places were.
   static_assert(WARPS_N * ROWS * HEAD_DIM * 4 <= STAGES * 2 * Side::BYTES &&
-                WARPS_N * ROWS * 8 <= STAGES * BLOCK_N * 8);
+                WARPS_N * ROWS * 8 <= STAGES * BLOCK_N * 16);
 };
 
 template <class T, Storage S, int HEAD_DIM, int ROWS>
@@ -88,55 +88,62 @@ struct Attend {
 
   DUPLEX_DEVICE uint32_t key_stage(int n) const { return base + L::KV + n % L::STAGES * 2 * L::Side::BYTES; }
   DUPLEX_DEVICE uint32_t value_stage(int n) const { return key_stage(n) + L::Side::BYTES; }
-  DUPLEX_DEVICE uint32_t places(int n) const { return base + L::PLACES + n % L::STAGES * L::BLOCK_N * 8; }
+  DUPLEX_DEVICE uint32_t places(int n) const { return base + L::PLACES + n % L::STAGES * L::BLOCK_N * 16; }
   DUPLEX_DEVICE uint32_t scales(int n) const { return base + L::SCALES + n % L::STAGES * L::BLOCK_N * 8; }
 
-  // The page of this thread's key of block t, -1 for none.
-  DUPLEX_DEVICE int32_t page_of(int t) const {
-    if (thread >= L::BLOCK_N || t >= keys.count()) return -1;
+  // Where this thread's key of a block lies; no page where it is none.
+  struct Where {
+    int32_t page, slot;
+  };
+  DUPLEX_DEVICE Where where_of(int t) const {
+    if (thread >= L::BLOCK_N || t >= keys.count()) return {-1, 0};
     const int32_t j = block_at(t) * L::BLOCK_N + thread;
-    if (j >= piece.span.len_k) return -1;
-    const int32_t page = c.pages.table[piece.sequence * c.pages.table_row + (piece.first + j) / c.pages.page_size];
-    return clamp32(page, 0, c.num_pages - 1);
+    if (j >= piece.span.len_k) return {-1, 0};
+    const uint32_t key = uint32_t(piece.first + j), size = uint32_t(c.pages.page_size), page = key / size;
+    return {clamp32(c.pages.table[piece.sequence * c.pages.table_row + page], 0, c.num_pages - 1),
+            int32_t(key - page * size)};
   }
 
-  DUPLEX_DEVICE void put_place(int t, int32_t page) const {
-    if (thread >= L::BLOCK_N || t >= keys.count()) return;
-    const int32_t j = block_at(t) * L::BLOCK_N + thread;
-    ptx::shared_store(places(t) + 8 * thread, page);
-    ptx::shared_store(places(t) + 8 * thread + 4, int32_t((piece.first + j) % c.pages.page_size));
+  // For all threads: how many bytes its rows of keys and values lie from those of page 0, or -1.
+  DUPLEX_DEVICE void put_place(int t, Where at) const {
+    if (thread >= L::BLOCK_N) return;
+    const auto bytes_to = [&](const View& v) {
+      return uint64_t(at.page < 0 ? -1 : (at.page * v.batch + at.slot * v.row) * STORED_BYTES<S>);
+    };
+    const uint64_t k = bytes_to(c.pages.k), v = bytes_to(c.pages.v);
+    ptx::shared_store16(places(t) + 16 * thread, {uint32_t(k), uint32_t(k >> 32), uint32_t(v), uint32_t(v >> 32)});
   }
 
   // Block t of keys and values into its stage; what is no key is 0.
-  DUPLEX_DEVICE void copy_block(int t) const {
+  DUPLEX_DEVICE void copy_block(int t, Where own) const {
+    constexpr int UNITS = L::Side::ROW_BYTES / 16, ALL_UNITS = L::Side::PANELS * UNITS;  // of 16 bytes in a row
     if (t < keys.count()) {
-      copy_side(key_stage(t), places(t), c.pages.k, c.head_dim);
-      copy_side(value_stage(t), places(t), c.pages.v, c.head_dim_v);
-      if constexpr (QUANTISED)
-        if (thread < L::BLOCK_N) {
-          if (c.pages.k_scales) copy_scale(scales(t), places(t), c.pages.k_scales);
-          if (c.pages.v_scales) copy_scale(scales(t) + 4 * L::BLOCK_N, places(t), c.pages.v_scales);
-        }
+      const char* k = static_cast<const char*>(c.pages.k.data) + kv_head * c.pages.k.head * STORED_BYTES<S>;
+      const char* v = static_cast<const char*>(c.pages.v.data) + kv_head * c.pages.v.head * STORED_BYTES<S>;
+#pragma unroll 2
+      for (int n = thread; n < L::BLOCK_N * ALL_UNITS; n += L::THREADS) {
+        const int row = n / ALL_UNITS, unit = n % ALL_UNITS;
+        const Words4 place = ptx::shared_load16(places(t) + 16 * row);
+        const uint32_t to = unit / UNITS * L::Side::PANEL_BYTES + swizzled(row, unit % UNITS, L::Side::ROW_BYTES);
+        copy_unit(key_stage(t) + to, k, place.word[0], place.word[1], c.head_dim, unit);
+        copy_unit(value_stage(t) + to, v, place.word[2], place.word[3], c.head_dim_v, unit);
+      }
+      if (QUANTISED && thread < L::BLOCK_N) {
+        copy_scale(scales(t), c.pages.k_scales, own);
+        copy_scale(scales(t) + 4 * L::BLOCK_N, c.pages.v_scales, own);
+      }
     }
     ptx::copy_commit();
   }
-  DUPLEX_DEVICE void copy_side(uint32_t to, uint32_t from, const View& pages, int dim) const {
-    constexpr int UNITS = L::Side::ROW_BYTES / 16, ALL_UNITS = L::Side::PANELS * UNITS;  // of 16 bytes in a row
-    const char* head = static_cast<const char*>(pages.data) + kv_head * pages.head * STORED_BYTES<S>;
-#pragma unroll 2
-    for (int n = thread; n < L::BLOCK_N * ALL_UNITS; n += L::THREADS) {
-      const int row = n / ALL_UNITS, unit = n % ALL_UNITS;
-      const int32_t page = ptx::shared_load(from + 8 * row), slot = ptx::shared_load(from + 8 * row + 4);
-      const int bytes = clamp32(dim * STORED_BYTES<S> - 16 * unit, 0, page < 0 ? 0 : 16);
-      const int64_t offset = bytes > 0 ? (page * pages.batch + slot * pages.row) * STORED_BYTES<S> + 16 * unit : 0;
-      ptx::copy_async<16>(to + unit / UNITS * L::Side::PANEL_BYTES + swizzled(row, unit % UNITS, L::Side::ROW_BYTES),
-                          head + offset, bytes);
-    }
+  DUPLEX_DEVICE static void copy_unit(uint32_t to, const char* from, uint32_t low, uint32_t high, int dim, int unit) {
+    const int64_t place = int64_t(low | uint64_t(high) << 32);
+    const int bytes = clamp32(dim * STORED_BYTES<S> - 16 * unit, 0, place < 0 ? 0 : 16);
+    ptx::copy_async<16>(to, bytes > 0 ? from + place + 16 * unit : from, bytes);
   }
-  DUPLEX_DEVICE void copy_scale(uint32_t to, uint32_t from, const ScaleView& s) const {
-    const int32_t page = ptx::shared_load(from + 8 * thread), slot = ptx::shared_load(from + 8 * thread + 4);
-    const int64_t offset = page < 0 ? 0 : page * s.page + slot * s.slot + kv_head * s.head;
-    ptx::copy_async<4>(to + 4 * thread, s.data + offset, page < 0 ? 0 : 4);
+  DUPLEX_DEVICE void copy_scale(uint32_t to, const ScaleView& s, Where own) const {
+    if (!s) return;
+    const int64_t offset = own.page < 0 ? 0 : own.page * s.page + own.slot * s.slot + kv_head * s.head;
+    ptx::copy_async<4>(to + 4 * thread, s.data + offset, own.page < 0 ? 0 : 4);
   }
 
   // The tile's queries, rotated, in the order in which lanes hold them as A of the products: a warp takes a row. Bytes
@@ -189,12 +196,13 @@ struct Attend {
         uint32_t b[4];  // of 8 keys: two units; of the next 8 keys: the same
         ptx::load_matrices(b, keys_at(warp_n * L::KEYS + 16 * k, step / AT_ONCE));
         if constexpr (QUANTISED) {
+          uint32_t wide[4][2];
+          widen_words<T, S, 1>(b, wide);
 #pragma unroll
           for (int s = 0; s < 2; ++s)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-              ptx::mma<T>(x + 8 * k + 4 * half, a[s], widen_pair<T, S, 0, 1>(b[2 * half + s]),
-                          widen_pair<T, S, 2, 3>(b[2 * half + s]));
+              ptx::mma<T>(x + 8 * k + 4 * half, a[s], wide[2 * half + s][0], wide[2 * half + s][1]);
         } else {
           ptx::mma<T>(x + 8 * k, a[0], b[0], b[1]);
           ptx::mma<T>(x + 8 * k + 4, a[0], b[2], b[3]);
@@ -215,13 +223,13 @@ struct Attend {
         uint32_t b[4];  // of 8 keys and the next 8: a unit; then the next unit
         ptx::load_matrices_transposed(b, values_at(warp_n * L::KEYS + 16 * k, u / AT_ONCE));
         if constexpr (QUANTISED) {
+          uint32_t wide[4][2];
+          widen_words<T, S, 2>(b, wide);
 #pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            ptx::mma<T>(sum + 8 * (u + s), p[k], widen_pair<T, S, 0, 2>(b[2 * s]),
-                        widen_pair<T, S, 0, 2>(b[2 * s + 1]));
-            ptx::mma<T>(sum + 8 * (u + s) + 4, p[k], widen_pair<T, S, 1, 3>(b[2 * s]),
-                        widen_pair<T, S, 1, 3>(b[2 * s + 1]));
-          }
+          for (int s = 0; s < 2; ++s)
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd)
+              ptx::mma<T>(sum + 8 * (u + s) + 4 * odd, p[k], wide[2 * s][odd], wide[2 * s + 1][odd]);
         } else {
           ptx::mma<T>(sum + 8 * u, p[k], b[0], b[1]);
           ptx::mma<T>(sum + 8 * u + 4, p[k], b[2], b[3]);
@@ -256,12 +264,16 @@ struct Attend {
   DUPLEX_DEVICE void tile() {
     keys = key_blocks(piece.span, i0, i1, L::BLOCK_N);
     const int count = keys.count();
+    Where own[L::STAGES];
 #pragma unroll
-    for (int t = 0; t < L::STAGES; ++t) put_place(t, page_of(t));
+    for (int t = 0; t < L::STAGES; ++t) {
+      own[t] = where_of(t);
+      put_place(t, own[t]);
+    }
     ptx::block_sync();
 #pragma unroll
-    for (int t = 0; t < L::STAGES - 1; ++t) copy_block(t);
-    int32_t next_page = page_of(L::STAGES);
+    for (int t = 0; t < L::STAGES - 1; ++t) copy_block(t, own[t]);
+    Where placed = own[L::STAGES - 1], next = where_of(L::STAGES);
     put_queries();
     ptx::block_sync();
     uint32_t q[L::Q_STAYS ? 1 : STEPS][4];
@@ -288,9 +300,10 @@ struct Attend {
     for (int t = 0; t < count; ++t) {
       ptx::copy_wait<L::STAGES - 2>();
       ptx::block_sync();
-      copy_block(t + L::STAGES - 1);
-      put_place(t + L::STAGES, next_page);
-      next_page = page_of(t + L::STAGES + 1);
+      copy_block(t + L::STAGES - 1, placed);
+      put_place(t + L::STAGES, next);
+      placed = next;
+      next = where_of(t + L::STAGES + 1);
       float x[L::KEYS / 2], decay[2];
       uint32_t p[L::KEYS / 16][4];
       multiply_keys(x, q, t);
