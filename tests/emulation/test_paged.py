@@ -71,6 +71,16 @@ def test_a_plan(lane: Lane, heads: tuple[int, int], stored: torch.dtype | None, 
     pool.check(lane, plan=made)
 
 
+def test_a_prefix_in_parts(lane: Lane) -> None:
+    """Shared keys that are cut, and of which each sequence goes on by itself."""
+    pool = make(
+        Case(((1,) * 13, tuple(1100 + 7 * n for n in range(13))), (2, 1), (32, 32), BF16, shared=1088, sink=True)
+    )
+    made = plan(pool.block_table, pool.seqlens_k, 16, workers=Workers(64, 3))
+    assert made is not None and made[0, 5] > 1
+    pool.check(lane, plan=made)
+
+
 def test_distances_in_a_shared_tile(lane: Lane) -> None:
     pool = make(
         Case(((1,) * 13, tuple(300 + 7 * n for n in range(13))), (4, 2), (32, 32), BF16, shared=288, alibi=True)
@@ -97,10 +107,13 @@ def test_rotated_queries(lane: Lane, decodes: bool, interleaved: bool) -> None:
         torch.testing.assert_close(pool.run(lane, **given, **options)["out"], want, atol=0.02, rtol=0.02)
 
 
-def test_batch_invariant_in_every_bit(lane: Lane) -> None:
+@pytest.mark.parametrize("left", [None, 2200])
+def test_batch_invariant_in_every_bit(lane: Lane, left: int | None) -> None:
     """A row's bits: alone, among others, one at a time and in chunks, with a plan and without, on any card."""
-    whole = make(Case(((20,), (2100,)), (4, 2), (32, 32), BF16))
-    bits = whole.run(lane, batch_invariant=True)["out"].clone()
+    whole = make(
+        Case(((20,), (2310,)), (4, 2), (32, 32), BF16, mask=(0, left, 0))
+    )  # rows on both sides of a block's end
+    bits = whole.check(lane, batch_invariant=True)["out"].clone()
     for seed, (chunk, end) in enumerate(itertools.product((1, 7), (8, 20))):
         q = whole.q[end - chunk : end]
         other = torch.randn(1, *q.shape[1:], generator=torch.Generator().manual_seed(end)).to(BF16)
@@ -108,11 +121,11 @@ def test_batch_invariant_in_every_bit(lane: Lane) -> None:
             whole,
             q=torch.cat([q, other]),
             block_table=whole.block_table.expand(2, -1),
-            seqlens_k=torch.tensor([2080 + end, 33], dtype=torch.int32),
+            seqlens_k=torch.tensor([2290 + end, 33], dtype=torch.int32),
             cu_seqlens_q=torch.tensor([0, chunk, chunk + 1], dtype=torch.int32),
         )
         made = plan(
-            part.block_table.contiguous(), part.seqlens_k, 16, cu_seqlens_q=part.cu_seqlens_q, batch_invariant=True,
+            part.block_table.contiguous(), part.seqlens_k, 16, da.Mask(0, left, 0), cu_seqlens_q=part.cu_seqlens_q, batch_invariant=True,
             workers=Workers(64, 4),
         )  # fmt: skip
         for given in (None, made):
