@@ -41,7 +41,7 @@ class FarStorage:
     def place(self, x: Tensor, dim: int) -> Tensor:
         """x with the entries of dimension `dim` so far apart that the last lies FAR behind the first."""
         strides = list(x.contiguous().stride())
-        strides[dim] = -(-FAR // (x.shape[dim] - 1) // 8) * 8
+        strides[dim] = -(-FAR // (x.shape[dim] - 1) // 16) * 16
         far = self.flat.as_strided(x.shape, strides, self.next)
         self.next += APART
         assert strides[dim] * (x.shape[dim] - 1) >= 2**31 and x.dtype == self.flat.dtype
