@@ -95,6 +95,13 @@ class Job:
     flags: list[str]
 
 
+@cache
+def read_by(source: Path) -> frozenset[Path]:
+    """The file and the project's headers that it includes, and those that they do."""
+    included = (CSRC / name for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE))
+    return frozenset({source}).union(*(read_by(path) for path in included))
+
+
 def cpu_jobs(torch: Path) -> list[Job]:
     flags = [*FLAGS, *CPU_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-isystem", str(torch / "include")]
     kernels = [
@@ -189,13 +196,8 @@ class BuildNative(build_ext):
         folder = ROOT / "build" / "objects" / sources.name  # kept from build to build, unlike pip's temporary folder
         folder.mkdir(parents=True, exist_ok=True)
 
-        # A folder reads its own headers, those above it, and what all share; host code, which joins them, reads all.
         def newest(job: Job) -> float:
-            above = [p for p in (job.source.parent, *job.source.parent.parents) if p.is_relative_to(sources)]
-            found = (
-                [p for at in above for p in at.glob("*.*h")] if job.source.suffix == ".cu" else sources.rglob("*.*h")
-            )
-            return max(p.stat().st_mtime for p in (*found, *(CSRC / "common").glob("*.h"), job.source, Path(__file__)))
+            return max(p.stat().st_mtime for p in (*read_by(job.source), Path(__file__)))
 
         def compile_one(job: Job) -> str:
             how = zlib.crc32(" ".join([cxx, *job.flags]).encode())

@@ -81,17 +81,18 @@ struct PlanOptions {
 
 constexpr int64_t LEAST_SPLIT = 512;   // keys: below it, a merge costs more than it gains
 constexpr int64_t LEAST_SHARED = 256;  // keys of a prefix worth a tile of its own
+constexpr int64_t PART_STEP = 64;      // keys: parts begin this many apart, so that kernels read runs of slots
 constexpr int64_t TILES_A_WORKER = 4;  // so that the longest leaves little idling at the end
 
 namespace plan_detail {
 
-// Keys that some row of [i0, i1) of the sequence may see.
+// Keys that some row of [i0, i1) of the sequence may see, from a multiple of PART_STEP on.
 struct KeyRange {
   int64_t begin, end;
 };
 inline KeyRange visible_keys(const Span& span, int64_t i0, int64_t i1) {
   const int64_t end = std::clamp<int64_t>(std::max(span.last(i1 - 1) + 1, span.prefix), 0, span.len_k);
-  const int64_t begin = std::min(span.next(i0, i1, 0), end);
+  const int64_t begin = std::min(span.next(i0, i1, 0), end) / PART_STEP * PART_STEP;
   return {begin, end};
 }
 
@@ -162,7 +163,7 @@ inline Plan make_plan(const PlanBatch& p, const PlanOptions& options) {
   const int64_t split = options.fixed_split ? options.fixed_split : std::max(LEAST_SPLIT, even);
   const auto cut = [&](KeyRange keys, auto&& part) {
     const int64_t parts = std::max<int64_t>(1, (keys.end - keys.begin + split / 2) / split);
-    const int64_t step = ((keys.end - keys.begin + parts - 1) / parts + 63) / 64 * 64;
+    const int64_t step = ((keys.end - keys.begin + parts - 1) / parts + PART_STEP - 1) / PART_STEP * PART_STEP;
     for (int64_t j = keys.begin, end; j < keys.end; j = end) {
       end = std::min(keys.end, options.fixed_split ? (j / split + 1) * split : j + step);
       part(int32_t(j), int32_t(end));

@@ -81,6 +81,12 @@ void check_call(const CallArguments& call) {
   expect(!call.row_distance_bias && !call.col_distance_bias, "no row_distance_bias and no col_distance_bias");
 }
 
+bool aligned(const Tensor& t, int64_t bytes) {
+  uint64_t all = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  for (int d = 0; d < t.dim() - 1; ++d) all |= uint64_t(t.stride(d)) * element_size(t);
+  return all % bytes == 0;
+}
+
 // A size of 1 says nothing by its stride.
 bool has_bulk_rows(const Tensor& t) {
   if (t.numel() == 0) return true;

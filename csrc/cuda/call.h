@@ -25,6 +25,9 @@ bool is_bfloat16(const Tensor& t);  // else float16, else it throws
 // Refuses what no kernel of the library takes.
 void check_call(const CallArguments& call);
 
+// Whether rows begin at multiples of `bytes`.
+bool aligned(const Tensor& t, int64_t bytes);
+
 // Whether bulk copies can read a tensor: its first number and its strides are at multiples of 16 bytes.
 bool has_bulk_rows(const Tensor& t);
 

@@ -35,4 +35,17 @@ DUPLEX_DEVICE float merge_row(int parts, float sink, int dim, int lane, Lse&& ls
   return seen ? reference + ptx::log2(total) * LN2 : -INFINITY;
 }
 
+// The same of one part, number by number, to the same bits.
+struct OnePart {
+  float weight, total, lse;
+
+  DUPLEX_DEVICE OnePart(float part_lse, float sink) {
+    const float largest = fmaxf(sink, part_lse), reference = largest == -INFINITY ? 0.f : largest;
+    weight = ptx::exp2((part_lse - reference) * LOG2E);
+    total = ptx::exp2((sink - reference) * LOG2E) + weight;
+    lse = total != 0 ? reference + ptx::log2(total) * LN2 : -INFINITY;
+  }
+  DUPLEX_DEVICE float number(float x) const { return weight > 0 ? x * weight / total : 0.f; }
+};
+
 }  // namespace duplex

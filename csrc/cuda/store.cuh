@@ -23,10 +23,10 @@ DUPLEX_DEVICE void transpose_quad(uint32_t (&w)[4], int quad_lane) {
 }
 
 // Row r of a thread's two, times its weight, to `to`; every lane of the four comes here, and writes if the row is live.
+// Whole: columns come in whole eights, and rows begin on 16 bytes.
 template <class T, int COUNT>
 DUPLEX_DEVICE void store_row(uint16_t* to, const float (&x)[COUNT], int r, float weight, int columns, bool live,
-                             int quad_lane) {
-  const bool whole = columns % 8 == 0;
+                             int quad_lane, bool whole) {
 #pragma unroll
   for (int g = 0; g < COUNT / 16; ++g) {  // 32 columns
     uint32_t words[4];
@@ -56,7 +56,8 @@ DUPLEX_DEVICE void store_rows(const Rows& to, int batch, int row, int head, int 
                               const float (&x)[COUNT], const float (&weight)[2], int quad_lane) {
 #pragma unroll
   for (int r = 0; r < 2; ++r)
-    store_row<T>(to.at(batch, int64_t(row) + n + 8 * r, head), x, r, weight[r], columns, n + 8 * r < length, quad_lane);
+    store_row<T>(to.at(batch, int64_t(row) + n + 8 * r, head), x, r, weight[r], columns, n + 8 * r < length, quad_lane,
+                 columns % 8 == 0);
 }
 
 DUPLEX_DEVICE void store_lse(const ForwardArguments& a, const Work& w, int i, const float (&lse)[2], int quad_lane) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import zlib
@@ -64,11 +65,17 @@ def library() -> Path:
     return target
 
 
+@cache
+def read_by(source: Path) -> frozenset[Path]:
+    """The file and what it includes of the machine's and the project's headers, and what they do."""
+    names = re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)
+    included = (folder / name for name in names for folder in (source.parent, MACHINE, CSRC))
+    return frozenset({source}).union(*(read_by(path) for path in included if path.exists()))
+
+
 def compile_one(cxx: str, source: Path, flags: list[str]) -> Path:
-    """Named by what goes into it: a folder reads its own headers and those above it; host code, which joins them, all."""
-    folders = [source.parent, CUDA] if source.suffix == ".cu" else sorted({p.parent for p in CUDA.rglob("*.*h")})
-    texts = [source, *(p for at in (*folders, CSRC / "common") for p in sorted(at.glob("*.*h")))]
-    texts += sorted(MACHINE.rglob("*.*h"))
+    """Named by what goes into it."""
+    texts = sorted(read_by(source))
     how = zlib.crc32(b"".join([" ".join([cxx, *FLAGS, *flags]).encode(), *(p.read_bytes() for p in texts)]))
     done = FOLDER / f"{source.parent.name}.{source.stem}.{how:08x}.o"
     if not done.exists():

@@ -15,9 +15,9 @@ from duplex_attn.paged.functional import plan
 
 from ..lanes import Lane
 from ..paged import test_append as append
-from ..paged.pool import Case, make, rotated
+from ..paged.pool import Case, Pool, make, rotated
 from ..paged.test_attention import cases
-from .library import draw, left_out
+from .library import CARDS, EMULATED, draw, left_out
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -26,9 +26,18 @@ OWN_LANE = True  # tests that are taken from elsewhere run on it alone
 
 
 @pytest.fixture
-def lane(emulated: Lane) -> Iterator[Lane]:
+def card() -> int:
+    return CARDS["sm90"]
+
+
+ON_EACH_CARD = pytest.mark.parametrize("card", CARDS.values(), ids=list(CARDS))
+
+
+@pytest.fixture
+def lane(emulated: Lane, card: int) -> Iterator[Lane]:
     draw(0, processors=3)
-    yield emulated
+    with EMULATED.on(card):
+        yield emulated
 
 
 def fitting(case: Case) -> Case:
@@ -42,7 +51,9 @@ def fitting(case: Case) -> Case:
     )
 
 
-@pytest.mark.parametrize("case", cases(60, seed=0), ids=str)
+@pytest.mark.parametrize(
+    ("card", "case"), [(list(CARDS.values())[n % 2], case) for n, case in enumerate(cases(60, seed=0))], ids=str
+)
 def test_call(lane: Lane, case: Case) -> None:
     draw(case.seed, processors=1 + case.seed % 5)
     make(fitting(case)).check(lane)
@@ -51,12 +62,14 @@ def test_call(lane: Lane, case: Case) -> None:
 CAUSAL, WINDOW, PREFIX_AND_WINDOW = (0, None, 0), (0, 200, 0), (40, 50, 0)
 
 
+@ON_EACH_CARD
 @pytest.mark.parametrize(
     ("heads", "stored", "mask", "workers"),
     [
         ((2, 2), None, CAUSAL, Workers(64, 3)),
         ((8, 2), INT8, CAUSAL, Workers(2, 8)),
         ((8, 1), FLOAT8, WINDOW, Workers(64, 3)),
+        ((4, 2), None, (0, 150, 0), Workers(128, 3)),
         ((40, 2), None, CAUSAL, Workers(64, 3)),
         ((4, 2), FLOAT8, PREFIX_AND_WINDOW, Workers(2, 8)),
     ],
@@ -71,6 +84,7 @@ def test_a_plan(lane: Lane, heads: tuple[int, int], stored: torch.dtype | None, 
     pool.check(lane, plan=made)
 
 
+@ON_EACH_CARD
 def test_a_prefix_in_parts(lane: Lane) -> None:
     """Shared keys that are cut, and of which each sequence goes on by itself."""
     pool = make(
@@ -81,6 +95,7 @@ def test_a_prefix_in_parts(lane: Lane) -> None:
     pool.check(lane, plan=made)
 
 
+@ON_EACH_CARD
 def test_distances_in_a_shared_tile(lane: Lane) -> None:
     pool = make(
         Case(((1,) * 13, tuple(300 + 7 * n for n in range(13))), (4, 2), (32, 32), BF16, shared=288, alibi=True)
@@ -90,6 +105,7 @@ def test_distances_in_a_shared_tile(lane: Lane) -> None:
     pool.check(lane, plan=made)
 
 
+@ON_EACH_CARD
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("decodes", [False, True])
 def test_rotated_queries(lane: Lane, decodes: bool, interleaved: bool) -> None:
@@ -107,6 +123,38 @@ def test_rotated_queries(lane: Lane, decodes: bool, interleaved: bool) -> None:
         torch.testing.assert_close(pool.run(lane, **given, **options)["out"], want, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("page_size", [8, 24, 64, 192])
+@pytest.mark.parametrize("head_dim", [64, 96, 192, 256])
+def test_a_prompt_in_boxes_of_slots(lane: Lane, head_dim: int, page_size: int) -> None:
+    """Pages that fill a block of keys or are filled by it, and those that neither do; keys begin inside a page."""
+    case = Case(
+        ((70, 3), (520, 260)), (3, 1), (head_dim, head_dim), BF16, page_size=page_size, mask=(0, 100, 0), tail=2
+    )
+    for splits in (1, 40):
+        draw(head_dim, processors=splits)
+        make(dataclasses.replace(case, sink=page_size == 24, strided=page_size == 64)).check(lane)
+
+
+@ON_EACH_CARD
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_rows_that_begin_anywhere(lane: Lane, offset: int) -> None:
+    """Queries on 2 and on 16 bytes, rotated; an output of which as many numbers are stored at once as its rows allow."""
+    pool = make(Case(((70, 3), (130, 40)), (3, 1), (64, 64), BF16))
+    stored = torch.full((73, 3, 64 + 16), math.nan, dtype=BF16)
+    q = stored[..., offset : offset + 64].copy_(pool.q)
+    angle = torch.rand(200, 16, generator=torch.Generator().manual_seed(3)) * 6
+    given = {"rope_cos": angle.cos(), "rope_sin": angle.sin()}
+    position = torch.cat([torch.arange(60, 130), torch.arange(37, 40)])
+    turned = dataclasses.replace(pool, q=rotated(pool.q, position, angle.cos(), angle.sin(), False).to(BF16))
+    want = turned.run(lane)["out"]
+    got = da.paged_attention(
+        q, pool.k_pages, pool.v_pages, pool.block_table, pool.seqlens_k, cu_seqlens_q=pool.cu_seqlens_q, max_seqlen_q=70,
+        backend="cuda", **given,
+    )  # fmt: skip
+    torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
+
+
+@ON_EACH_CARD
 @pytest.mark.parametrize("left", [None, 2200])
 def test_batch_invariant_in_every_bit(lane: Lane, left: int | None) -> None:
     """A row's bits: alone, among others, one at a time and in chunks, with a plan and without, on any card."""
@@ -136,6 +184,7 @@ def test_batch_invariant_in_every_bit(lane: Lane, left: int | None) -> None:
             assert torch.equal(got[:chunk], bits[end - chunk : end]), f"rows {end - chunk} to {end}"
 
 
+@ON_EACH_CARD
 @pytest.mark.parametrize("stored", [None, FLOAT8])
 def test_same_bits_in_every_order(lane: Lane, stored: torch.dtype | None) -> None:
     pool = make(Case(((1, 5, 1), (600, 300, 40)), (4, 2), (64, 64), FP16, stored))
@@ -162,7 +211,8 @@ def test_every_float8_is_what_it_is(lane: Lane, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out[0, 0].float(), numbers.float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_lengths_and_tables_that_lie_reach_no_further_than_the_tensors(emulated: Lane) -> None:
+@pytest.mark.parametrize("invariant", [False, True])  # with it, tiles are the large ones
+def test_lengths_and_tables_that_lie_reach_no_further_than_the_tensors(lane: Lane, invariant: bool) -> None:
     """Beside the operator, which checks contents on the CPU."""
     pool = make(Case(((1, 2), (40, 20)), (2, 1), (16, 16), BF16))
     table = torch.tensor([[2**31 - 1, -5, 3], [7, -(2**31), 0]], dtype=torch.int32)
@@ -175,7 +225,7 @@ def test_lengths_and_tables_that_lie_reach_no_further_than_the_tensors(emulated:
         torch.ops.duplex_attn_cuda.paged_attention(
             pool.q, pages, pages, table, torch.tensor([2**31 - 1, -3], dtype=torch.int32),
             torch.tensor([0, 1, 2**31 - 1], dtype=torch.int32), 2, torch.tensor([2**30, -1], dtype=torch.int32), None, 0, False,
-            None, None, None, None, None, None, None, None, None, None, False, None, 0.0, False, given, out, lse,
+            None, None, None, None, None, None, None, None, None, None, False, None, 0.0, invariant, given, out, lse,
         )  # fmt: skip
     positions = torch.tensor([2**31 - 1, -7, 3], dtype=torch.int32)
     torch.ops.duplex_attn_cuda.paged_append(
@@ -243,18 +293,39 @@ def test_merge(lane: Lane, dim: int, dtype: torch.dtype) -> None:
 
 # Two stages in flight that several warps read, parts that are merged, rows of bytes.
 CASE = Case(((1, 3), (700, 150)), (2, 1), (128, 128), BF16)
+# Hopper's: several tiles a block.
+PROMPT = Case(((150, 30), (300, 150)), (2, 1), (128, 128), BF16)
+STAGES = [f"{of}_{stage}" for stage in range(2) for of in ("k_full", "k_empty", "v_full", "v_empty")]
+
+
+def is_noticed(pool: Pool, lane: Lane, what: str, number: int = 0, seeds: int = 8, **options: object) -> bool:
+    with left_out(what, number):
+        for seed in range(seeds):
+            draw(seed, processors=1)
+            try:
+                pool.check(lane, **options)
+            except (RuntimeError, AssertionError):
+                return True
+    return False
 
 
 @pytest.mark.parametrize("stored", [None, INT8])
 @pytest.mark.parametrize("what", ["copy_wait", "block_sync"])
 def test_what_is_left_out_is_noticed(lane: Lane, what: str, stored: torch.dtype | None) -> None:
-    pool = make(dataclasses.replace(CASE, stored=stored))
-    noticed = 0
-    with left_out(what):
-        for seed in range(8):
-            draw(seed, processors=1)
-            try:
-                pool.check(lane)
-            except (RuntimeError, AssertionError):
-                noticed += 1
-    assert noticed
+    assert is_noticed(make(dataclasses.replace(CASE, stored=stored)), lane, what)
+
+
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [
+        ("nothing", 0),
+        *(pytest.param("mbarrier_wait", 2 + n, id=name) for n, name in enumerate(STAGES)),
+        pytest.param("named_sync", 3, id="strangers_cleared"),
+        pytest.param("named_sync", 4, id="queries_are_there"),
+        *((what, 0) for what in ("proxy_fence", "product_wait", "product_fence", "block_sync")),
+    ],
+)
+def test_what_a_prompt_leaves_out_is_noticed(lane: Lane, what: str, number: int) -> None:
+    pool = make(PROMPT)
+    made = plan(pool.block_table, pool.seqlens_k, 16, cu_seqlens_q=pool.cu_seqlens_q, workers=Workers(64, 1))
+    assert is_noticed(pool, lane, what, number, seeds=24, plan=made) == (what != "nothing")

@@ -5,10 +5,10 @@
 
 #include "cuda/accumulators.cuh"
 #include "cuda/merge_row.cuh"
-#include "cuda/paged/call.h"
 #include "cuda/paged/rope.cuh"
 #include "cuda/paged/scores.cuh"
 #include "cuda/paged/stored.cuh"
+#include "cuda/paged/tiles.cuh"
 #include "cuda/sm80/fragments.cuh"
 
 namespace duplex::paged {
@@ -49,42 +49,21 @@ struct Attend {
   static constexpr bool QUANTISED = S != Storage::AS_QUERIES;
   static constexpr int STEPS = HEAD_DIM / 16;  // of products over head_dim, and 16 columns of values each
 
+  const RowTile& tile;
   const Call& c;
   const Piece& piece;
   const uint32_t base;
-  const int thread, lane, warp_m, warp_n, kv_head, chunk;
-  const Packing pack;
-  int32_t i0, i1;  // the tile's rows
-  KeyBlocks keys;
+  const int thread, lane, warp_m, warp_n;
 
-  DUPLEX_DEVICE Attend(const Call& c, const Piece& piece, int kv_head, int chunk)
-      : c(c),
-        piece(piece),
+  DUPLEX_DEVICE explicit Attend(const RowTile& tile)
+      : tile(tile),
+        c(tile.c),
+        piece(tile.piece),
         base(ptx::shared_base()),
         thread(ptx::thread_index()),
         lane(thread % 32),
         warp_m(thread / 32 % L::WARPS_M),
-        warp_n(thread / 32 / L::WARPS_M),
-        kv_head(kv_head),
-        chunk(chunk),
-        pack(packing(c.group(), ROWS)) {}
-
-  // Row m of the tile: which query it is, its head, and whether it is one.
-  struct Row {
-    int32_t i, head;
-    bool live;
-  };
-  DUPLEX_DEVICE Row row(int m) const {
-    const int32_t i = i0 + m / pack.heads, g = chunk * pack.heads + m % pack.heads;
-    return {i, kv_head * c.group() + (g < c.group() ? g : 0), i < i1 && m / pack.heads < pack.rows && g < c.group()};
-  }
-
-  // Blocks of keys from edge to inside; where bits must not depend on the rows beside, from first to last.
-  DUPLEX_DEVICE int block_at(int t) const {
-    if (!c.division.fixed) return keys.at(t);
-    const int before = keys.first + keys.gap;
-    return t < before ? t : keys.outer + t - before;
-  }
+        warp_n(thread / 32 / L::WARPS_M) {}
 
   DUPLEX_DEVICE uint32_t key_stage(int n) const { return base + L::KV + n % L::STAGES * 2 * L::Side::BYTES; }
   DUPLEX_DEVICE uint32_t value_stage(int n) const { return key_stage(n) + L::Side::BYTES; }
@@ -96,8 +75,8 @@ struct Attend {
     int32_t page, slot;
   };
   DUPLEX_DEVICE Where where_of(int t) const {
-    if (thread >= L::BLOCK_N || t >= keys.count()) return {-1, 0};
-    const int32_t j = block_at(t) * L::BLOCK_N + thread;
+    if (thread >= L::BLOCK_N || t >= tile.keys.count()) return {-1, 0};
+    const int32_t j = tile.block_at(t) * L::BLOCK_N + thread;
     if (j >= piece.span.len_k) return {-1, 0};
     const uint32_t key = uint32_t(piece.first + j), size = uint32_t(c.pages.page_size), page = key / size;
     return {clamp32(c.pages.table[piece.sequence * c.pages.table_row + page], 0, c.num_pages - 1),
@@ -117,9 +96,9 @@ struct Attend {
   // Block t of keys and values into its stage; what is no key is 0.
   DUPLEX_DEVICE void copy_block(int t, Where own) const {
     constexpr int UNITS = L::Side::ROW_BYTES / 16, ALL_UNITS = L::Side::PANELS * UNITS;  // of 16 bytes in a row
-    if (t < keys.count()) {
-      const char* k = static_cast<const char*>(c.pages.k.data) + kv_head * c.pages.k.head * STORED_BYTES<S>;
-      const char* v = static_cast<const char*>(c.pages.v.data) + kv_head * c.pages.v.head * STORED_BYTES<S>;
+    if (t < tile.keys.count()) {
+      const char* k = static_cast<const char*>(c.pages.k.data) + tile.share.kv_head * c.pages.k.head * STORED_BYTES<S>;
+      const char* v = static_cast<const char*>(c.pages.v.data) + tile.share.kv_head * c.pages.v.head * STORED_BYTES<S>;
 #pragma unroll 2
       for (int n = thread; n < L::BLOCK_N * ALL_UNITS; n += L::THREADS) {
         const int row = n / ALL_UNITS, unit = n % ALL_UNITS;
@@ -142,7 +121,7 @@ struct Attend {
   }
   DUPLEX_DEVICE void copy_scale(uint32_t to, const ScaleView& s, Where own) const {
     if (!s) return;
-    const int64_t offset = own.page < 0 ? 0 : own.page * s.page + own.slot * s.slot + kv_head * s.head;
+    const int64_t offset = own.page < 0 ? 0 : own.page * s.page + own.slot * s.slot + tile.share.kv_head * s.head;
     ptx::copy_async<4>(to + 4 * thread, s.data + offset, own.page < 0 ? 0 : 4);
   }
 
@@ -151,10 +130,9 @@ struct Attend {
   DUPLEX_DEVICE void put_queries() const {
     using Stored = typename T::Stored;
     for (int m = thread / 32; m < ROWS; m += L::WARPS) {
-      const Row r = row(m);
+      const RowTile::Row r = tile.row(m);
       const Stored* from = c.q.template at<Stored>(0, r.live ? piece.row + r.i : 0, r.head);
-      int64_t position = piece.position + r.i;
-      if (piece.shared && c.rope && r.live) position = position_of(c.batch, piece.row + r.i);
+      const int64_t position = tile.position(r);
       for (int pair = lane; pair < HEAD_DIM / 2; pair += 32) {
         float x[2][1] = {{0}, {0}};
         for (int e = 0; e < 2; ++e)
@@ -252,18 +230,16 @@ struct Attend {
   DUPLEX_DEVICE void weigh(float (&x)[L::KEYS / 2], uint32_t (&p)[L::KEYS / 16][4], const RowPair& rows, int t,
                            Softmax& softmax, float (&decay)[2]) const {
     if (QUANTISED && c.pages.k_scales) scale_columns(x, scales(t));
-    const int32_t j = block_at(t) * L::BLOCK_N + warp_n * L::KEYS + 2 * (lane % 4);
+    const int32_t j = tile.block_at(t) * L::BLOCK_N + warp_n * L::KEYS + 2 * (lane % 4);
     add_terms(x, c.terms, rows, j, int32_t(piece.span.offset));
-    if (c.division.fixed || t < keys.edges()) hide(x, piece.span, rows, j);
+    if (t < tile.edges()) hide(x, piece.span, rows, j);
     softmax.next<true, true>(x, 0, decay);
     if (QUANTISED && c.pages.v_scales) scale_columns(x, scales(t) + 4 * L::BLOCK_N);
     pack_operand<T>(x, p);
   }
 
-  // Rows [i0, i1) of the piece.
-  DUPLEX_DEVICE void tile() {
-    keys = key_blocks(piece.span, i0, i1, L::BLOCK_N);
-    const int count = keys.count();
+  DUPLEX_DEVICE void run() {
+    const int count = tile.keys.count();
     Where own[L::STAGES];
 #pragma unroll
     for (int t = 0; t < L::STAGES; ++t) {
@@ -288,7 +264,7 @@ struct Attend {
     RowPair rows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const Row of = row(16 * warp_m + lane / 4 + 8 * r);
+      const RowTile::Row of = tile.row(16 * warp_m + lane / 4 + 8 * r);
       rows.i[r] = of.i;
       rows.head[r] = of.head;
     }
@@ -344,7 +320,7 @@ struct Attend {
 
   // A warp joins what the warps have of row m, each its own keys, and writes it where it belongs.
   DUPLEX_DEVICE void finish(int m) const {
-    const Row r = row(m);
+    const RowTile::Row r = tile.row(m);
     if (!r.live) return;
     float largest = -INFINITY, total = 0, weight[L::WARPS_N];
 #pragma unroll
@@ -380,40 +356,13 @@ struct Attend {
   }
 };
 
-// Rows past the last sequence, of these heads: those that are this block's share among `shares`.
-template <class T>
-DUPLEX_DEVICE void clear_outside(const Call& c, int32_t share, int32_t shares, int first_head, int last_head) {
-  if (!c.batch.cu_q) return;
-  const int64_t end = c.batch.rows_q;
-  for (int64_t row = clamp32(c.batch.cu_q[c.batch.batch], 0, c.batch.rows_q) + share; row < end; row += shares)
-    for (int h = first_head; h < last_head; ++h) {
-      auto* to = c.out.template at<typename T::Stored>(0, row, h);
-      for (int column = ptx::thread_index(); column < c.head_dim_v; column += 32) to[column] = 0;
-      if (ptx::thread_index() == 0) c.lse[int64_t(h) * end + row] = -INFINITY;
-    }
-}
-
 template <class T, Storage S, int HEAD_DIM, int ROWS>
 DUPLEX_KERNEL((Tile<S, HEAD_DIM, ROWS>::THREADS))
 attend_kernel(DUPLEX_PARAMETER Call c, Which which, int32_t units) {
-  const Packing pack = packing(c.group(), ROWS);
-  const int width = c.heads_kv * pack.chunks, n = ptx::block_index() / width;
-  const int kv_head = ptx::block_index() % width / pack.chunks, chunk = ptx::block_index() % pack.chunks;
-  if (which != Which::SHARED && ptx::thread_index() < 32) {
-    const int first = chunk * pack.heads, last = first + pack.heads < c.group() ? first + pack.heads : c.group();
-    clear_outside<T>(c, n, units, kv_head * c.group() + first, kv_head * c.group() + last);
-  }
-  Piece piece;
-  if (which == Which::ALL) {
-    if (n >= c.batch.batch * c.division.blocks * c.division.splits || !piece_of(c.batch, c.division, n, piece)) return;
-  } else if (!piece_of(c.batch, c.plan, c.capacity, which == Which::SHARED, c.division.fixed, n, piece)) {
-    return;
-  }
-  Attend<T, S, HEAD_DIM, ROWS> attend(c, piece, kv_head, chunk);
-  for (attend.i0 = piece.begin; attend.i0 < piece.end; attend.i0 += pack.rows) {
-    attend.i1 = attend.i0 + pack.rows < piece.end ? attend.i0 + pack.rows : piece.end;
-    attend.tile();
-  }
+  const Share share(c, ROWS, ptx::block_index());
+  if (which != Which::SHARED && ptx::thread_index() < 32) clear_outside<T>(c, share, units);
+  for_each_tile(c, share, which, Tile<S, HEAD_DIM, ROWS>::BLOCK_N,
+                [](const RowTile& tile) { Attend<T, S, HEAD_DIM, ROWS>(tile).run(); });
 }
 
 }  // namespace duplex::paged

@@ -1,11 +1,13 @@
 // paged_attention: divides the step, describes it to the kernels.
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 #include "cuda/call.h"
 #include "cuda/device.h"
 #include "cuda/operators.h"
 #include "cuda/paged/attend.h"
+#include "cuda/sm90/paged.h"
 
 namespace duplex {
 namespace paged {
@@ -24,13 +26,21 @@ constexpr int64_t TILES_A_PROCESSOR = 4;  // at once, and to spare, so that the 
 
 // All rows of a sequence and their heads fill no more than the small tile. Not where bits must not depend on how many
 // there are.
-int tile_rows(const PagedArguments& p, const Call& c) {
-  return p.max_seqlen_q * c.group() <= SMALL_ROWS && !p.batch_invariant ? SMALL_ROWS : LARGE_ROWS;
+bool is_small(const PagedArguments& p, const Call& c) {
+  return p.max_seqlen_q * c.group() <= SMALL_ROWS && !p.batch_invariant;
+}
+
+// How many slots of a page a bulk copy brings, so that boxes fill pages and blocks of keys, and parts begin with one; 0
+// where it brings none: rows of a swizzled tile come by eights.
+int box_rows(const Call& c, const sm90::PagedVariant& v) {
+  if (c.pages.storage != Storage::AS_QUERIES || c.num_pages == 0) return 0;
+  const int64_t rows = std::gcd(std::gcd(c.pages.page_size, v.block_n), 64);
+  return rows >= 8 ? int(rows) : 0;
 }
 
 // What follows from shapes alone. `parts` of the keys are worth a merge where there are too few blocks for the card.
-Division divide(const PagedArguments& p, const Call& c, int block, int processors) {
-  const Packing pack = packing(c.group(), tile_rows(p, c));
+Division divide(const PagedArguments& p, const Call& c, int tile_rows, int block, int processors) {
+  const Packing pack = packing(c.group(), tile_rows);
   const int64_t blocks = (p.max_seqlen_q + pack.rows - 1) / pack.rows;
   const int64_t tiles = std::max<int64_t>(1, c.batch.batch * blocks * c.heads_kv * pack.chunks);
   const int64_t longest = c.batch.longest, wanted = TILES_A_PROCESSOR * processors;
@@ -66,6 +76,9 @@ Call describe(const PagedArguments& p) {
   c.heads_kv = int32_t(p.k_pages.size(2));
   c.head_dim = int32_t(p.q.size(2));
   c.head_dim_v = int32_t(p.v_pages.size(3));
+  const int64_t turning = p.rope_interleaved ? 2 * c.rope.reach : c.rope.reach;
+  c.q_vectors = aligned(p.q, 16) && c.head_dim % 8 == 0 && turning % 8 == 0;
+  c.out_vectors = aligned(p.out, 16) && c.head_dim_v % 8 == 0;
   return c;
 }
 
@@ -82,9 +95,13 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   const Device device(device_index(q));
   Call c = describe(p);
   if (q.size(0) * c.heads_q == 0) return;
-  const Attention& kernels = attention(std::max(c.head_dim, c.head_dim_v));
-  const int rows = tile_rows(p, c);
-  c.division = divide(p, c, kernels.block_n(c.pages.storage, rows), device.processors);
+  const int64_t head_dim = std::max(c.head_dim, c.head_dim_v);
+  const Attention& kernels = attention(head_dim);
+  const sm90::PagedVariant& wide = sm90::paged_variant(head_dim);
+  const bool is_wide = device.capability == 90 && box_rows(c, wide) > 0;
+  const int large_rows = is_wide ? wide.block_m : LARGE_ROWS, rows = is_small(p, c) ? SMALL_ROWS : large_rows;
+  const int block = rows > LARGE_ROWS ? wide.block_n : kernels.block_n(c.pages.storage, rows);
+  c.division = divide(p, c, rows, block, device.processors);
   // A plan's tiles of shared keys are not for terms that depend on distances.
   const bool planned = plan && !distance_bias && !alibi_slopes && c.batch.batch > 0;
   const Division& d = c.division;
@@ -95,20 +112,34 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   const Tensor workspace = new_float(q, {int64_t(c.slots) * c.heads_q * (c.head_dim_v + 1)});
   c.parts = static_cast<float*>(workspace.data_ptr());
   c.parts_lse = c.parts + int64_t(c.slots) * c.heads_q * c.head_dim_v;
+  const auto attend = [&](int tile_rows, Which which) {
+    if (tile_rows <= LARGE_ROWS) return kernels.attend(c, bfloat16, tile_rows, which, int32_t(units), device.stream);
+    sm90::PagedLaunch l{c,
+                        box_of(k_pages, k_pages),
+                        box_of(v_pages, v_pages),
+                        bfloat16,
+                        has_terms(c.terms),
+                        device.processors,
+                        device.stream};
+    l.k.rows = l.v.rows = box_rows(c, wide);
+    wide.launch(l, which, int32_t(units));
+  };
   if (planned) {
     c.plan = data<int32_t>(plan);
     c.capacity = int32_t(units);
-    kernels.attend(c, bfloat16, LARGE_ROWS, Which::SHARED, int32_t(units), device.stream);
-    kernels.attend(c, bfloat16, rows, Which::OWN, int32_t(units), device.stream);
+    attend(large_rows, Which::SHARED);
+    attend(rows, Which::OWN);
     merge_parts(c, bfloat16, int32_t(units), device.stream);
     return;
   }
-  kernels.attend(c, bfloat16, rows, Which::ALL, int32_t(units), device.stream);
+  attend(rows, Which::ALL);
   if (d.splits > 1 && pieces > 0) merge_parts(c, bfloat16, c.batch.batch * d.blocks, device.stream);
 }
 
 std::tuple<int64_t, int64_t> paged_workers(int64_t device, int64_t heads_kv) {
-  return {paged::LARGE_ROWS, std::max<int64_t>(1, Device(int32_t(device)).processors / heads_kv)};
+  const Device card(static_cast<int32_t>(device));
+  const int rows = card.capability == 90 ? sm90::paged_variant(64).block_m : paged::LARGE_ROWS;
+  return {rows, std::max<int64_t>(1, card.processors / heads_kv)};
 }
 
 }  // namespace duplex

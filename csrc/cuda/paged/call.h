@@ -9,8 +9,9 @@ namespace duplex::paged {
 
 struct Call {
   Batch batch;
-  View q, out;  // (packed row, head) of 16-bit numbers
-  float* lse;   // (heads_q, packed rows)
+  View q, out;                  // (packed row, head) of 16-bit numbers
+  bool q_vectors, out_vectors;  // rows are read, and written, 16 bytes at a time
+  float* lse;                   // (heads_q, packed rows)
   Pages pages;
   Rope rope;
   Terms terms;

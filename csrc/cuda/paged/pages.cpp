@@ -7,17 +7,6 @@
 #include "cuda/paged/append.h"
 
 namespace duplex {
-namespace {
-
-// Rows begin at multiples of `bytes`.
-bool aligned(const Tensor& t, int64_t bytes) {
-  uint64_t all = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  for (int d = 0; d < t.dim() - 1; ++d) all |= uint64_t(t.stride(d)) * element_size(t);
-  return all % bytes == 0;
-}
-
-}  // namespace
-
 void paged_append(DUPLEX_APPEND_PARAMETERS) {
   block_table = table_of(block_table);
   const Device device(device_index(k));

@@ -44,7 +44,7 @@ DUPLEX_DEVICE void hide(float (&x)[COUNT], const Span& s, const RowPair& rows, i
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) {
     const int c = column_of(n), r = row_of(n);
-    const bool seen = c < live && (c < prefix || (low[r] <= c && c <= high[r]));
+    const bool seen = (c < live) & ((c < prefix) | ((low[r] <= c) & (c <= high[r])));  // without branches
     x[n] = seen ? x[n] : -INFINITY;
   }
 }

@@ -51,13 +51,14 @@ struct Parts {
   int32_t origin, size, count, end;
 };
 
-// Of what rows [i0, i1) may see, a gap between prefix and window included. `block` divides the parts' lengths.
+// Of what rows [i0, i1) may see, a gap between prefix and window included. `block` divides where parts begin, unless
+// that is fixed.
 DUPLEX_HOST_DEVICE inline Parts parts_of(const Extent& x, int32_t i0, int32_t i1, int32_t splits, int32_t block,
                                          bool fixed) {
   const int32_t offset = int32_t(x.span.offset), prefix = int32_t(x.span.prefix);
   const int32_t last = i1 + offset + int32_t(x.span.right), first = i0 + offset - int32_t(x.span.left);
   const int32_t end = clamp32(last > prefix ? last : prefix, 0, x.len_k),
-                begin = prefix > 0 ? 0 : clamp32(first, 0, end);
+                begin = prefix > 0 ? 0 : clamp32(first, 0, end) / block * block;
   int32_t origin = begin, size = FIXED_SPLIT;
   if (fixed) {
     origin = begin / FIXED_SPLIT * FIXED_SPLIT;

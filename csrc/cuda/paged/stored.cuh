@@ -46,12 +46,13 @@ DUPLEX_DEVICE void widen_words(const uint32_t (&word)[4], uint32_t (&x)[4][2]) {
     x[n][1] = widen_pair<T, S, THIRD, 3>(word[n]);
     sums |= (word[n] & 0x7F7F7F7F) + 0x01010101;
   }
-  if (S != Storage::FLOAT8_E4M3 || !(sums & 0x80808080)) return;
+  if constexpr (S == Storage::FLOAT8_E4M3)
+    if (sums & 0x80808080)
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    x[n][0] |= float8_nan<0, STEP>(word[n]);
-    x[n][1] |= float8_nan<THIRD, 3>(word[n]);
-  }
+      for (int n = 0; n < 4; ++n) {
+        x[n][0] |= float8_nan<0, STEP>(word[n]);
+        x[n][1] |= float8_nan<THIRD, 3>(word[n]);
+      }
 }
 
 }  // namespace duplex::paged

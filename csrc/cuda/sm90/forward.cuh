@@ -11,18 +11,7 @@ DUPLEX_KERNEL(S::THREADS)
 forward_kernel(DUPLEX_PARAMETER ForwardArguments a, DUPLEX_PARAMETER Maps maps) {
   const Shared<S> shared{ptx::shared_base()};
   const int warpgroup = ptx::uniform(ptx::thread_index() / 128);
-  if (ptx::thread_index() == 0) {
-    constexpr int WARPS = 4 * S::WARPGROUPS;
-    ptx::barrier_init(shared.q_full(), 1);
-    ptx::barrier_init(shared.q_empty(), WARPS);
-    for (int n = 0; n < S::STAGES; ++n) {
-      ptx::barrier_init(shared.k_full(n), 1);
-      ptx::barrier_init(shared.k_empty(n), WARPS);
-      ptx::barrier_init(shared.v_full(n), 1);
-      ptx::barrier_init(shared.v_empty(n), WARPS);
-    }
-    ptx::barrier_init_fence();
-  }
+  if (ptx::thread_index() == 0) init_barriers(shared);
   ptx::block_sync();
   if (warpgroup == 0) {
     ptx::fewer_registers<S::LOADER_REGISTERS>();

@@ -1,0 +1,89 @@
+// The tiles of a block of threads: rows, the heads that share a kv head side by side in them, and the keys they see.
+#pragma once
+
+#include "cuda/key_blocks.h"
+#include "cuda/paged/call.h"
+#include "cuda/ptx.cuh"
+
+namespace duplex::paged {
+
+// What a block of threads takes at a time: of a unit of the division or the plan, heads that share a kv head.
+struct Share {
+  int32_t unit, kv_head, chunk;
+  Packing pack;
+
+  DUPLEX_DEVICE Share(const Call& c, int tile_rows, int32_t n) : pack(packing(c.group(), tile_rows)) {
+    const int width = c.heads_kv * pack.chunks;
+    unit = n / width;
+    kv_head = n % width / pack.chunks;
+    chunk = n % pack.chunks;
+  }
+};
+
+// Queries [i0, i1) of a piece.
+struct RowTile {
+  const Call& c;
+  const Piece& piece;
+  Share share;
+  int32_t i0, i1;
+  KeyBlocks keys;
+
+  // Row m of the tile: which query it is, its head, and whether it is one.
+  struct Row {
+    int32_t i, head;
+    bool live;
+  };
+  DUPLEX_DEVICE Row row(int m) const {
+    const Packing& p = share.pack;
+    const int32_t i = i0 + m / p.heads, g = share.chunk * p.heads + m % p.heads;
+    return {i, share.kv_head * c.group() + (g < c.group() ? g : 0), i < i1 && m / p.heads < p.rows && g < c.group()};
+  }
+
+  // Blocks of keys from edge to inside; where bits must not depend on the rows beside, from first to last.
+  DUPLEX_DEVICE int block_at(int t) const {
+    if (!c.division.fixed) return keys.at(t);
+    const int before = keys.first + keys.gap;
+    return t < before ? t : keys.outer + t - before;
+  }
+  // How many come first that need a test.
+  DUPLEX_DEVICE int edges() const { return c.division.fixed ? keys.count() : keys.edges(); }
+
+  // Where a row stands in its own sequence.
+  DUPLEX_DEVICE int64_t position(const Row& r) const {
+    return piece.shared && c.rope && r.live ? position_of(c.batch, piece.row + r.i) : piece.position + r.i;
+  }
+};
+
+// f(tile) for each, with keys in blocks of block_n.
+template <class F>
+DUPLEX_DEVICE void for_each_tile(const Call& c, const Share& share, Which which, int block_n, F&& f) {
+  Piece piece;
+  if (which == Which::ALL) {
+    if (share.unit >= c.batch.batch * c.division.blocks * c.division.splits ||
+        !piece_of(c.batch, c.division, share.unit, piece))
+      return;
+  } else if (!piece_of(c.batch, c.plan, c.capacity, which == Which::SHARED, c.division.fixed, share.unit, piece)) {
+    return;
+  }
+  for (int32_t i0 = piece.begin; i0 < piece.end; i0 += share.pack.rows) {
+    const int32_t i1 = i0 + share.pack.rows < piece.end ? i0 + share.pack.rows : piece.end;
+    f(RowTile{c, piece, share, i0, i1, key_blocks(piece.span, i0, i1, block_n)});
+  }
+}
+
+// A warp clears rows past the last sequence, of the block's heads: those that are its share among `units`.
+template <class T>
+DUPLEX_DEVICE void clear_outside(const Call& c, const Share& share, int32_t units) {
+  if (!c.batch.cu_q) return;
+  const int32_t end = c.batch.rows_q, lane = ptx::thread_index() % 32;
+  const int32_t first = share.chunk * share.pack.heads, last = first + share.pack.heads;
+  for (int32_t row = clamp32(c.batch.cu_q[c.batch.batch], 0, end) + share.unit; row < end; row += units)
+    for (int g = first; g < last && g < c.group(); ++g) {
+      const int32_t head = share.kv_head * c.group() + g;
+      auto* to = c.out.template at<typename T::Stored>(0, row, head);
+      for (int column = lane; column < c.head_dim_v; column += 32) to[column] = 0;
+      if (lane == 0) c.lse[int64_t(head) * end + row] = -INFINITY;
+    }
+}
+
+}  // namespace duplex::paged

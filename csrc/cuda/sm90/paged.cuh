@@ -1,0 +1,232 @@
+// Attention over pages for Hopper: tiles of 128 rows, of a prompt or of sequences that share a prefix, through the
+// forward's pipeline. Bulk copies bring keys box by box, each from a page that the block table tells; queries are put
+// in place by the warps that multiply them, rotated where that is asked for.
+#pragma once
+
+#include "cuda/merge_row.cuh"
+#include "cuda/paged/rope.cuh"
+#include "cuda/paged/scores.cuh"
+#include "cuda/paged/tiles.cuh"
+#include "cuda/sm90/pipeline.cuh"
+#include "cuda/store.cuh"
+
+namespace duplex::sm90 {
+
+struct PageMaps {
+  ptx::TensorMap k, v;  // (head_dim, slot, head, page)
+  int box_rows;         // slots of a box; divides a page, a block of keys and where parts begin
+};
+
+struct PagedArguments {
+  paged::Call call;
+  PageMaps maps;
+  paged::Which which;
+  int32_t units;
+};
+
+// f(share) for each of this block.
+template <class S, class F>
+DUPLEX_DEVICE void for_each_share(const PagedArguments& a, F&& f) {
+  const int32_t shares = a.units * a.call.heads_kv * paged::packing(a.call.group(), S::BLOCK_M).chunks;
+  for (int32_t round = 0; round * ptx::blocks() < shares; ++round) {
+    const int64_t n = tile_of(round, ptx::block_index(), ptx::blocks());
+    if (n < shares) f(paged::Share(a.call, S::BLOCK_M, int32_t(n)));
+  }
+}
+
+template <class S, class F>
+DUPLEX_DEVICE void for_each_paged_tile(const PagedArguments& a, F&& f) {
+  for_each_share<S>(a, [&](const paged::Share& s) { paged::for_each_tile(a.call, s, a.which, S::BLOCK_N, f); });
+}
+
+// The loading warp: each lane brings a box of keys and one of values.
+template <class S>
+struct PageLoader {
+  const PagedArguments& a;
+  const Shared<S> shared;
+  const int lane = ptx::thread_index() % 32;
+  int step = 0;  // blocks of keys so far
+
+  struct Where {
+    int32_t page, slot;
+  };
+  // Of the lane's box in block t of a tile's keys; no page where it has none.
+  DUPLEX_DEVICE Where where_of(const paged::RowTile& tile, int t) const {
+    const int32_t j = tile.block_at(t) * S::BLOCK_N + lane * a.maps.box_rows;
+    if (lane * a.maps.box_rows >= S::BLOCK_N || j >= tile.piece.span.len_k) return {-1, 0};
+    const paged::Call& c = a.call;
+    const uint32_t key = uint32_t(tile.piece.first + j), size = uint32_t(c.pages.page_size), page = key / size;
+    return {clamp32(c.pages.table[tile.piece.sequence * c.pages.table_row + page], 0, c.num_pages - 1),
+            int32_t(key - page * size)};
+  }
+
+  DUPLEX_DEVICE void load(uint32_t to, const ptx::TensorMap& map, uint32_t full, int boxes, Where at, int head) const {
+    using Keys = typename S::Keys;
+    if (lane == 0) ptx::barrier_expect(full, boxes * a.maps.box_rows * S::HEAD_DIM * 2);
+    ptx::warp_sync();
+    if (at.page < 0) return;
+    to += lane * a.maps.box_rows * Keys::ROW_BYTES;
+#pragma unroll
+    for (int p = 0; p < Keys::PANELS; ++p)
+      ptx::copy_box(to + p * Keys::PANEL_BYTES, map, full, p * Keys::PANEL, at.slot, head, at.page);
+  }
+
+  DUPLEX_DEVICE void run() {
+    ptx::prefetch(a.maps.k);
+    ptx::prefetch(a.maps.v);
+    for_each_paged_tile<S>(a, [&](const paged::RowTile& tile) {
+      const int count = tile.keys.count(), head = tile.share.kv_head;
+      Where next = count > 0 ? where_of(tile, 0) : Where{-1, 0};
+      for (int t = 0; t < count; ++t, ++step) {
+        const Where at = next;
+        if (t + 1 < count) next = where_of(tile, t + 1);
+        const int live = int(tile.piece.span.len_k) - tile.block_at(t) * S::BLOCK_N;
+        const int boxes = ((live < S::BLOCK_N ? live : S::BLOCK_N) + a.maps.box_rows - 1) / a.maps.box_rows;
+        const int stage = step % S::STAGES, empty = (step / S::STAGES & 1) ^ 1;
+        ptx::barrier_wait(shared.k_empty(stage), empty);
+        load(shared.k(stage), a.maps.k, shared.k_full(stage), boxes, at, head);
+        ptx::barrier_wait(shared.v_empty(stage), empty);
+        load(shared.v(stage), a.maps.v, shared.v_full(stage), boxes, at, head);
+      }
+    });
+  }
+};
+
+template <class T, class S, bool TERMS>
+struct PagedCompute : Pipeline<T, S> {
+  using Base = Pipeline<T, S>;
+  using Base::shared, Base::warpgroup, Base::thread, Base::lane, Base::quad_lane;
+  static constexpr float UNIT = TERMS ? 1 : LN2;             // of the softmax's references
+  static constexpr int BARRIER_OWN = 1 + Base::BARRIER_ALL;  // and those after it: of the warps of one warpgroup
+
+  const PagedArguments& a;
+
+  DUPLEX_DEVICE PagedCompute(const PagedArguments& a, Shared<S> shared, int warpgroup, int thread)
+      : Base(shared, warpgroup, thread), a(a) {}
+
+  // Eight columns of a row.
+  template <int COUNT>
+  DUPLEX_DEVICE static Words4 load_unit(const uint16_t* from, int column, int columns, int64_t position,
+                                        const Rope& rope) {
+    float x[8] = {};
+#pragma unroll
+    for (int n = 0; n < 8; n += COUNT)
+      if (column + n < columns) {
+        float part[COUNT];
+        paged::load_rotated<T>(from, column + n, position, rope, part);
+#pragma unroll
+        for (int m = 0; m < COUNT; ++m) x[n + m] = part[m];
+      }
+    return {ptx::pack<T>(x[0], x[1]), ptx::pack<T>(x[2], x[3]), ptx::pack<T>(x[4], x[5]), ptx::pack<T>(x[6], x[7])};
+  }
+
+  // The warpgroup's 64 rows of queries, once it has read those of the tile before.
+  DUPLEX_DEVICE void put_queries(const paged::RowTile& tile) const {
+    using Queries = typename S::Queries;
+    constexpr int UNITS = Queries::ROW_BYTES / 16, ALL_UNITS = Queries::PANELS * UNITS;  // of 16 bytes in a row
+    const paged::Call& c = a.call;
+    ptx::named_sync(BARRIER_OWN + warpgroup, 128);
+    for (int n = thread; n < 64 * ALL_UNITS; n += 128) {
+      const int m = 64 * warpgroup + n / ALL_UNITS, unit = n % ALL_UNITS;
+      const paged::RowTile::Row r = tile.row(m);
+      Words4 words{};
+      if (r.live) {
+        const auto* from = c.q.template at<uint16_t>(0, tile.piece.row + r.i, r.head);
+        words = c.q_vectors ? load_unit<8>(from, 8 * unit, c.head_dim, tile.position(r), c.rope)
+                            : load_unit<1>(from, 8 * unit, c.head_dim, tile.position(r), c.rope);
+      }
+      ptx::shared_store16(
+          shared.q() + unit / UNITS * Queries::PANEL_BYTES + swizzled(m, unit % UNITS, Queries::ROW_BYTES), words);
+    }
+    ptx::fence_async_proxy();
+    ptx::named_sync(BARRIER_OWN + warpgroup, 128);
+  }
+
+  DUPLEX_DEVICE void tile(const paged::RowTile& tile) {
+    const int count = tile.keys.count();
+    paged::RowPair rows;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const paged::RowTile::Row of = tile.row(this->row() + 8 * r);
+      rows.i[r] = of.i;
+      rows.head[r] = of.head;
+    }
+    Softmax softmax;
+    softmax.start(nullptr, 0, UNIT, quad_lane());
+    float out[Base::OUT];
+    if (count > 0) {
+      const auto weigh = [&]<bool EDGE>(float (&x)[Base::PRODUCTS], int t, float (&decay)[2]) {
+        const int32_t j = tile.block_at(t) * S::BLOCK_N + 2 * quad_lane();
+        if constexpr (TERMS) paged::add_terms(x, a.call.terms, rows, j, int32_t(tile.piece.span.offset));
+        if constexpr (EDGE) paged::hide(x, tile.piece.span, rows, j);
+        softmax.template next<EDGE || TERMS, TERMS>(x, a.call.terms.scale * LOG2E, decay);
+      };
+      const auto live = [&](int t) { return int(tile.piece.span.len_k) - tile.block_at(t) * S::BLOCK_N; };
+      put_queries(tile);
+      this->template sum_values<TERMS>(count, tile.edges(), out, weigh, live, [] {});
+    } else {
+#pragma unroll
+      for (int n = 0; n < Base::OUT; ++n) out[n] = 0;
+    }
+    float weight[2], lse[2];
+    softmax.finish(UNIT, weight, lse);
+#pragma unroll
+    for (int n = 0; n < Base::OUT; ++n) out[n] *= weight[row_of(n)];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const paged::RowTile::Row of = tile.row(this->row() + 8 * r);
+      tile.piece.slot >= 0 ? store_part(tile, of, out, r, lse[r]) : store_whole(tile, of, out, r, lse[r]);
+    }
+  }
+
+  DUPLEX_DEVICE void store_part(const paged::RowTile& tile, const paged::RowTile::Row& of,
+                                const float (&out)[Base::OUT], int r, float lse) const {
+    const paged::Call& c = a.call;
+    if (!of.live) return;
+    const int64_t slot = tile.piece.slot + of.i - tile.piece.begin;
+    float* to = c.parts + (slot * c.heads_q + of.head) * c.head_dim_v;
+#pragma unroll
+    for (int n = 0; n < Base::OUT; ++n)
+      if (const int column = column_of(n) + 2 * quad_lane(); row_of(n) == r && column < c.head_dim_v)
+        to[column] = out[n];
+    if (quad_lane() == 0) c.parts_lse[int64_t(of.head) * c.slots + slot] = lse;
+  }
+
+  DUPLEX_DEVICE void store_whole(const paged::RowTile& tile, const paged::RowTile::Row& of, float (&out)[Base::OUT],
+                                 int r, float lse) const {
+    const paged::Call& c = a.call;
+    const OnePart whole(lse, c.sink ? c.sink[of.head] : -INFINITY);
+#pragma unroll
+    for (int n = 0; n < Base::OUT; ++n)
+      if (row_of(n) == r) out[n] = whole.number(out[n]);
+    const int64_t row = of.live ? tile.piece.row + of.i : 0;
+    store_row<T>(c.out.template at<uint16_t>(0, row, of.head), out, r, 1, c.head_dim_v, of.live, quad_lane(),
+                 c.out_vectors);
+    if (of.live && quad_lane() == 0) c.lse[int64_t(of.head) * c.batch.rows_q + row] = whole.lse;
+  }
+
+  DUPLEX_DEVICE void run() {
+    this->open();
+    for_each_paged_tile<S>(a, [&](const paged::RowTile& t) { tile(t); });
+  }
+};
+
+template <class T, class S, bool TERMS>
+DUPLEX_KERNEL(S::THREADS)
+paged_kernel(DUPLEX_PARAMETER PagedArguments a) {
+  const Shared<S> shared{ptx::shared_base()};
+  const int warpgroup = ptx::uniform(ptx::thread_index() / 128), warp = ptx::uniform(ptx::thread_index() / 32);
+  if (ptx::thread_index() == 0) init_barriers(shared);
+  ptx::block_sync();
+  if (warpgroup == 0) {
+    ptx::fewer_registers<S::LOADER_REGISTERS>();
+    if (warp == 0) PageLoader<S>{a, shared}.run();
+    if (warp == 1 && a.which != paged::Which::SHARED)
+      for_each_share<S>(a, [&](const paged::Share& s) { paged::clear_outside<T>(a.call, s, a.units); });
+  } else {
+    ptx::more_registers<S::COMPUTE_REGISTERS>();
+    PagedCompute<T, S, TERMS>(a, shared, warpgroup - 1, ptx::thread_index() % 128).run();
+  }
+}
+
+}  // namespace duplex::sm90

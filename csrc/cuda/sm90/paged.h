@@ -1,0 +1,26 @@
+// Hopper's kernels over pages as the host sees them.
+#pragma once
+
+#include "cuda/box.h"
+#include "cuda/paged/call.h"
+
+namespace duplex::sm90 {
+
+struct PagedLaunch {
+  paged::Call call;
+  Box k, v;  // less the columns of the boxes; a box's rows are slots of a page
+  bool bfloat16, terms;
+  int processors;
+  void* stream;
+};
+
+struct PagedVariant {
+  int head_dim, block_m, block_n;
+  // Of `units`: tiles of the plan or pieces of the division.
+  void (*launch)(const PagedLaunch& launch, paged::Which which, int32_t units);
+};
+
+// The smallest that holds the head_dim. Throws std::invalid_argument beyond the largest.
+const PagedVariant& paged_variant(int64_t head_dim);
+
+}  // namespace duplex::sm90
