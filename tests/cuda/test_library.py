@@ -15,7 +15,7 @@ from duplex_attn.backends import BACKENDS
 LIBRARY = BACKENDS["cuda"].library
 HEAD_DIMS = (64, 96, 128, 192, 256)
 Kernel = tuple[str, int, str, bool]  # name, head_dim, dtype, with terms
-SHAPES = {"forward": "Shape", "dq": "QueryShape", "dkdv": "KeyShape"}
+SHAPES = {"forward": "Shape", "paged": "Shape", "dq": "QueryShape", "dkdv": "KeyShape"}
 KERNELS: list[Kernel] = [
     (name, d, dtype, terms)
     for name in SHAPES
@@ -23,10 +23,10 @@ KERNELS: list[Kernel] = [
     for dtype in ("Bfloat16", "Float16")
     for terms in (False, True)
 ]
-FORWARD = [kernel for kernel in KERNELS if kernel[0] == "forward"]
-BACKWARD = [kernel for kernel in KERNELS if kernel[0] != "forward"]
+FORWARD = [kernel for kernel in KERNELS if kernel[0] in ("forward", "paged")]
+BACKWARD = [kernel for kernel in KERNELS if kernel not in FORWARD]
 # The widest with terms have a number or two too many for their registers.
-WIDEST = {"forward": 1, "dkdv": 2}
+WIDEST = {"forward": 1, "paged": 2, "dkdv": 2}
 LOCAL_LOADS = {(name, 256, dtype, True): n for name, n in WIDEST.items() for dtype in ("Bfloat16", "Float16")}
 
 
@@ -142,6 +142,8 @@ def test_backward(kernel: Kernel) -> None:
 def stack(name: str, head_dim: int, dtype: str, terms: bool) -> int:
     if name == "forward":
         return 128 if head_dim == 256 else 64
+    if name == "paged":
+        return 144
     return {128: 144, 192: 240, 256: 480}.get(head_dim, 80) if name == "dkdv" else 80
 
 

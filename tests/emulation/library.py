@@ -20,13 +20,13 @@ import torch
 from duplex_attn.backends import CudaBackend
 
 ROOT = Path(__file__).parents[2]
-CSRC, MACHINE = ROOT / "csrc", Path(__file__).parent / "machine"
+CSRC, MACHINE, PROBES = ROOT / "csrc", Path(__file__).parent / "machine", Path(__file__).parent / "probes"
 FOLDER = ROOT / "build" / "emulation"
 HEAD_DIMS = (64, 96, 128, 192, 256)
 TORCH = Path(torch.__file__).parent
 FLAGS = [
     "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-x", "c++",
-    f"-I{MACHINE}", f"-I{CSRC}", "-isystem", str(TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    f"-I{MACHINE}", f"-I{CSRC}", f"-I{PROBES}", "-isystem", str(TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
 CUDA = CSRC / "cuda"
 HARDWARE = {CUDA / "device.cpp", CUDA / "tensor_map.cu"}  # what the machine takes the place of
@@ -37,7 +37,7 @@ PER_HEAD_DIM = [
 SOURCES: list[tuple[Path, list[str]]] = [
     *((source, [f"-DDUPLEX_HEAD_DIM={d}"]) for source, d in PER_HEAD_DIM),
     *((s, []) for s in sorted({*CUDA.rglob("*.cu"), *CUDA.rglob("*.cpp")} - HARDWARE - {s for s, _ in PER_HEAD_DIM})),
-    *((source, []) for source in sorted(MACHINE.glob("*.cpp"))),
+    *((source, []) for source in sorted([*MACHINE.glob("*.cpp"), *PROBES.glob("*.cu")])),
 ]
 
 
@@ -66,11 +66,11 @@ def library() -> Path:
 
 
 @cache
-def read_by(source: Path) -> frozenset[Path]:
-    """The file and what it includes of the machine's and the project's headers, and what they do."""
+def read_by(source: Path, folders: tuple[Path, ...] = (MACHINE, CSRC, PROBES)) -> frozenset[Path]:
+    """The file and what it includes of headers in these folders, and what they do."""
     names = re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)
-    included = (folder / name for name in names for folder in (source.parent, MACHINE, CSRC))
-    return frozenset({source}).union(*(read_by(path) for path in included if path.exists()))
+    included = (folder / name for name in names for folder in folders)
+    return frozenset({source}).union(*(read_by(path, folders) for path in included if path.exists()))
 
 
 def compile_one(cxx: str, source: Path, flags: list[str]) -> Path:

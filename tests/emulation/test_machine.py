@@ -1,32 +1,37 @@
-"""The emulated primitives, each alone, against the layouts of the PTX manual as written down here a second time; and what it reports."""
+"""The primitives, each alone, emulated and on a card, against the layouts of the PTX manual as written down here a second time."""
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import re
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from .library import Box, compiler, draw, functions
+from .library import compiler
+from .primitives import Emulated, OnCard, golden, nvcc
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 BF16, FP16 = torch.bfloat16, torch.float16
-SEEDS = (0, 4, 11, 14)  # products at once, late and mixed
+Machine = Emulated | OnCard
 
 
-def call(name: str, *arguments: object) -> str | None:
-    function = getattr(functions(), name)
-    function.restype = ctypes.c_char_p
-    told = function(*arguments)
-    return told and told.decode()
+@pytest.fixture(params=["emulated", pytest.param("card", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest) -> Machine:
+    if request.param == "card":
+        if nvcc() is None:
+            pytest.skip("no nvcc")
+        return OnCard()
+    if compiler() is None:
+        pytest.skip("no C++ compiler")
+    return Emulated(golden())
 
 
-def pointer(x: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.ctypes.data)
+@pytest.fixture
+def hopper(machine: Machine) -> Machine:
+    if isinstance(machine, OnCard) and not machine.hopper:
+        pytest.skip("Hopper's instructions")
+    return machine
 
 
 def bits(x: torch.Tensor) -> np.ndarray:
@@ -116,50 +121,36 @@ PRODUCTS = [  # N, dtype, whether A's and B's inner dimension is contiguous
 
 @pytest.mark.parametrize("width", [64, 32])
 @pytest.mark.parametrize("which", range(len(PRODUCTS)))
-def test_product_of_shared_memory(which: int, width: int) -> None:
+def test_product_of_shared_memory(hopper: Machine, which: int, width: int) -> None:
     n, dtype, a_inner, b_inner = PRODUCTS[which]
     a, b, c = normal(64, 16, dtype=dtype), normal(n, 16, dtype=dtype), to_registers(normal(64, n))
-    for seed, accumulate in itertools.product(SEEDS, (0, 1)):
-        draw(seed)
+    for seed, accumulate in itertools.product(hopper.seeds(), (0, 1)):
         image = Image()
         step = seed % (width // 16)
         a_at, b_at = image.add(a, a_inner, width, step), image.add(b, b_inner, width, step)
         words, d = image.words(), c.numpy().copy()
-        told = call(
-            "probe_product", which, pointer(words), len(words), ctypes.c_uint64(a_at), ctypes.c_uint64(b_at), accumulate, pointer(d)
-        )  # fmt: skip
-        assert told is None
+        assert hopper.call("probe_product", which, words, len(words), a_at, b_at, accumulate, d) is None
         want = to_registers((a.double() @ b.double().T).float()) + c * accumulate
         torch.testing.assert_close(torch.from_numpy(d), want, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("which", "n", "dtype", "b_inner"), [(0, 64, BF16, False), (1, 96, FP16, False), (2, 128, BF16, True)])  # fmt: skip
-def test_product_of_registers(which: int, n: int, dtype: torch.dtype, b_inner: bool) -> None:
+def test_product_of_registers(hopper: Machine, which: int, n: int, dtype: torch.dtype, b_inner: bool) -> None:
     a, b, c = normal(64, 16, dtype=dtype), normal(n, 16, dtype=dtype), to_registers(normal(64, n))
-    for seed in SEEDS:
-        draw(seed)
+    for seed in hopper.seeds():
         image = Image()
         b_at = image.add(b, b_inner, 32 if n == 96 else 64, seed % 2)
         words, registers, d = image.words(), a_registers(a), c.numpy().copy()
-        told = call(
-            "probe_product_registers", which, pointer(words), len(words), pointer(registers), ctypes.c_uint64(b_at), 1, pointer(d)
-        )  # fmt: skip
-        assert told is None
+        assert hopper.call("probe_product_registers", which, words, len(words), registers, b_at, 1, d) is None
         want = to_registers((a.double() @ b.double().T).float()) + c
         torch.testing.assert_close(torch.from_numpy(d), want, rtol=1e-5, atol=1e-4)
-
-
-def box_of(x: torch.Tensor, columns: int, rows: int) -> Box:
-    """x is (batch, row, head, head_dim)."""
-    order = [3, 1, 2, 0]
-    return Box(x.data_ptr(), tuple(x.shape[n] for n in order), tuple(2 * x.stride(n) for n in order), columns, rows)
 
 
 @pytest.mark.parametrize("columns", [64, 32])
 @pytest.mark.parametrize(
     "at", [(0, 0, 0, 0), (64, 5, 2, 1), (32, 15, 1, 0), (0, -3, 0, 1), (64, 40, 1, 1), (128, 0, 0, 0)]
 )
-def test_copy_swizzles_and_fills_with_zeros(columns: int, at: tuple[int, ...]) -> None:
+def test_copy_swizzles_and_fills_with_zeros(hopper: Machine, columns: int, at: tuple[int, ...]) -> None:
     storage = normal(2, 20, 3, 96, dtype=FP16)
     x = storage[..., :80]  # head_dim 80 in rows of 96
     wanted = torch.zeros(16, columns, dtype=FP16)
@@ -167,9 +158,8 @@ def test_copy_swizzles_and_fills_with_zeros(columns: int, at: tuple[int, ...]) -
         if 0 <= at[1] + row < 20 and at[0] + column < 80:
             wanted[row, column] = x[at[3], at[1] + row, at[2], at[0] + column]
     image = np.full(16 * columns // 2, -1, np.int32)
-    for seed in SEEDS:
-        draw(seed)
-        assert call("probe_copy", ctypes.byref(box_of(x, columns, 16)), (ctypes.c_int * 4)(*at), pointer(image)) is None
+    for _ in hopper.seeds():
+        assert hopper.call("probe_copy", (x, columns, 16), *at, image) is None
         assert np.array_equal(image.view(np.uint16), swizzle(bits(wanted)))
 
 
@@ -197,139 +187,61 @@ def as_fragments(name: str, matrix: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_product_of_a_warp(dtype: torch.dtype) -> None:
+def test_product_of_a_warp(machine: Machine, dtype: torch.dtype) -> None:
     a, b, c = normal(16, 16, dtype=dtype), normal(16, 8, dtype=dtype), normal(16, 8)
-    for seed in SEEDS:
-        draw(seed)
+    for _ in machine.seeds():
         d = as_fragments("d", c).numpy().copy()
         words = [bits(as_fragments(name, x)).view(np.uint32) for name, x in (("a", a), ("b", b))]
-        assert call("probe_warp_product", int(dtype == BF16), *map(pointer, words), pointer(d)) is None
+        assert machine.call("probe_warp_product", int(dtype == BF16), *words, d) is None
         want = as_fragments("d", (a.double() @ b.double()).float() + c)
         torch.testing.assert_close(torch.from_numpy(d), want, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_matrices_from_shared_memory(transposed: bool) -> None:
+def test_matrices_from_shared_memory(machine: Machine, transposed: bool) -> None:
     numbers = np.random.default_rng(0).permutation(2048).astype(np.uint16)
     places = np.random.default_rng(1).permutation(256)[:32].astype(np.int32) * 16
     rows = numbers.reshape(256, 8)[places // 16].reshape(4, 8, 8)  # of four matrices, in the order of the lanes
     out = np.zeros((32, 4, 2), np.uint16)
-    for seed in SEEDS:
-        draw(seed)
-        assert call("probe_matrices", pointer(numbers), 1024, pointer(places), int(transposed), pointer(out)) is None
+    for _ in machine.seeds():
+        assert machine.call("probe_matrices", numbers, 1024, places, int(transposed), out) is None
         for lane, r, half in itertools.product(range(32), range(4), range(2)):
             at = (lane // 4, 2 * (lane % 4) + half)
             assert out[lane, r, half] == rows[r][at[::-1] if transposed else at]
 
 
 @pytest.mark.parametrize("unit", [4, 8, 16])
-def test_copies_of_threads_fill_with_zeros(unit: int) -> None:
+def test_copies_of_threads_fill_with_zeros(machine: Machine, unit: int) -> None:
     source = np.random.default_rng(unit).integers(1, 255, 128 * unit, np.uint8)
     read = (np.arange(128) * 3 % (unit + 1)).astype(np.int32)
     want = np.where(np.arange(unit) < read[:, None], source.reshape(128, unit), 0)
-    for seed in SEEDS:
-        draw(seed)
+    for _ in machine.seeds():
         image = np.full(128 * unit, 255, np.uint8)
-        assert call("probe_copy_units", unit, pointer(source), pointer(read), pointer(image)) is None
+        assert machine.call("probe_copy_units", unit, source, read, image) is None
         assert np.array_equal(image.reshape(128, unit), want)
 
 
-def test_sixteen_bytes_by_ordinary_access() -> None:
+def test_sixteen_bytes_by_ordinary_access(machine: Machine) -> None:
     source, got = np.arange(512, dtype=np.int32), np.zeros(512, np.int32)
-    for seed in SEEDS:
-        draw(seed)
-        assert call("probe_store_and_load", pointer(source), pointer(got)) is None
+    for _ in machine.seeds():
+        assert machine.call("probe_store_and_load", source, got) is None
         assert np.array_equal(got, source)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_lanes(dtype: torch.dtype) -> None:
+def test_lanes(machine: Machine, dtype: torch.dtype) -> None:
     x = torch.cat([normal(128, 2), torch.tensor([[1e-8, -70000.0], [3e38, 1 + 2**-8], [1 + 3 * 2**-8, 0.1]])])[-128:]
-    out = np.zeros((128, 4), np.uint32)
-    for seed, mask in itertools.product(SEEDS, (1, 2, 16, 31)):
-        draw(seed)
-        assert call("probe_lanes", int(dtype == BF16), mask, pointer(x.numpy()), pointer(out)) is None
+    out = np.zeros((128, 3), np.uint32)
+    for _, mask in itertools.product(machine.seeds(), (1, 2, 16, 31)):
+        assert machine.call("probe_lanes", int(dtype == BF16), mask, x.numpy().copy(), out) is None
         threads = np.arange(128)
         assert np.array_equal(out[:, 0], threads ^ mask)
         assert np.array_equal(out[:, 1], threads // 32 * 32)
-        assert out[:, 2].reshape(4, 32).sum(1).tolist() == [1, 1, 1, 1]
-        assert np.array_equal(out[:, 3], bits(x.to(dtype)).view(np.uint32)[:, 0])
+        assert np.array_equal(out[:, 2], bits(x.to(dtype)).view(np.uint32)[:, 0])
 
 
-WRONG = {  # what a kernel does wrong, as probes.cpp numbers it -> what the machine says, or None where the numbers are NaN
-    "writes_are_not_fenced": (1, "a product reads ordinary writes to shared memory that were not fenced"),
-    "copy_is_not_waited_for": (2, "a bulk copy overwrites ordinary writes|with bulk copies that nobody waited for|NaN"),
-    "product_is_not_waited_for": (3, "NaN"),
-    "accumulators_are_touched": (4, "accumulators were touched while a product adds to them"),
-    "registers_are_not_fenced": (5, "without wgmma.fence"),
-    "more_bytes_are_expected": (6, "deadlock: 128 threads at an mbarrier"),
-    "more_threads_arrive": (7, "more threads arrive at an mbarrier than it was made for"),
-    "copy_over_unfenced_writes": (8, "a bulk copy overwrites ordinary writes"),
-    "a_lane_stays_away": (
-        9,
-        "deadlock: 31 threads at a product that other lanes have not begun|lanes of a warp disagree",
-    ),
-}
-
-
-def run_wrong(kind: int, seed: int) -> str:
-    """What the machine says of the kernel `wrong`; nothing if its result is right."""
-    x = normal(1, 64, 1, 64, dtype=BF16)
-    d = np.zeros((128, 32), np.float32)
-    draw(seed)
-    if told := call("probe_wrong", kind, ctypes.byref(box_of(x, 64, 64)), pointer(d)):
-        return told
-    if np.isnan(d).any():
-        return "NaN"
-    exact = to_registers((x[0, :, 0, :16].double() @ x[0, :, 0, :16].double().T).float())
-    torch.testing.assert_close(torch.from_numpy(d), exact, rtol=1e-5, atol=1e-4)
-    return ""
-
-
-def test_a_right_kernel_is_right_whatever_the_order() -> None:
-    assert {run_wrong(0, seed) for seed in range(48)} == {""}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_kernel_is_reported(name: str) -> None:
-    kind, report = WRONG[name]
-    told = {run_wrong(kind, seed) for seed in range(24)}
-    told -= {""} if name == "copy_is_not_waited_for" else set()  # a copy may land in time by luck
-    assert told and all(re.search(report, text) for text in told), told
-
-
-NOT_WAITED_FOR = r"touched where a copy has not been waited for \(cp.async.wait_group\)"
-WRONG_STAGES = {  # as above, of the kernel `wrong_stages`
-    "unwaited": (1, NOT_WAITED_FOR),
-    "fewer_groups_are_waited_for": (2, NOT_WAITED_FOR),
-    "no_barrier_behind_the_wait": (3, "without a barrier after its wait|two copies to one place|" + NOT_WAITED_FOR),
-    "only_the_warp_meets": (4, "without a barrier after its wait|two copies to one place|" + NOT_WAITED_FOR),
-    "a_stage_is_overwritten_too_early": (5, "two copies to one place|" + NOT_WAITED_FOR),
-    "never_waited_for": (6, "a thread ends with copies that it never waited for"),
-    "two_copies_to_one_place": (7, "two copies to one place"),
-    "a_lane_stays_away": (8, "lanes of a warp meet in different operations|deadlock: .*threads at mma.sync"),
-}
-
-
-def run_wrong_stages(kind: int, seed: int) -> str:
-    x = normal(5, 64, 64, dtype=BF16)
-    d = np.zeros((128, 32), np.float32)
-    draw(seed)
-    if told := call("probe_wrong_stages", kind, ctypes.c_void_p(x.data_ptr()), 5, pointer(d)):
-        return told
-    if np.isnan(d).any():
-        return "NaN"
-    exact = to_registers((x.double() @ x.double().mT).sum(0).float())
-    torch.testing.assert_close(torch.from_numpy(d), exact, rtol=1e-5, atol=1e-3)
-    return ""
-
-
-def test_right_stages_are_right_whatever_the_order() -> None:
-    assert {run_wrong_stages(0, seed) for seed in range(24)} == {""}
-
-
-@pytest.mark.parametrize("name", WRONG_STAGES)
-def test_wrong_stages_are_reported(name: str) -> None:
-    kind, report = WRONG_STAGES[name]
-    told = {run_wrong_stages(kind, seed) for seed in range(12)}
-    assert all(re.search(report, text) for text in told), told
+def test_one_lane_of_a_warp_is_elected(hopper: Machine) -> None:
+    out = np.zeros(128, np.uint32)
+    for _ in hopper.seeds():
+        assert hopper.call("probe_elected", out, compared=False) is None
+        assert out.reshape(4, 32).sum(1).tolist() == [1, 1, 1, 1]

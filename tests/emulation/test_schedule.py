@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from .library import compiler, draw, functions
-from .test_machine import call, pointer
+from .primitives import passed, run
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 FAR = 2**29
@@ -28,7 +28,7 @@ def visited(
 ) -> tuple[list[int], int]:
     out, edges = np.zeros(64, np.int32), ctypes.c_int()
     numbers = [ctypes.c_int64(x) for x in (len_k, prefix, offset, left, right, rows.start, rows.stop)]
-    count = functions().key_blocks_of(*numbers, block, ctypes.byref(edges), pointer(out))
+    count = functions().key_blocks_of(*numbers, block, ctypes.byref(edges), passed(out))
     return out[:count].tolist(), edges.value
 
 
@@ -69,7 +69,7 @@ def check_keys(
 ) -> None:
     out, edges = np.zeros(64, np.int32), ctypes.c_int()
     numbers = [ctypes.c_int64(x) for x in (len_k, prefix, offset, left, right, len_q, keys.start, keys.stop)]
-    count = functions().row_blocks_of(*numbers, block, ctypes.byref(edges), pointer(out))
+    count = functions().row_blocks_of(*numbers, block, ctypes.byref(edges), passed(out))
     blocks, mask = (
         out[:count].tolist(),
         sees(len_k, prefix, offset, left, right, range(len_q))[:, keys.start : keys.stop],
@@ -144,7 +144,7 @@ def test_entries_are_ranked_longest_first(left: int, right: int, keys: bool) -> 
     entries = Entries(-(-max(lens) // block), 64, 128 if keys else 32, keys)
     order = np.full(1 + entries.blocks * 400, -1, np.int32)
     draw(1)
-    assert call("schedule_of", ctypes.byref(lengths), ctypes.byref(entries), pointer(order)) is None
+    assert run(functions(), "schedule_of", ctypes.byref(lengths), ctypes.byref(entries), order) is None
     real = {b * entries.blocks + n for b, length in enumerate(lens) for n in range(-(-length // block))}
     assert order[0] == len(real) and (order[1 + len(real) :] == -1).all()
     ranked = order[1 : 1 + len(real)].tolist()
@@ -180,7 +180,7 @@ def test_each_tile_is_done_once(blocks: int) -> None:
         rounds = -(-entries * heads // blocks)
         tiles = np.zeros(rounds * blocks, np.int64)
         ranks, head = np.zeros(rounds * blocks, np.int32), np.zeros(rounds * blocks, np.int32)
-        functions().places_of(entries, heads, section, blocks, ctypes.c_int64(rounds), pointer(tiles), pointer(ranks), pointer(head))  # fmt: skip
+        functions().places_of(entries, heads, section, blocks, ctypes.c_int64(rounds), passed(tiles), passed(ranks), passed(head))  # fmt: skip
         assert sorted(tiles.tolist()) == list(range(rounds * blocks))
         done = [(r, h) for t, r, h in zip(tiles, ranks, head, strict=True) if t < entries * heads]
         assert sorted(done) == list(itertools.product(range(entries), range(heads)))

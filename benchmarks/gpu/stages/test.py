@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from ..golden import gather
 from ..settings import Settings
 from ..store import Store
 
-FIRST = ("tests/gpu", "tests/contracts")  # these must come to their end
+PRIMITIVES = "tests/emulation/test_machine.py"
+FIRST = ("tests/gpu", PRIMITIVES, "tests/contracts")  # these must come to their end
 WORKERS = 14  # processes on one card: what takes long is the compiler and the oracle, both of which have one thread
 SAVED_EVERY = 1.0  # seconds
 
@@ -29,6 +31,8 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     arguments += [f"--deselect={test}" for test in crashed]
     first = Recorder(store, record, deadline)
     pytest.main(arguments, plugins=[first])
+    if on_card:
+        gather()
     if first.total == 0:
         record.update(status="failed", reason="no test was found")
     elif first.finished < first.total:

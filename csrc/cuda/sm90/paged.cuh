@@ -138,8 +138,7 @@ struct PagedCompute : Pipeline<T, S> {
       ptx::shared_store16(
           shared.q() + unit / UNITS * Queries::PANEL_BYTES + swizzled(m, unit % UNITS, Queries::ROW_BYTES), words);
     }
-    ptx::fence_async_proxy();
-    ptx::named_sync(BARRIER_OWN + warpgroup, 128);
+    ptx::fence_async_proxy();  // the warpgroup meets where it takes its turn
   }
 
   DUPLEX_DEVICE void tile(const paged::RowTile& tile) {

@@ -1,37 +1,17 @@
-// The probes, and kernels that are wrong on purpose, behind plain functions. 0 is success, else what the machine
-// reports.
-#include "probes.cuh"
-
-#include <cstring>
-#include <exception>
-#include <string>
-
+// Kernels that are wrong on purpose, and arithmetic that needs no machine, behind plain functions.
 #include "cuda/device.cuh"
 #include "cuda/key_blocks.h"
 #include "cuda/prepare.h"
 #include "cuda/row_blocks.h"
 #include "cuda/row_sums.h"
 #include "cuda/schedule.h"
-
-#define EXPORTED extern "C" __attribute__((visibility("default")))
+#include "report.h"
 
 namespace {
 
 using namespace duplex;
 constexpr int SHARED = 96 * 1024;
-constexpr Major K = Major::K, MN = Major::MN;
-
-template <class F>
-const char* report(F&& f) {
-  static std::string what;
-  try {
-    f();
-    return nullptr;
-  } catch (const std::exception& error) {
-    what = error.what();
-    return what.c_str();
-  }
-}
+constexpr Major K = Major::K;
 
 // A tile of 64 rows that is copied, multiplied with itself, and added to: with one thing left out.
 enum Wrong { NOTHING, FENCE_OF_WRITES, BARRIER, WAIT, TOUCHED, FENCE, BYTES, ARRIVALS, COPY_FENCE, LANES };
@@ -112,80 +92,6 @@ DUPLEX_KERNEL(128) wrong_stages(const uint16_t* x, int tiles, int kind, float* d
 }
 
 }  // namespace
-
-EXPORTED const char* probe_product(int which, const int* image, int words, uint64_t a, uint64_t b, int accumulate,
-                                   float* d) {
-  const auto go = [&]<auto KERNEL>() {
-    launch<KERNEL>("", 1, 128, SHARED, nullptr, image, words, a, b, accumulate, d);
-  };
-  return report([&] {
-    switch (which) {
-      case 0: return go.operator()<probes::product<Bfloat16, K, K, 32>>();
-      case 1: return go.operator()<probes::product<Float16, K, K, 48>>();
-      case 2: return go.operator()<probes::product<Bfloat16, K, MN, 64>>();
-      case 3: return go.operator()<probes::product<Float16, MN, MN, 96>>();
-      case 4: return go.operator()<probes::product<Bfloat16, MN, K, 128>>();
-    }
-  });
-}
-
-EXPORTED const char* probe_product_registers(int which, const int* image, int words, const uint32_t* a, uint64_t b,
-                                             int accumulate, float* d) {
-  const auto go = [&]<auto KERNEL>() {
-    launch<KERNEL>("", 1, 128, SHARED, nullptr, image, words, a, b, accumulate, d);
-  };
-  return report([&] {
-    switch (which) {
-      case 0: return go.operator()<probes::product_registers<Bfloat16, MN, 32>>();
-      case 1: return go.operator()<probes::product_registers<Float16, MN, 48>>();
-      case 2: return go.operator()<probes::product_registers<Bfloat16, K, 64>>();
-    }
-  });
-}
-
-EXPORTED const char* probe_copy(const Box* box, const int* at, int* image) {
-  return report([&] {
-    launch<probes::copy>("", 1, 128, SHARED, nullptr, encode(*box), box->columns * box->rows * 2, at[0], at[1], at[2],
-                         at[3], image);
-  });
-}
-
-EXPORTED const char* probe_warp_product(int bfloat16, const uint32_t* a, const uint32_t* b, float* d) {
-  return report([&] {
-    if (bfloat16)
-      launch<probes::warp_product<Bfloat16>>("", 1, 32, SHARED, nullptr, a, b, d);
-    else
-      launch<probes::warp_product<Float16>>("", 1, 32, SHARED, nullptr, a, b, d);
-  });
-}
-
-EXPORTED const char* probe_matrices(const int* image, int words, const int* places, int transposed, uint32_t* out) {
-  return report([&] { launch<probes::matrices>("", 1, 128, SHARED, nullptr, image, words, places, transposed, out); });
-}
-
-EXPORTED const char* probe_copy_units(int unit, const unsigned char* from, const int* bytes, int* image) {
-  const auto go = [&]<auto KERNEL>() { launch<KERNEL>("", 1, 128, SHARED, nullptr, from, bytes, image); };
-  return report([&] {
-    switch (unit) {
-      case 4: return go.operator()<probes::copy_units<4>>();
-      case 8: return go.operator()<probes::copy_units<8>>();
-      case 16: return go.operator()<probes::copy_units<16>>();
-    }
-  });
-}
-
-EXPORTED const char* probe_store_and_load(const Words4* from, Words4* to) {
-  return report([&] { launch<probes::store_and_load>("", 1, 128, SHARED, nullptr, from, to); });
-}
-
-EXPORTED const char* probe_lanes(int bfloat16, int mask, const float* x, uint32_t* out) {
-  return report([&] {
-    if (bfloat16)
-      launch<probes::lanes<Bfloat16>>("", 1, 128, SHARED, nullptr, mask, x, out);
-    else
-      launch<probes::lanes<Float16>>("", 1, 128, SHARED, nullptr, mask, x, out);
-  });
-}
 
 EXPORTED const char* probe_wrong(int kind, const Box* box, float* d) {
   return report([&] { launch<wrong>("", 1, 128, SHARED, nullptr, encode(*box), kind, d); });
