@@ -398,8 +398,9 @@ def choose_copy(k_pages: Tensor, v_pages: Tensor, src: Tensor, name: str) -> Bac
 
 
 def choose_planned(k_pages: Tensor) -> Backend:
-    """The backend that plans are made for, before there is a call."""
-    return next(b for b in _candidates(k_pages.device.type) if b.refuses_paged(k_pages, None) is None)
+    """The backend that plans are made for, before there is a call: that of decoding, which most steps are."""
+    shape = partial(evidence.class_of_decoding, k_pages)
+    return _choose(k_pages, "", lambda b: b.refuses_paged(k_pages, None), shape)
 
 
 def _choose(x: Tensor, name: str, refuses: Callable[[Backend], str | None], shape: Callable[[], str]) -> Backend:

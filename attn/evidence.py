@@ -52,6 +52,11 @@ def class_of_paged(call: PagedCall) -> str:
     return shape_class("paged", _has_terms(call), _bits(call.k_pages), call.q.shape[-1], call.max_seqlen_q)
 
 
+def class_of_decoding(k_pages: Tensor) -> str:
+    """Of one query a sequence, with nothing but <q, k> in a score."""
+    return shape_class("paged", False, _bits(k_pages), k_pages.shape[-1], 1)
+
+
 def class_of_append(call: AppendCall) -> str:
     return moving_class("append", _bits(call.k_pages), call.k.shape[-1], call.k.nbytes + call.v.nbytes)
 

@@ -19,6 +19,7 @@ from duplex_attn.backends import (
     choose_copy,
     choose_merge,
     choose_paged,
+    choose_planned,
 )
 from duplex_attn.call import Call
 from duplex_attn.paged.call import AppendCall, PagedCall
@@ -120,6 +121,8 @@ def test_calls_that_move_numbers_are_ordered_as_well(measured: dict[str, Any]) -
         assert choose_merge([new.k, new.k], "").name == expected
         assert choose_copy(new.k_pages, new.v_pages, src, "").name == expected
         assert choose_paged(read, "").name == expected
+        if softcap == 0:
+            assert choose_planned(read.k_pages).name == expected, "plans are for what decodes"
 
 
 def test_a_named_backend_needs_no_evidence(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

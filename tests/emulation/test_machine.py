@@ -19,8 +19,8 @@ Machine = Emulated | OnCard
 @pytest.fixture(params=["emulated", pytest.param("card", marks=pytest.mark.gpu)])
 def machine(request: pytest.FixtureRequest) -> Machine:
     if request.param == "card":
-        if nvcc() is None:
-            pytest.skip("no nvcc")
+        if nvcc() is None or not torch.cuda.is_available():
+            pytest.skip("no nvcc, or no card")
         return OnCard()
     if compiler() is None:
         pytest.skip("no C++ compiler")
