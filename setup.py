@@ -117,8 +117,9 @@ def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
     flags += ["-isystem", str(torch / "include"), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
     flags += ["--resource-usage"]
     per_head_dim = [
-        *((source, [HOPPER], HEAD_DIMS) for source in CUDA.glob("sm90/*.cu")),
+        *((s, [HOPPER], HEAD_DIMS) for s in CUDA.glob("sm90/*.cu") if s.name != "decode.cu"),
         *((source, [AMPERE], HEAD_DIMS) for source in CUDA.glob("sm80/*.cu")),
+        (CUDA / "sm90/decode.cu", [HOPPER], PAGED_HEAD_DIMS),
         (CUDA / "paged/attend.cu", [AMPERE, HOPPER], PAGED_HEAD_DIMS),
     ]
     kernels = [

@@ -92,7 +92,7 @@ bool has_bulk_rows(const Tensor& t) {
   if (t.numel() == 0) return true;
   if (t.stride(t.dim() - 1) != 1 && t.size(t.dim() - 1) > 1) return false;
   for (int64_t n = 0; n < t.dim() - 1; ++n)
-    if (t.size(n) > 1 && (t.stride(n) <= 0 || t.stride(n) % 8 != 0)) return false;
+    if (t.size(n) > 1 && (t.stride(n) <= 0 || t.stride(n) * element_size(t) % 16 != 0)) return false;
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
@@ -103,8 +103,8 @@ Box box_of(const Tensor& t, const Tensor& instead) {
   Box box{empty ? instead.const_data_ptr() : t.const_data_ptr(), {1, 1, 1, 1}, {2, 16, 16, 16}, 0, 0};
   const int64_t at[4] = {d - 1, d - 3, d - 2, d - 4};
   for (int n = 0; n < (empty ? 0 : int(d)); ++n) {
-    box.size[n] = t.size(at[n]);
-    if (n > 0 && box.size[n] > 1) box.stride[n] = 2 * t.stride(at[n]);
+    box.size[n] = n > 0 ? t.size(at[n]) : t.size(at[n]) * element_size(t) / 2;
+    if (n > 0 && box.size[n] > 1) box.stride[n] = element_size(t) * t.stride(at[n]);
   }
   return box;
 }

@@ -28,10 +28,11 @@ void check_call(const CallArguments& call);
 // Whether rows begin at multiples of `bytes`.
 bool aligned(const Tensor& t, int64_t bytes);
 
-// Whether bulk copies can read a tensor: its first number and its strides are at multiples of 16 bytes.
+// Whether bulk copies can read a tensor of 16-bit numbers or bytes: its first number and its strides are at multiples
+// of 16 bytes.
 bool has_bulk_rows(const Tensor& t);
 
-// (head_dim, row, head, batch) of such a tensor, less the shape of the box.
+// (head_dim, row, head, batch) of such a tensor, less the shape of the box. Of bytes, two are a number.
 Box box_of(const Tensor& t, const Tensor& instead);
 
 Rows rows_of(const Tensor& t);

@@ -10,6 +10,8 @@
 
 #define DUPLEX_DEVICE __device__ __forceinline__
 #define DUPLEX_KERNEL(THREADS) __global__ void __launch_bounds__(THREADS, 1)
+// With so many blocks on a multiprocessor.
+#define DUPLEX_KERNEL_SHARING(THREADS, BLOCKS) __global__ void __launch_bounds__(THREADS, BLOCKS)
 #define DUPLEX_PARAMETER const __grid_constant__
 
 namespace duplex::ptx {
@@ -46,6 +48,8 @@ DUPLEX_DEVICE int anew(int x) {
   return x;
 }
 
+// What another lane has.
+DUPLEX_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 DUPLEX_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 DUPLEX_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 

@@ -31,8 +31,8 @@ FLAGS = [
 CUDA = CSRC / "cuda"
 HARDWARE = {CUDA / "device.cpp", CUDA / "tensor_map.cu"}  # what the machine takes the place of
 PER_HEAD_DIM = [
-    *((source, d) for source in sorted(CUDA.glob("sm*/*.cu")) for d in HEAD_DIMS),
-    *((CUDA / "paged/attend.cu", d) for d in (64, 128, 256)),
+    *((s, d) for s in sorted(CUDA.glob("sm*/*.cu")) if s.name != "decode.cu" for d in HEAD_DIMS),
+    *((s, d) for s in (CUDA / "paged/attend.cu", CUDA / "sm90/decode.cu") for d in (64, 128, 256)),
 ]
 SOURCES: list[tuple[Path, list[str]]] = [
     *((source, [f"-DDUPLEX_HEAD_DIM={d}"]) for source, d in PER_HEAD_DIM),

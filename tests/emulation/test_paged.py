@@ -309,10 +309,29 @@ def is_noticed(pool: Pool, lane: Lane, what: str, number: int = 0, seeds: int = 
     return False
 
 
+@pytest.mark.parametrize("card", [CARDS["sm80"]])
 @pytest.mark.parametrize("stored", [None, INT8])
 @pytest.mark.parametrize("what", ["copy_wait", "block_sync"])
-def test_what_is_left_out_is_noticed(lane: Lane, what: str, stored: torch.dtype | None) -> None:
+def test_what_is_left_out_is_noticed(lane: Lane, card: int, what: str, stored: torch.dtype | None) -> None:
     assert is_noticed(make(dataclasses.replace(CASE, stored=stored)), lane, what)
+
+
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [
+        ("nothing", 0),
+        pytest.param("mbarrier_wait", 0, id="tile_done"),
+        *(pytest.param("mbarrier_wait", n, id=name) for n, name in ((1, "full_0"), (2, "empty_0"), (3, "full_1"))),
+        pytest.param("named_sync", 1, id="sums_are_there"),
+        *((what, 0) for what in ("proxy_fence", "warp_sync", "block_sync")),
+    ],
+)
+@pytest.mark.parametrize("stored", [None, INT8])
+def test_what_decoding_leaves_out_is_noticed(lane: Lane, stored: torch.dtype | None, what: str, number: int) -> None:
+    """Several tiles a block, all stages come round, strangers behind the keys."""
+    pool = make(Case(((1, 3, 1, 1), (700, 150, 410, 75)), (2, 1), (128, 128), BF16, stored))
+    made = plan(pool.block_table, pool.seqlens_k, 16, cu_seqlens_q=pool.cu_seqlens_q, workers=Workers(64, 1))
+    assert is_noticed(pool, lane, what, number, seeds=24, plan=made) == (what != "nothing")
 
 
 @pytest.mark.parametrize(

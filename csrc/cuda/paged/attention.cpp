@@ -31,11 +31,27 @@ bool is_small(const PagedArguments& p, const Call& c) {
 }
 
 // How many slots of a page a bulk copy brings, so that boxes fill pages and blocks of keys, and parts begin with one; 0
-// where it brings none: rows of a swizzled tile come by eights.
+// where it brings none: rows of a swizzled tile come by eights, and bytes by twos.
 int box_rows(const Call& c, const sm90::PagedVariant& v) {
-  if (c.pages.storage != Storage::AS_QUERIES || c.num_pages == 0) return 0;
+  const bool odd = c.pages.storage != Storage::AS_QUERIES && (c.head_dim % 2 || c.head_dim_v % 2);
   const int64_t rows = std::gcd(std::gcd(c.pages.page_size, v.block_n), 64);
-  return rows >= 8 ? int(rows) : 0;
+  return c.num_pages > 0 && rows >= 8 && !odd ? int(rows) : 0;
+}
+
+// What runs tiles: a kernel of every card, or one of Hopper's.
+struct Chosen {
+  const sm90::PagedVariant* hopper;  // or null
+  int tile_rows, block_n;
+};
+Chosen choose(const Call& c, const Attention& of_every_card, bool small, int capability) {
+  if (capability == 90 && (small || c.pages.storage == Storage::AS_QUERIES)) {
+    const int64_t head_dim = std::max(c.head_dim, c.head_dim_v);
+    const sm90::PagedVariant& v =
+        small ? sm90::decode_variant(head_dim, c.pages.storage) : sm90::paged_variant(head_dim);
+    if (box_rows(c, v) > 0) return {&v, v.block_m, v.block_n};
+  }
+  const int rows = small ? SMALL_ROWS : LARGE_ROWS;
+  return {nullptr, rows, of_every_card.block_n(c.pages.storage, rows)};
 }
 
 // What follows from shapes alone. `parts` of the keys are worth a merge where there are too few blocks for the card.
@@ -95,13 +111,10 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   const Device device(device_index(q));
   Call c = describe(p);
   if (q.size(0) * c.heads_q == 0) return;
-  const int64_t head_dim = std::max(c.head_dim, c.head_dim_v);
-  const Attention& kernels = attention(head_dim);
-  const sm90::PagedVariant& wide = sm90::paged_variant(head_dim);
-  const bool is_wide = device.capability == 90 && box_rows(c, wide) > 0;
-  const int large_rows = is_wide ? wide.block_m : LARGE_ROWS, rows = is_small(p, c) ? SMALL_ROWS : large_rows;
-  const int block = rows > LARGE_ROWS ? wide.block_n : kernels.block_n(c.pages.storage, rows);
-  c.division = divide(p, c, rows, block, device.processors);
+  const Attention& kernels = attention(std::max(c.head_dim, c.head_dim_v));
+  const Chosen large = choose(c, kernels, false, device.capability);
+  const Chosen own = is_small(p, c) ? choose(c, kernels, true, device.capability) : large;
+  c.division = divide(p, c, own.tile_rows, own.block_n, device.processors);
   // A plan's tiles of shared keys are not for terms that depend on distances.
   const bool planned = plan && !distance_bias && !alibi_slopes && c.batch.batch > 0;
   const Division& d = c.division;
@@ -112,8 +125,8 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   const Tensor workspace = new_float(q, {int64_t(c.slots) * c.heads_q * (c.head_dim_v + 1)});
   c.parts = static_cast<float*>(workspace.data_ptr());
   c.parts_lse = c.parts + int64_t(c.slots) * c.heads_q * c.head_dim_v;
-  const auto attend = [&](int tile_rows, Which which) {
-    if (tile_rows <= LARGE_ROWS) return kernels.attend(c, bfloat16, tile_rows, which, int32_t(units), device.stream);
+  const auto attend = [&](const Chosen& by, Which which) {
+    if (!by.hopper) return kernels.attend(c, bfloat16, by.tile_rows, which, int32_t(units), device.stream);
     sm90::PagedLaunch l{c,
                         box_of(k_pages, k_pages),
                         box_of(v_pages, v_pages),
@@ -121,18 +134,18 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
                         has_terms(c.terms),
                         device.processors,
                         device.stream};
-    l.k.rows = l.v.rows = box_rows(c, wide);
-    wide.launch(l, which, int32_t(units));
+    l.k.rows = l.v.rows = box_rows(c, *by.hopper);
+    by.hopper->launch(l, which, int32_t(units));
   };
   if (planned) {
     c.plan = data<int32_t>(plan);
     c.capacity = int32_t(units);
-    attend(large_rows, Which::SHARED);
-    attend(rows, Which::OWN);
+    attend(large, Which::SHARED);
+    attend(own, Which::OWN);
     merge_parts(c, bfloat16, int32_t(units), device.stream);
     return;
   }
-  attend(rows, Which::ALL);
+  attend(own, Which::ALL);
   if (d.splits > 1 && pieces > 0) merge_parts(c, bfloat16, c.batch.batch * d.blocks, device.stream);
 }
 

@@ -48,6 +48,16 @@ struct RowTile {
   // How many come first that need a test.
   DUPLEX_DEVICE int edges() const { return c.division.fixed ? keys.count() : keys.edges(); }
 
+  // Where key j of the piece lies, which is one.
+  struct Place {
+    int32_t page, slot;
+  };
+  DUPLEX_DEVICE Place place_of(int32_t j) const {
+    const uint32_t key = uint32_t(piece.first + j), size = uint32_t(c.pages.page_size), page = key / size;
+    return {clamp32(c.pages.table[piece.sequence * c.pages.table_row + page], 0, c.num_pages - 1),
+            int32_t(key - page * size)};
+  }
+
   // Where a row stands in its own sequence.
   DUPLEX_DEVICE int64_t position(const Row& r) const {
     return piece.shared && c.rope && r.live ? position_of(c.batch, piece.row + r.i) : piece.position + r.i;

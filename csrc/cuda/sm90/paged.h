@@ -20,7 +20,9 @@ struct PagedVariant {
   void (*launch)(const PagedLaunch& launch, paged::Which which, int32_t units);
 };
 
-// The smallest that holds the head_dim. Throws std::invalid_argument beyond the largest.
+// Tiles of 128 rows over pages of 16-bit numbers, and of 16 rows: the smallest that holds the head_dim. Throws
+// std::invalid_argument beyond the largest.
 const PagedVariant& paged_variant(int64_t head_dim);
+const PagedVariant& decode_variant(int64_t head_dim, Storage storage);
 
 }  // namespace duplex::sm90

@@ -12,6 +12,7 @@
 
 #define DUPLEX_DEVICE inline
 #define DUPLEX_KERNEL(THREADS) inline void
+#define DUPLEX_KERNEL_SHARING(THREADS, BLOCKS) inline void
 #define DUPLEX_PARAMETER const
 
 namespace duplex::ptx {
@@ -49,6 +50,19 @@ inline float shuffle_xor(float x, int mask) {
   bits = shuffle_xor(bits, mask);
   std::memcpy(&x, &bits, 4);
   return x;
+}
+
+inline float shuffle(float x, int lane) {
+  struct {
+    float x;
+    int lane;
+  } given{x, lane};
+  block->meet("shfl.idx", 0, given, [](auto&& of) {
+    float all[32];
+    for (int n = 0; n < 32; ++n) all[n] = of(n).x;
+    for (int n = 0; n < 32; ++n) of(n).x = all[of(n).lane % 32];
+  });
+  return given.x;
 }
 
 inline void shared_store(uint32_t address, int x) { block->store(address, &x, 4); }

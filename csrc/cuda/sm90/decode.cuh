@@ -1,0 +1,166 @@
+// Decoding for Hopper: tiles of 16 packed rows. One warp brings boxes of slots by bulk copies, so that the others spend
+// no instructions on what moves; each of these has all rows and 16 keys of a block, by mma.sync.
+#pragma once
+
+#include "cuda/paged/products.cuh"
+#include "cuda/sm90/pages.cuh"
+
+namespace duplex::sm90 {
+
+template <Storage S, int HEAD_DIM_>
+struct DecodeShape {
+  static constexpr int HEAD_DIM = HEAD_DIM_, ROWS = 16, BLOCK_M = ROWS;
+  static constexpr int BLOCK_N = HEAD_DIM == 256 && S == Storage::AS_QUERIES ? 32 : 64;
+  static constexpr int WARPS_M = 1, WARPS_N = BLOCK_N / 16, WARPS = WARPS_N, KEYS = 16;  // that compute; keys of each
+  static constexpr int COMPUTING = 32 * WARPS, THREADS = COMPUTING + 32;
+  static constexpr int BLOCKS = HEAD_DIM == 256 ? 1 : 2;  // on a multiprocessor, where registers and memory allow
+  using Keys = Tile<BLOCK_N, HEAD_DIM * paged::STORED_BYTES<S> / 2>;  // two bytes a number as if they were one
+  using Side = Keys;
+  static constexpr bool Q_STAYS = HEAD_DIM == 256;  // queries are in registers, which the widest have none left for
+  static constexpr int FITTING = 192 * 1024 / BLOCKS / (2 * Keys::BYTES), STAGES = FITTING < 6 ? FITTING : 6;
+
+  static constexpr int KV = 0, Q = KV + STAGES * 2 * Keys::BYTES, STATE = Q + ROWS * HEAD_DIM * 2;
+  static constexpr int BARRIERS = STATE + WARPS * ROWS * 8, SHARED_BYTES = BARRIERS + 8 * (1 + 2 * STAGES);
+  static_assert(STAGES >= 2 && BLOCKS * (SHARED_BYTES + 1024) <= 228 * 1024);
+  static_assert(WARPS * ROWS * HEAD_DIM * 4 <= STAGES * 2 * Keys::BYTES);  // in the end sums lie where keys did
+};
+
+template <class L>
+struct DecodeStages {
+  uint32_t base;
+
+  DUPLEX_DEVICE uint32_t k(int stage) const { return base + L::KV + stage * 2 * L::Keys::BYTES; }
+  DUPLEX_DEVICE uint32_t v(int stage) const { return k(stage) + L::Keys::BYTES; }
+  // Full: its bytes have come, of keys and of values. Empty: every warp that computes has read it.
+  DUPLEX_DEVICE uint32_t barrier(int n) const { return base + L::BARRIERS + 8 * n; }
+  DUPLEX_DEVICE uint32_t full(int stage) const { return barrier(1 + stage); }
+  DUPLEX_DEVICE uint32_t empty(int stage) const { return barrier(1 + L::STAGES + stage); }
+  DUPLEX_DEVICE uint32_t k_full(int stage) const { return full(stage); }
+  DUPLEX_DEVICE uint32_t v_full(int stage) const { return full(stage); }
+  DUPLEX_DEVICE uint32_t k_empty(int stage) const { return empty(stage); }
+  DUPLEX_DEVICE uint32_t v_empty(int stage) const { return empty(stage); }
+  // The sums of a tile have been read, which lay where keys are to be.
+  DUPLEX_DEVICE uint32_t tile_done() const { return barrier(0); }
+  DUPLEX_DEVICE void wait_for_tile(int tiles) const {
+    if (tiles > 0) ptx::barrier_wait(tile_done(), (tiles - 1) & 1);
+  }
+
+  DUPLEX_DEVICE void init() const {
+    ptx::barrier_init(tile_done(), L::WARPS);
+    for (int n = 0; n < L::STAGES; ++n) {
+      ptx::barrier_init(full(n), 2);
+      ptx::barrier_init(empty(n), L::WARPS);
+    }
+    ptx::barrier_init_fence();
+  }
+};
+
+template <class T, Storage S, class L>
+struct Decode : paged::Products<T, S, L> {
+  using Base = paged::Products<T, S, L>;
+  using Base::QUANTISED, Base::tile, Base::c, Base::piece, Base::thread, Base::lane, Base::warp_n;
+
+  const DecodeStages<L> shared;
+  int& step;  // blocks of keys so far
+
+  DUPLEX_DEVICE Decode(const paged::RowTile& tile, DecodeStages<L> shared, int& step)
+      : Base(tile), shared(shared), step(step) {}
+
+  DUPLEX_DEVICE void meet() const { ptx::named_sync(1, L::COMPUTING); }
+  DUPLEX_DEVICE void release(uint32_t barrier) const {
+    if (lane == 0) ptx::barrier_arrive(barrier);
+  }
+
+  // Of the warp's keys in block t, how many are there, or more.
+  DUPLEX_DEVICE int live(int t) const {
+    return int(piece.span.len_k) - tile.block_at(t) * L::BLOCK_N - warp_n * L::KEYS;
+  }
+
+  // Values of the warp that are none: what lies there may be NaN.
+  DUPLEX_DEVICE void clear_strangers(int live) const {
+    if (live >= L::KEYS) return;
+    constexpr int UNITS = L::Keys::ROW_BYTES / 16;
+    const int first = warp_n * L::KEYS + (live > 0 ? live : 0), end = (warp_n + 1) * L::KEYS;
+    for (int u = first * UNITS + lane; u < end * UNITS; u += 32)
+      for (int p = 0; p < L::Keys::PANELS; ++p)
+        ptx::shared_zero16(shared.v(step % L::STAGES) + p * L::Keys::PANEL_BYTES + u * 16);
+    ptx::fence_async_proxy();
+    ptx::warp_sync();
+  }
+
+  // Lane n has what the n-th of the warp's keys, and the 16 after them, are worth.
+  struct Scales {
+    float k, v;
+  };
+  using Where = paged::RowTile::Place;
+  DUPLEX_DEVICE Where where_of(int t) const {
+    if (!QUANTISED || t >= tile.keys.count() || lane % L::KEYS >= live(t)) return {-1, 0};
+    return tile.place_of(tile.block_at(t) * L::BLOCK_N + warp_n * L::KEYS + lane % L::KEYS);
+  }
+  DUPLEX_DEVICE Scales scales_at(Where at) const {
+    if (!QUANTISED || at.page < 0) return {0, 0};
+    const auto read = [&](const ScaleView& s) {
+      return s ? s.data[at.page * s.page + at.slot * s.slot + tile.share.kv_head * s.head] : 0.f;
+    };
+    return {read(c.pages.k_scales), read(c.pages.v_scales)};
+  }
+  DUPLEX_DEVICE void scale_columns(float (&x)[L::KEYS / 2], float scale) const {
+#pragma unroll
+    for (int n = 0; n < L::KEYS / 2; ++n)
+      if (row_of(n) == 0) {
+        const float of_key = ptx::shuffle(scale, column_of(n) + 2 * (lane % 4));
+        x[n] *= of_key;
+        x[n + 2] *= of_key;
+      }
+  }
+
+  DUPLEX_DEVICE void run() {
+    const int count = tile.keys.count();
+    Where at = where_of(0), next = where_of(1);
+    Scales scales = scales_at(at);
+    this->put_queries();
+    meet();
+    typename Base::Queries q;
+    this->load_queries(q);
+    const paged::RowPair rows = this->row_pair();
+    Softmax softmax;
+    softmax.start(nullptr, 0, 1, lane % 4);
+    float sum[L::HEAD_DIM / 2] = {};
+    for (int t = 0; t < count; ++t, ++step) {
+      const Scales now = scales;
+      scales = scales_at(next);
+      next = where_of(t + 2);
+      ptx::barrier_wait(shared.full(step % L::STAGES), step / L::STAGES & 1);
+      clear_strangers(live(t));
+      this->add_block(
+          sum, q, rows, t, step, softmax, [&](auto& x) { scale_columns(x, now.k); },
+          [&](auto& x) { scale_columns(x, now.v); });
+      release(shared.empty(step % L::STAGES));
+    }
+    meet();
+    this->put_sums(softmax, sum);
+    meet();
+    for (int m = thread / 32; m < L::ROWS; m += L::WARPS) this->finish(m);
+    ptx::fence_async_proxy();
+    ptx::warp_sync();
+    release(shared.tile_done());
+  }
+};
+
+template <class T, Storage S, int HEAD_DIM, class L = DecodeShape<S, HEAD_DIM>>
+DUPLEX_KERNEL_SHARING(L::THREADS, L::BLOCKS)
+decode_kernel(DUPLEX_PARAMETER PagedArguments a) {
+  const DecodeStages<L> shared{ptx::shared_base()};
+  if (ptx::thread_index() == 0) shared.init();
+  ptx::block_sync();
+  if (ptx::uniform(ptx::thread_index() / 32) == L::WARPS) {
+    PageLoader<L, DecodeStages<L>>{a, shared}.run();
+    if (a.which != paged::Which::SHARED)
+      for_each_share<L>(a, [&](const paged::Share& s) { paged::clear_outside<T>(a.call, s, a.units); });
+  } else {
+    int step = 0;
+    for_each_paged_tile<L>(a, [&](const paged::RowTile& tile) { Decode<T, S, L>(tile, shared, step).run(); });
+  }
+}
+
+}  // namespace duplex::sm90

@@ -1,0 +1,83 @@
+// Keys and values out of pages by bulk copies, for blocks of threads that have a warp to load them.
+#pragma once
+
+#include "cuda/paged/tiles.cuh"
+
+namespace duplex::sm90 {
+
+struct PageMaps {
+  ptx::TensorMap k, v;  // (head_dim, slot, head, page)
+  int box_rows;         // slots of a box; divides a page, a block of keys and where parts begin
+};
+
+struct PagedArguments {
+  paged::Call call;
+  PageMaps maps;
+  paged::Which which;
+  int32_t units;
+};
+
+// f(share) for each of this block.
+template <class S, class F>
+DUPLEX_DEVICE void for_each_share(const PagedArguments& a, F&& f) {
+  const int32_t shares = a.units * a.call.heads_kv * paged::packing(a.call.group(), S::BLOCK_M).chunks;
+  for (int32_t round = 0; round * ptx::blocks() < shares; ++round) {
+    const int64_t n = tile_of(round, ptx::block_index(), ptx::blocks());
+    if (n < shares) f(paged::Share(a.call, S::BLOCK_M, int32_t(n)));
+  }
+}
+
+template <class S, class F>
+DUPLEX_DEVICE void for_each_paged_tile(const PagedArguments& a, F&& f) {
+  for_each_share<S>(a, [&](const paged::Share& s) { paged::for_each_tile(a.call, s, a.which, S::BLOCK_N, f); });
+}
+
+// The loading warp: each lane brings a box of keys and one of values.
+template <class S, class Room>
+struct PageLoader {
+  const PagedArguments& a;
+  const Room shared;  // where stages lie, and their barriers
+  const int lane = ptx::thread_index() % 32;
+  int step = 0, tiles = 0;  // blocks of keys and tiles so far
+
+  // Of the lane's box in block t of a tile's keys; no page where it has none.
+  using Where = paged::RowTile::Place;
+  DUPLEX_DEVICE Where where_of(const paged::RowTile& tile, int t) const {
+    const int32_t j = tile.block_at(t) * S::BLOCK_N + lane * a.maps.box_rows;
+    return lane * a.maps.box_rows < S::BLOCK_N && j < tile.piece.span.len_k ? tile.place_of(j) : Where{-1, 0};
+  }
+
+  DUPLEX_DEVICE void load(uint32_t to, const ptx::TensorMap& map, uint32_t full, int boxes, Where at, int head) const {
+    using Keys = typename S::Keys;
+    if (lane == 0) ptx::barrier_expect(full, boxes * a.maps.box_rows * 2 * Keys::COLUMNS);
+    ptx::warp_sync();
+    if (at.page < 0) return;
+    to += lane * a.maps.box_rows * Keys::ROW_BYTES;
+#pragma unroll
+    for (int p = 0; p < Keys::PANELS; ++p)
+      ptx::copy_box(to + p * Keys::PANEL_BYTES, map, full, p * Keys::PANEL, at.slot, head, at.page);
+  }
+
+  DUPLEX_DEVICE void run() {
+    ptx::prefetch(a.maps.k);
+    ptx::prefetch(a.maps.v);
+    for_each_paged_tile<S>(a, [&](const paged::RowTile& tile) {
+      const int count = tile.keys.count(), head = tile.share.kv_head;
+      shared.wait_for_tile(tiles++);
+      Where next = count > 0 ? where_of(tile, 0) : Where{-1, 0};
+      for (int t = 0; t < count; ++t, ++step) {
+        const Where at = next;
+        if (t + 1 < count) next = where_of(tile, t + 1);
+        const int live = int(tile.piece.span.len_k) - tile.block_at(t) * S::BLOCK_N;
+        const int boxes = ((live < S::BLOCK_N ? live : S::BLOCK_N) + a.maps.box_rows - 1) / a.maps.box_rows;
+        const int stage = step % S::STAGES, empty = (step / S::STAGES & 1) ^ 1;
+        ptx::barrier_wait(shared.k_empty(stage), empty);
+        load(shared.k(stage), a.maps.k, shared.k_full(stage), boxes, at, head);
+        ptx::barrier_wait(shared.v_empty(stage), empty);
+        load(shared.v(stage), a.maps.v, shared.v_full(stage), boxes, at, head);
+      }
+    });
+  }
+};
+
+}  // namespace duplex::sm90
