@@ -74,3 +74,36 @@ def test_registers_and_stack(kernel: Kernel) -> None:
     used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}
     assert used["REG"] <= 255 and used["LOCAL"] == 0
     assert used["STACK"] <= (0 if kernel.rows == 16 else 336 if kernel.head_dim == 256 else 32)
+
+
+class Decode(NamedTuple):
+    """Of Hopper."""
+
+    dtype: str
+    stored: str
+    head_dim: int
+
+    @property
+    def mangled(self) -> str:
+        storage = f"LNS_7StorageE{STORAGES.index(self.stored)}E"
+        return f"decode_kernelINS_{len(self.dtype)}{self.dtype}E{storage}Li{self.head_dim}E"
+
+
+DECODE = [Decode(*x) for x in itertools.product(("Bfloat16", "Float16"), STORAGES, (64, 128, 256))]
+
+
+@pytest.mark.parametrize("kernel", DECODE, ids=lambda kernel: "-".join(map(str, kernel)))
+def test_decoding_moves_nothing_by_its_own_instructions(kernel: Decode) -> None:
+    names = {name: code for name, code in machine_code("sm_90a").items() if "decode_kernel" in name}
+    assert len(names) == len(DECODE)
+    (code,) = [code for name, code in names.items() if kernel.mangled in name]
+    text = [line for _, line in code]
+    assert count(text, "UTMALDG") and not count(text, r"LDGSTS\S*")
+    products = 2 * 16 * kernel.head_dim // 128  # of 16 x 8 x 16, a warp's 16 keys
+    over = [loop for loop in loops(code) if count(loop, r"HMMA\.16816\S*") == products]
+    inner = min(over, key=len)
+    assert not count(inner, "UTMALDG") and not count(inner, r"BAR\S*"), "warps wait for what comes, not for each other"
+    assert count(inner, "STL") == 0 and count(inner, "LDL") == 0
+    (line,) = [line for name, line in resource_usage("sm_90a").items() if kernel.mangled in name]
+    used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}
+    assert used["STACK"] == 0 and used["REG"] <= (255 if kernel.head_dim == 256 else 168), "two blocks no longer fit"
