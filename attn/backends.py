@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import evidence, reference
-from .call import GRADIENTS, Call
+from .call import Call
 from .checks import wrong_value
 from .paged import reference as paged_reference
 from .paged.call import AppendCall, PagedCall
@@ -257,11 +257,6 @@ class CudaBackend(Backend):
         if call.dropout_p > 0:
             return "its kernels have no dropout"
         return _refuses_rows(q=call.q, k=call.k, v=call.v)
-
-    def refuses_backward(self, call: Call, wanted: Sequence[bool]) -> str | None:
-        if wanted[GRADIENTS.index("distance_bias")]:
-            return "its kernels have no gradient of distance_bias"
-        return self.refuses(call)
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
         if len(outs) > _MERGE_PARTS:

@@ -46,6 +46,8 @@ DUPLEX_DEVICE int anew(int x) {
   return x;
 }
 
+// Of the lane that is named.
+DUPLEX_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 DUPLEX_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 DUPLEX_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 

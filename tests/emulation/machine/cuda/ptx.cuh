@@ -36,6 +36,18 @@ inline int uniform(int x) {
   return x;
 }
 inline int anew(int x) { return x; }
+inline float shuffle(float x, int lane) {
+  struct Given {
+    float x;
+    int lane;
+  } given{x, lane};
+  block->meet("shfl.idx of a lane each", 0, given, [](auto&& of) {
+    float all[32];
+    for (int lane = 0; lane < 32; ++lane) all[lane] = of(lane).x;
+    for (int lane = 0; lane < 32; ++lane) of(lane).x = all[of(lane).lane];
+  });
+  return given.x;
+}
 inline uint32_t shuffle_xor(uint32_t x, int mask) {
   block->meet("shfl.bfly", mask, x, [mask](auto&& of) {
     for (int lane = 0; lane < 32; ++lane)
@@ -204,6 +216,10 @@ void wgmma_wait() {
 }
 template <int COUNT>
 void settle(float (&)[COUNT]) {}
+template <int COUNT>
+void forget(float (&x)[COUNT]) {
+  for (float& number : x) number = NAN;
+}
 template <int COUNT>
 void settle(uint32_t (&)[COUNT][4]) {}
 
