@@ -50,10 +50,9 @@ void sum_distances(BackwardLaunch& l, const BackwardVariant& variant, const Tens
   Tiles& t = a.row_tiles;
   const int32_t heads = t.heads, section = t.section;
   const int64_t tiles = t.entries.count(a.lengths) * heads;
-  s.radius = std::min(a.terms.radius, std::max(a.lengths.max_q, a.lengths.max_k));
-  s.count = SLOTS_A_PROCESSOR * int32_t(std::min<int64_t>(tiles, l.processors));
-  const int32_t at_once = int32_t(heads_at_once(heads, s.count, s.entries()));
-  const Tensor slots = new_float(to, {s.count * at_once * s.entries()});
+  s = distance_sums(tiles, l.processors, heads, a.terms.radius, std::max(a.lengths.max_q, a.lengths.max_k));
+  const int32_t at_once = s.heads;
+  const Tensor slots = new_float(to, {s.place(s.count, 0)});
   s.slots = static_cast<float*>(slots.data_ptr());
   for (s.first_head = 0; s.first_head < heads; s.first_head += at_once) {
     s.heads = t.heads = std::min(at_once, heads - s.first_head);

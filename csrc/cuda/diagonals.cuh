@@ -178,12 +178,12 @@ DUPLEX_DEVICE void for_each_row_tile(const BackwardArguments& a, F&& f) {
 
 // The tables of a slot, before anything is added.
 DUPLEX_DEVICE void clear_slot(const DistanceSums& s, int slot, int thread) {
-  float* to = s.table(slot, 0);
+  float* to = s.slots + s.place(slot, 0);
   for (int64_t n = thread; n < s.heads * s.entries(); n += Team::THREADS) to[n] = 0;
 }
 
 DUPLEX_DEVICE DistanceTable table_of(const DistanceSums& s, int slot, int head) {
-  return {s.table(slot, head - s.first_head) + s.radius, s.radius};
+  return {s.slots + s.place(slot, head - s.first_head) + s.radius, s.radius};
 }
 
 }  // namespace duplex

@@ -20,7 +20,8 @@ distance_kernel(DUPLEX_PARAMETER DistanceSums s, float* to, int32_t radius) {
   float sum = 0;
   if (-s.radius <= distance && distance <= s.radius)
 #pragma unroll 8
-    for (int slot = part; slot < s.count; slot += DISTANCE_PARTS) sum += s.table(slot, head)[distance + s.radius];
+    for (int slot = part; slot < s.count; slot += DISTANCE_PARTS)
+      sum += s.slots[s.place(slot, head) + s.radius + distance];
   const uint32_t shared = ptx::shared_base();
   ptx::shared_store(shared + 4 * ptx::thread_index(), sum);
   ptx::block_sync();
