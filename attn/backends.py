@@ -57,10 +57,6 @@ class Backend:
         """Why it does not take a call; asked only where it is not missing, and so below."""
         return None
 
-    def refuses_backward(self, call: Call, wanted: Sequence[bool]) -> str | None:
-        """`wanted` says of each of GRADIENTS whether it is."""
-        return self.refuses(call)
-
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
         return None
 
@@ -368,11 +364,9 @@ def choose(call: Call, name: str) -> Backend:
     return _choose(call.q, name, lambda b: b.refuses(call), partial(evidence.class_of, call, "forward"))
 
 
-def choose_backward(call: Call, name: str, wanted: Sequence[bool]) -> Backend:
-    """The same for the gradients of `call` that are wanted."""
-    return _choose(
-        call.q, name, lambda b: b.refuses_backward(call, wanted), partial(evidence.class_of, call, "backward")
-    )
+def choose_backward(call: Call, name: str) -> Backend:
+    """The same for the gradients of `call`."""
+    return _choose(call.q, name, lambda b: b.refuses(call), partial(evidence.class_of, call, "backward"))
 
 
 def choose_merge(outs: Sequence[Tensor], name: str) -> Backend:

@@ -1,11 +1,13 @@
-// Sums of dS along its diagonals, from accumulators (as in softmax.cuh) to the slot of a team: four warps with
-// successive rows that meet the same keys. Each distance is summed in a fixed order, and by a single thread in the end.
+// dS, in accumulators (as in softmax.cuh), summed along its diagonals into a team's slot. First squares of 8 x 8 on one
+// diagonal are added to each other as they lie, then the rows of squares, turned so that distances lie below each
+// other, then what the warps of a team have: each distance in a fixed order, by a single thread in the end.
 #pragma once
 
 #include "cuda/softmax.cuh"
 
 namespace duplex {
 
+// Four warps with successive rows, against the same keys.
 struct Team {
   static constexpr int WARPS = 4, THREADS = 32 * WARPS;
 
@@ -31,18 +33,18 @@ struct Ends {
   }
 };
 
-// WARP_ROWS rows of a warp against BLOCK_N keys. Distances count from the team's first row and the block's first key.
+// WARP_ROWS rows of each warp against BLOCK_N keys.
 template <int WARP_ROWS, int BLOCK_N>
 struct Diagonals {
   static constexpr int TALL = WARP_ROWS / 8, WIDE = BLOCK_N / 8;  // in squares of 8 x 8
   static constexpr int FOLDED = WIDE + TALL - 1, SKEWED = FOLDED + 1, OWN = (SKEWED + 7) / 8;
-  static constexpr int PLACES = 8 * SKEWED;                                   // distances from -WARP_ROWS on, of a warp
-  static constexpr int TEAM_PLACES = PLACES + (Team::WARPS - 1) * WARP_ROWS;  // and from TEAM::WARPS times that on
-  static constexpr int EACH = (TEAM_PLACES + Team::THREADS - 1) / Team::THREADS;
-  static constexpr int COUNT = BLOCK_N / 2;  // accumulators of 16 rows
+  static constexpr int PLACES = 8 * SKEWED;  // distances of a warp, from -WARP_ROWS on
+  static constexpr int TEAM_ROWS = Team::WARPS * WARP_ROWS, TEAM_PLACES = PLACES + TEAM_ROWS - WARP_ROWS;
+  static constexpr int EACH = (TEAM_PLACES + Team::THREADS - 1) / Team::THREADS;  // distances that a thread has at last
+  static constexpr int COUNT = BLOCK_N / 2;                                       // accumulators of 16 rows
   static constexpr int BYTES = 4 * Team::WARPS * PLACES;
 
-  // ds(r, n) is the n-th accumulator of the r-th 16 rows. Squares on one diagonal are added to each other as they lie.
+  // ds(r, n) is the n-th accumulator of the r-th 16 rows.
   template <class F>
   DUPLEX_DEVICE static void fold(F&& ds, float (&folded)[COUNT]) {
     static_assert(2 * FOLDED <= COUNT);
@@ -58,8 +60,8 @@ struct Diagonals {
       }
   }
 
-  // Within squares, row r turns r columns to the left: then distances lie below each other. A lane has its columns in
-  // pairs, so it is a turn among four lanes; what leaves a square on the left enters the one before.
+  // Row r of a square turns r columns to the left. A lane has columns in pairs, so that is a turn among four lanes;
+  // what leaves a square on the left enters the one before.
   DUPLEX_DEVICE static int turn(int row, int e) { return (row + e) / 2; }
 
   DUPLEX_DEVICE static void skew(const float (&folded)[COUNT], int row, int column, float (&x)[COUNT]) {
@@ -93,11 +95,12 @@ struct Diagonals {
     if constexpr (BIT < 4) sum_rows<2 * BIT, KEPT>(row, column, x);
   }
 
-  // The team has met since it was here last. `folded` and `x` are registers that are free, those of ds too.
+  // `distance` is the first key's from the team's first row. The team has met since it was here last. `folded` and `x`
+  // are registers that are free, also those of ds.
   template <class F>
   DUPLEX_DEVICE static void add(const Team& team, const DistanceTable& t, int distance, F&& ds, float (&folded)[COUNT],
                                 float (&x)[COUNT], Ends& ends) {
-    const bool low = distance + BLOCK_N - 1 <= -t.radius, high = distance - (Team::WARPS * WARP_ROWS - 1) >= t.radius;
+    const bool low = distance + BLOCK_N - 1 <= -t.radius, high = distance - (TEAM_ROWS - 1) >= t.radius;
     if (low || high) {  // all of it lies beyond the table
       float sum = 0;
 #pragma unroll
@@ -107,7 +110,7 @@ struct Diagonals {
       ends.add(high, sum);
       return;
     }
-    const int first = distance - Team::WARPS * WARP_ROWS + team.thread;
+    const int first = distance - TEAM_ROWS + team.thread;
     float before[EACH];  // asked for early
 #pragma unroll
     for (int n = 0; n < EACH; ++n) {
@@ -161,20 +164,6 @@ struct Diagonals {
     }
   }
 };
-
-// f(work), for the tiles of a launch, which has the heads from the first on.
-template <bool DISTANCES, class F>
-DUPLEX_DEVICE void for_each_row_tile(const BackwardArguments& a, F&& f) {
-  for_each_tile(a.lengths, a.row_tiles, [&](const Work& w) {
-    if constexpr (DISTANCES) {
-      Work moved = w;
-      moved.head += a.distances.first_head;
-      f(moved);
-    } else {
-      f(w);
-    }
-  });
-}
 
 // The tables of a slot, before anything is added.
 DUPLEX_DEVICE void clear_slot(const DistanceSums& s, int slot, int thread) {
