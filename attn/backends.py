@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import evidence, reference
-from .call import GRADIENTS, Call
+from .call import Call
 from .checks import wrong_value
 from .paged import reference as paged_reference
 from .paged.call import AppendCall, PagedCall
@@ -56,10 +56,6 @@ class Backend:
     def refuses(self, call: Call) -> str | None:
         """Why it does not take a call; asked only where it is not missing, and so below."""
         return None
-
-    def refuses_backward(self, call: Call, wanted: Sequence[bool]) -> str | None:
-        """`wanted` says of each of GRADIENTS whether it is."""
-        return self.refuses(call)
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
         return None
@@ -258,11 +254,6 @@ class CudaBackend(Backend):
             return "its kernels have no dropout"
         return _refuses_rows(q=call.q, k=call.k, v=call.v)
 
-    def refuses_backward(self, call: Call, wanted: Sequence[bool]) -> str | None:
-        if wanted[GRADIENTS.index("distance_bias")]:
-            return "its kernels have no gradient of distance_bias"
-        return self.refuses(call)
-
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
         if len(outs) > _MERGE_PARTS:
             return f"it merges up to {_MERGE_PARTS} parts"
@@ -373,11 +364,9 @@ def choose(call: Call, name: str) -> Backend:
     return _choose(call.q, name, lambda b: b.refuses(call), partial(evidence.class_of, call, "forward"))
 
 
-def choose_backward(call: Call, name: str, wanted: Sequence[bool]) -> Backend:
-    """The same for the gradients of `call` that are wanted."""
-    return _choose(
-        call.q, name, lambda b: b.refuses_backward(call, wanted), partial(evidence.class_of, call, "backward")
-    )
+def choose_backward(call: Call, name: str) -> Backend:
+    """The same for the gradients of `call`."""
+    return _choose(call.q, name, lambda b: b.refuses(call), partial(evidence.class_of, call, "backward"))
 
 
 def choose_merge(outs: Sequence[Tensor], name: str) -> Backend:

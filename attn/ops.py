@@ -65,7 +65,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest
     out = out if _has_contiguous_rows(out) else out.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     lse = lse.contiguous()  # kernels lay out what they keep for a row as lse
-    chosen = choose_backward(call, backend, output_mask)
+    chosen = choose_backward(call, backend)
     return tuple(chosen.attention_backward(dout, dlse, out, lse, *call, output_mask))
 
 

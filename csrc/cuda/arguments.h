@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "cuda/distance_sums.h"
 #include "cuda/lengths.h"
 #include "cuda/row_sums.h"
 #include "cuda/schedule.h"
@@ -51,6 +52,7 @@ struct BackwardArguments {
   Tiles row_tiles, key_tiles;  // of dq, of dk and dv
   RowSums sums;
   Rows dq, dk, dv;
+  DistanceSums distances;  // of the dq kernel, whose own result is not wanted where dq is null
 };
 
 struct RowSumsArguments {

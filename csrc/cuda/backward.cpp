@@ -43,6 +43,25 @@ Tensor rank(const Lengths& lengths, const Entries& entries, int64_t heads, int32
   return order;
 }
 
+// The gradient of distance_bias, to `to`, and dq where it is wanted: the launches of the dq kernel.
+void sum_distances(BackwardLaunch& l, const BackwardVariant& variant, const Tensor& to) {
+  BackwardArguments& a = l.arguments;
+  DistanceSums& s = a.distances;
+  Tiles& t = a.row_tiles;
+  const int32_t heads = t.heads, section = t.section;
+  const int64_t tiles = t.entries.count(a.lengths) * heads;
+  s = distance_sums(tiles, l.processors, heads, a.terms.radius, std::max(a.lengths.max_q, a.lengths.max_k));
+  const int32_t at_once = s.heads;
+  const Tensor slots = new_float(to, {s.place(s.count, 0)});
+  s.slots = static_cast<float*>(slots.data_ptr());
+  for (s.first_head = 0; s.first_head < heads; s.first_head += at_once) {
+    s.heads = t.heads = std::min(at_once, heads - s.first_head);
+    t.section = std::min(section, s.heads);
+    if (tiles > 0) variant.launch(l);
+    add_distances(s, static_cast<float*>(to.data_ptr()), a.terms.radius, l.stream);
+  }
+}
+
 }  // namespace
 
 Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, DUPLEX_CALL_PARAMETERS,
@@ -50,8 +69,8 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
   const CallArguments call DUPLEX_CALL_ARGUMENTS;
   check_call(call);
   const auto wanted = [&](int n) { return (output_mask >> n & 1) != 0; };
-  expect((output_mask & ~0x87) == 0, "no gradients but those of q, k, v and sink");
-  const bool packed = call.packed(), queries = wanted(0), keys = wanted(1) || wanted(2);
+  expect((output_mask & ~0x97) == 0, "no gradients but those of q, k, v, distance_bias and sink");
+  const bool packed = call.packed(), queries = wanted(0), keys = wanted(1) || wanted(2), distances = wanted(4);
   dout = row_contiguous(dout);
   out = row_contiguous(out);
   lse = torch::stable::contiguous(lse);
@@ -62,7 +81,8 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
   const Device device(device_index(q));
   const auto none = [&] { return new_float(q, {0}); };
   Tensor dq = queries ? gradient_of(q) : none(), dk = keys ? gradient_of(k) : none(),
-         dv = keys ? gradient_of(v) : none(), dsink = wanted(7) ? gradient_of(*sink) : none();
+         dv = keys ? gradient_of(v) : none(), ddistance = distances ? gradient_of(*distance_bias) : none(),
+         dsink = wanted(7) ? gradient_of(*sink) : none();
 
   BackwardLaunch l{};
   BackwardArguments& a = l.arguments;
@@ -104,14 +124,19 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
       clear_outside({a.lengths, of_keys, int32_t(t.size(d - 2)), int32_t(t.size(d - 1)), rows_of(t), nullptr, 0, 0},
                     l.processors, l.stream);
   };
-  if (dq.numel() > 0) {
+  if (dq.numel() > 0 || distances) {
     const BackwardVariant& variant = dq_variant(device.capability, std::max(head_dim, dim_v));
     const int64_t read = k.size(d - 3) * (packed ? 1 : batch) * width;
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_q, false), heads,
                               section_of(heads, a.group, read), q, l.stream, a.row_tiles);
-    a.dq = rows_of(dq);
-    clear(dq, false);
-    if (order.numel() > 1) variant.launch(l);
+    if (dq.numel() > 0) {
+      a.dq = rows_of(dq);
+      clear(dq, false);
+      // dS as dq has it is bent by the soft cap, as distances have it is not.
+      if (order.numel() > 1 && (!distances || softcap > 0)) variant.launch(l);
+      if (softcap > 0) a.dq = {};
+    }
+    if (distances) sum_distances(l, variant, ddistance);
   }
   if (dk.numel() > 0 || dv.numel() > 0) {
     const BackwardVariant& variant = dkdv_variant(device.capability, std::max(head_dim, dim_v));
@@ -128,7 +153,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
     sink_gradient({a.lengths, data<float>(sink), a.sums, static_cast<float*>(dsink.data_ptr())}, int(heads), l.stream);
   if (!wanted(1)) dk = none();
   if (!wanted(2)) dv = none();
-  return {dq, dk, dv, none(), none(), none(), none(), dsink};
+  return {dq, dk, dv, none(), ddistance, none(), none(), dsink};
 }
 
 }  // namespace duplex

@@ -13,7 +13,8 @@ namespace duplex {
 std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS);
 
 // Bit n of output_mask says whether the n-th of (dq, dk, dv, dbias, ddistance_bias, drow_distance_bias,
-// dcol_distance_bias, dsink) is wanted; the others are empty. It has those of q, k, v and sink.
+// dcol_distance_bias, dsink) is wanted; the others are empty. It has those of q, k, v, distance_bias
+// and sink.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, DUPLEX_CALL_PARAMETERS,
                              int64_t output_mask);

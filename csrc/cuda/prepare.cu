@@ -1,4 +1,5 @@
 #include "cuda/device.cuh"
+#include "cuda/distances.cuh"
 #include "cuda/outside.cuh"
 #include "cuda/prepare.h"
 #include "cuda/row_sums.cuh"
@@ -26,6 +27,11 @@ void sum_rows(const RowSumsArguments& arguments, bool bfloat16, bool whole, int 
     whole ? go.operator()<row_sums_kernel<Bfloat16, true>>() : go.operator()<row_sums_kernel<Bfloat16, false>>();
   else
     whole ? go.operator()<row_sums_kernel<Float16, true>>() : go.operator()<row_sums_kernel<Float16, false>>();
+}
+
+void add_distances(const DistanceSums& sums, float* to, int32_t radius, void* stream) {
+  launch<distance_kernel>("distances", int(sums.heads * distance_blocks(radius)), DISTANCE_THREADS, DISTANCE_SHARED,
+                          stream, sums, to, radius);
 }
 
 void sink_gradient(const SinkArguments& arguments, int heads, void* stream) {

@@ -14,6 +14,9 @@ void clear_outside(const OutsideArguments& arguments, int processors, void* stre
 // What backward keeps of each row. `whole`: rows of dout and out begin on 16 bytes and have whole eights of columns.
 void sum_rows(const RowSumsArguments& arguments, bool bfloat16, bool whole, int processors, void* stream);
 
+// The gradient of distance_bias for the heads of a launch from their slots, to (heads, 2 * radius + 1).
+void add_distances(const DistanceSums& sums, float* to, int32_t radius, void* stream);
+
 void sink_gradient(const SinkArguments& arguments, int heads, void* stream);
 
 }  // namespace duplex

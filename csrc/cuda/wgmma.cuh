@@ -35,6 +35,13 @@ DUPLEX_DEVICE void settle(uint32_t (&x)[COUNT][4]) {
     asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
 }
 
+// What accumulators hold is of no more use: until products begin anew, their registers are free.
+template <int COUNT>
+DUPLEX_DEVICE void forget(float (&x)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "=f"(x[i]));
+}
+
 // Registers by number in the text of an instruction, and as operands of it.
 
 #define DUPLEX_R32                                                       \

@@ -53,6 +53,20 @@ DUPLEX_DEVICE void for_each_tile(const Lengths& lengths, const Tiles& t, F&& f) 
   });
 }
 
+// The same for dq, whose launches with DISTANCES have the heads from a first one on.
+template <bool DISTANCES, class F>
+DUPLEX_DEVICE void for_each_row_tile(const BackwardArguments& a, F&& f) {
+  for_each_tile(a.lengths, a.row_tiles, [&](const Work& w) {
+    if constexpr (DISTANCES) {
+      Work moved = w;
+      moved.head += a.distances.first_head;
+      f(moved);
+    } else {
+      f(w);
+    }
+  });
+}
+
 template <class F>
 DUPLEX_DEVICE void for_each_key_tile(const Lengths& lengths, const Tiles& t, F&& f) {
   walk(lengths, t, [&](const Place& place, const Span& s, int32_t block) {

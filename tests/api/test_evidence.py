@@ -80,7 +80,7 @@ def test_the_fastest_of_a_class_comes_first(measured: dict[str, Any]) -> None:
     measured.update(failing=[], times={FORWARD: {"portable": 1.5, "fast": 1.0}})
     assert choose(call(), "").name == "fast"
     assert choose(call(bias=True), "").name == "portable", "what refuses a call does not run it"
-    assert choose_backward(call(), "", [True] * 8).name == "portable", "nothing was measured of backward"
+    assert choose_backward(call(), "").name == "portable", "nothing was measured of backward"
     assert choose(call(softcap=3.0), "").name == "portable", "nor of a score with terms"
     told = evidence.in_words(CARD, FORWARD)
     assert told == f"measured on A Card ({FORWARD}), time over the fastest: fast 1.00, portable 1.50"

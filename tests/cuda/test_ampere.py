@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from functools import cache
 from typing import NamedTuple
 
 import pytest
 
-from .test_library import HEAD_DIMS, count, dump, loops, machine_code, pytestmark  # noqa: F401  the mark skips here too
+from .test_library import KERNELS as OF_HOPPER
+from .test_library import count, dump, kernel_name, loops, machine_code, pytestmark  # noqa: F401  the mark skips here too
 
-SHAPES = {"forward": "Shape", "dq": "QueryShape", "dkdv": "KeyShape"}
 # By kernel and head_dim, csrc/cuda/sm80/*shape.h: tiles of 16 that a warp has of what stays, how much passes at a time.
 TILES = {
     "forward": {64: (2, 64), 96: (2, 64), 128: (2, 64), 192: (1, 64), 256: (1, 32)},
@@ -31,16 +30,14 @@ class Kernel(NamedTuple):
 
     @property
     def mangled(self) -> str:
-        name, shape = f"{self.name}_kernel", SHAPES[self.name]
-        of = f"INS_{len(self.dtype)}{self.dtype}ENS0_{len(shape)}{shape}ILi{self.head_dim}EEELb{int(self.terms)}E"
-        return f"4sm80{len(name)}{name}{of}"
+        return kernel_name(*self, "sm80")
 
     def loops(self) -> list[tuple[int, int]]:
         """Of each inner loop: products of 16 x 8 x 16, and loads of four matrices, a turn. Matrices of what stays are loaded for each
         16 columns, those of what passes once for all that a warp has."""
-        stays, passes = TILES[self.name][self.head_dim]
+        stays, passes = TILES["dq" if self.name == "distances" else self.name][self.head_dim]
         products, columns = stays * passes * self.head_dim // 128, self.head_dim // 16
-        over = [(2, 1)] if self.name == "forward" else [(3, 2)] if self.name == "dq" else [(4, 2)]  # all, of what stays
+        over = {"forward": [(2, 1)], "dkdv": [(4, 2)]}.get(self.name, [(3, 2)])  # all, of what stays
         if self.name == "dkdv" and self.head_dim in DIVIDED:
             over = [(2, 1), (3, 2)]
         if self.name == "forward" and not self.terms:
@@ -48,7 +45,7 @@ class Kernel(NamedTuple):
         return sorted((n * products, columns * (m * stays + n * passes // 16)) for n, m in over)
 
 
-KERNELS = [Kernel(*x) for x in itertools.product(SHAPES, HEAD_DIMS, ("Bfloat16", "Float16"), (False, True))]
+KERNELS = [Kernel(*x) for x in OF_HOPPER]
 
 
 def code_of(kernel: Kernel) -> list[tuple[int, str]]:
@@ -69,7 +66,8 @@ def test_every_kernel_is_there() -> None:
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
 def test_products_run_over_copies_and_stay_in_registers(kernel: Kernel) -> None:
     code = code_of(kernel)
-    meetings = 2 if kernel.name == "forward" else 1  # of the block, a turn
+    waits = 2 if kernel.name == "forward" else 1
+    meetings = waits + (kernel.name == "distances")  # of the block, a turn
     inner = [loop for loop in loops(code) if count(loop, "HMMA") and count(loop, r"BAR\.SYNC\S*") == meetings]
     assert (
         sorted((count(loop, r"HMMA\.16816\S*"), count(loop, r"LDSM\.16\.M\S*\.4")) for loop in inner) == kernel.loops()
@@ -77,7 +75,7 @@ def test_products_run_over_copies_and_stay_in_registers(kernel: Kernel) -> None:
     loads, stores = LOCAL.get((kernel.name, kernel.head_dim, kernel.terms), (0, 0))
     for loop in inner:
         assert count(loop, r"LDGSTS\.E\.BYPASS\.128\.ZFILL") > 0, "no copies of what comes next"
-        assert count(loop, r"DEPBAR\.LE") == meetings, "a wait for copies before each meeting, and no other"
+        assert count(loop, r"DEPBAR\.LE") == waits, "waits for copies that no meeting follows"
         assert count(loop, "LDL") <= loads and count(loop, "STL") <= stores
         assert kernel.terms or not count(loop, "LDG"), "numbers pass through registers on their way"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import duplex_attn as da
 import pytest
 import torch
-from duplex_attn.backends import _ORDER, BACKENDS, CudaBackend
+from duplex_attn.backends import _ORDER, CudaBackend
 
 from ..emulation.library import EMULATED
 from ..lanes import Lane
@@ -117,22 +116,6 @@ def test_it_tells_its_tile_and_that_it_has_not_run_on_a_card(emulated: Lane, car
 def test_the_operator_refuses_an_older_card(emulated: Lane) -> None:
     with EMULATED.on(75), pytest.raises(ValueError, match=r"cards of compute capability 8\.0 and later"):
         da.attention(x(), x(), x(), backend="cuda")
-
-
-def test_the_gradient_of_distances_is_refused_where_it_is_named_and_found_elsewhere_where_not(
-    emulated: Lane,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    q, table = x().requires_grad_(), torch.zeros(2, 5, requires_grad=True)
-    da.attention(q, q, q, distance_bias=table.detach(), backend="cuda").sum().backward()
-    out = da.attention(q, q, q, distance_bias=table, backend="cuda")
-    with pytest.raises(ValueError, match="cuda: its kernels have no gradient of distance_bias"):
-        out.sum().backward()
-    monkeypatch.setattr(
-        sys.modules[CudaBackend.__module__], "_candidates", lambda _: (BACKENDS["cuda"], BACKENDS["reference"])
-    )
-    da.attention(q, q, q, distance_bias=table).sum().backward()
-    assert table.grad is not None and table.grad.isfinite().all()
 
 
 def pages(dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -15,19 +15,20 @@ from duplex_attn.backends import BACKENDS
 LIBRARY = BACKENDS["cuda"].library
 HEAD_DIMS = (64, 96, 128, 192, 256)
 Kernel = tuple[str, int, str, bool]  # name, head_dim, dtype, with terms
-SHAPES = {"forward": "Shape", "paged": "Shape", "dq": "QueryShape", "dkdv": "KeyShape"}
+SHAPES = {"forward": "Shape", "paged": "Shape", "dq": "QueryShape", "distances": "QueryShape", "dkdv": "KeyShape"}
 KERNELS: list[Kernel] = [
     (name, d, dtype, terms)
     for name in SHAPES
     for d in HEAD_DIMS
     for dtype in ("Bfloat16", "Float16")
     for terms in (False, True)
+    if terms or name != "distances"  # dq with the gradient of distance_bias
 ]
 FORWARD = [kernel for kernel in KERNELS if kernel[0] in ("forward", "paged")]
 BACKWARD = [kernel for kernel in KERNELS if kernel not in FORWARD]
-# The widest with terms have a number or two too many for their registers.
-WIDEST = {"forward": 1, "paged": 2, "dkdv": 2}
-LOCAL_LOADS = {(name, 256, dtype, True): n for name, n in WIDEST.items() for dtype in ("Bfloat16", "Float16")}
+# These with terms have a number or two too many for their registers.
+SPILLED = {("forward", 256): 1, ("paged", 256): 2, ("dkdv", 256): 2, ("distances", 128): 1}
+LOCAL_LOADS = {(name, d, dtype, True): n for (name, d), n in SPILLED.items() for dtype in ("Bfloat16", "Float16")}
 
 
 def tool(name: str) -> str | None:
@@ -49,10 +50,11 @@ def dump(*options: str) -> str:
     ).stdout
 
 
-def kernel_name(name: str, head_dim: int, dtype: str, terms: bool) -> str:
-    shape = SHAPES[name]
-    of = f"INS_{len(dtype)}{dtype}ENS0_{len(shape)}{shape}ILi{head_dim}EEELb{int(terms)}E"
-    return f"4sm90{len(name) + 7}{name}_kernel{of}"
+def kernel_name(name: str, head_dim: int, dtype: str, terms: bool, folder: str = "sm90") -> str:
+    function, shape = f"{'dq' if name == 'distances' else name}_kernel", SHAPES[name]
+    flags = [terms, name == "distances"] if shape == "QueryShape" else [terms]
+    of = f"INS_{len(dtype)}{dtype}ENS0_{len(shape)}{shape}ILi{head_dim}EEE" + "".join(f"Lb{int(x)}E" for x in flags)
+    return f"4{folder}{len(function)}{function}{of}"
 
 
 @cache
@@ -90,7 +92,7 @@ def test_every_kernel_is_there_for_its_cards() -> None:
     large = [name for name in machine_code() if re.search(r"4sm90\d+(?!decode)\w+_kernelI", name)]
     assert len(large) == len(KERNELS)
     assert all(any(kernel_name(*kernel) in name for name in large) for kernel in KERNELS)
-    assert {"schedule_kernel", "outside_kernel", "row_sums_kernel", "sink_kernel"} <= {
+    assert {"schedule_kernel", "outside_kernel", "row_sums_kernel", "sink_kernel", "distance_kernel"} <= {
         word for name in machine_code() for word in re.findall(r"\d([a-z_]+_kernel)", name)
     }
     assert set(re.findall(r"sm_\d+a?", dump("--list-elf"))) == {"sm_80", "sm_90a"}
@@ -126,8 +128,8 @@ def test_forward(kernel: Kernel) -> None:
 @pytest.mark.parametrize("kernel", BACKWARD, ids=str)
 def test_backward(kernel: Kernel) -> None:
     name, head_dim, _, terms = kernel
-    deep, wide = head_dim // 16, {"dq": 128 if head_dim <= 128 else 64, "dkdv": 64}[name] // 16
-    if name == "dq":
+    deep, wide = head_dim // 16, (128 if head_dim <= 128 and name != "dkdv" else 64) // 16
+    if name != "dkdv":
         roles = [(2 * deep + wide, 2 if terms else 3)]  # products, waits
     elif head_dim <= 128:
         roles = [(2 * deep + 2 * wide, 2 if terms else 3)]
@@ -137,6 +139,8 @@ def test_backward(kernel: Kernel) -> None:
         loop = min(loops_of(kernel, products), key=len)  # there are loops around it
         assert_local(kernel, loop)
         assert count(loop, r"WARPGROUP\.DEPBAR\S*") == waits
+        shuffles = {8: 34, 4: 20}[wide] if name == "distances" else 0  # of half, a quarter, an eighth of what is folded
+        assert count(loop, r"SHFL\S*") == shuffles
 
 
 def stack(name: str, head_dim: int, dtype: str, terms: bool) -> int:

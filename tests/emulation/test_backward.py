@@ -24,12 +24,11 @@ def sampled() -> list[object]:
 
 @pytest.mark.parametrize(("kernels", "case"), sampled(), indirect=["kernels"])
 def test_gradients(case: Case, kernels: Lane) -> None:
-    """Of all but distance_bias, which is a constant here."""
     made = problem(fitting(case))
     exact, plain, floor = made.answers(gradients=True)
     if kernels.device == "cpu":
         draw(case.seed, processors=1 + case.seed % 3)
-    got = run(made.call, kernels, made.dout, made.dlse, case.deterministic, constants=("distance_bias",))
+    got = run(made.call, kernels, made.dout, made.dlse, case.deterministic)
     assert {"dq", "dk", "dv"} <= got.keys()
     assert_accurate(got, exact, plain, floor, str(case))
     made.guard.assert_untouched()

@@ -20,6 +20,7 @@ from .library import CARDS, EMULATED, draw, left_out
 # values in flight than of keys: elsewhere the waits for room for keys cover those for values.
 CASE = Case("packed_with_tail", ((150, 70), (150, 300)), (2, 1), (128, 128), torch.bfloat16, mask="causal")
 WIDEST = dataclasses.replace(CASE, lengths=((150, 30), (150, 200)), heads=(1, 1), head_dims=(256, 256))
+DISTANT = dataclasses.replace(CASE, heads=(1, 1), head_dims=(64, 64), distance_radius=60, sink="float32")
 SEEDS = 24  # every way that the machine divides what is late
 DQ = ["rows_full", "rows_empty", "k_full_0", "k_empty_0", "k_full_1", "k_empty_1", "v_full_0", "v_empty_0"]
 DKDV = ["keys_full", "keys_empty", *(f"rows_{of}_{stage}" for stage in range(3) for of in ("full", "empty"))]
@@ -35,7 +36,7 @@ def forward(case: Case) -> tuple[Problem, list[object], Tensor, Tensor]:
     c = made.call
     call = [
         c.q, c.k, c.v, c.cu_seqlens_q, c.cu_seqlens_k, *map(max, case.lengths), None, None, None, None, None, None, 0, False,
-        None, None, None, None, None, None, None, 0.0, 0.0, None, False, False,
+        None, c.distance_bias, None, None, None, c.sink, None, 0.0, 0.0, None, False, False,
     ]  # fmt: skip
     draw(0)
     return made, call, *attention_forward(*call, "cuda")
@@ -89,3 +90,15 @@ def test_what_dk_and_dv_leave_out_is_noticed(emulated: Lane, what: str, number: 
     forward(CASE)
     with left_out(what, number):
         assert any(outcome(CASE, ("k", "v"), seed) for seed in range(SEEDS))
+
+
+@pytest.mark.parametrize(
+    ("card", "what", "number"), [(80, "block_sync", 0), (90, "named_sync", 2), (90, "named_sync", 3)]
+)
+def test_what_sums_of_distances_leave_out_is_noticed(emulated: Lane, card: int, what: str, number: int) -> None:
+    """On Hopper each warpgroup meets alone."""
+    with EMULATED.on(card):
+        forward(DISTANT)
+        assert not any(outcome(DISTANT, ("distance_bias",), seed) for seed in range(SEEDS))
+        with left_out(what, number):
+            assert any(outcome(DISTANT, ("distance_bias",), seed) for seed in range(SEEDS))

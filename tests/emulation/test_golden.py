@@ -12,7 +12,7 @@ from .primitives import Emulated, card_library, golden, key_of, nvcc
 
 
 def lanes(machine: Emulated) -> np.ndarray:
-    out = np.zeros((128, 3), np.uint32)
+    out = np.zeros((128, 4), np.uint32)
     assert machine.call("probe_lanes", 1, 2, np.ones((128, 2), np.float32), out) is None
     return out
 
@@ -20,7 +20,7 @@ def lanes(machine: Emulated) -> np.ndarray:
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 def test_a_card_that_says_something_else_is_noticed(tmp_path: Path) -> None:
     answer = lanes(Emulated({}))
-    key = key_of("probe_lanes", (1, 2, np.ones((128, 2), np.float32), np.zeros((128, 3), np.uint32)))
+    key = key_of("probe_lanes", (1, 2, np.ones((128, 2), np.float32), np.zeros((128, 4), np.uint32)))
     for card, said in (("sm_80", answer), ("sm_90", answer + 1)):
         np.savez(tmp_path / f"{card}.npz", **{key: said})
     cards = golden(tmp_path)

@@ -231,13 +231,14 @@ def test_sixteen_bytes_by_ordinary_access(machine: Machine) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_lanes(machine: Machine, dtype: torch.dtype) -> None:
     x = torch.cat([normal(128, 2), torch.tensor([[1e-8, -70000.0], [3e38, 1 + 2**-8], [1 + 3 * 2**-8, 0.1]])])[-128:]
-    out = np.zeros((128, 3), np.uint32)
+    out = np.zeros((128, 4), np.uint32)
     for _, mask in itertools.product(machine.seeds(), (1, 2, 16, 31)):
         assert machine.call("probe_lanes", int(dtype == BF16), mask, x.numpy().copy(), out) is None
         threads = np.arange(128)
         assert np.array_equal(out[:, 0], threads ^ mask)
         assert np.array_equal(out[:, 1], threads // 32 * 32)
-        assert np.array_equal(out[:, 2], bits(x.to(dtype)).view(np.uint32)[:, 0])
+        assert np.array_equal(out[:, 2], threads // 32 * 32 + threads * 7 % 32)
+        assert np.array_equal(out[:, 3], bits(x.to(dtype)).view(np.uint32)[:, 0])
 
 
 def test_one_lane_of_a_warp_is_elected(hopper: Machine) -> None:

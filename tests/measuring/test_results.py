@@ -176,7 +176,7 @@ def test_evidence_of_a_card() -> None:
 
 CHOICES = {  # how the package chooses a backend for a call -> the class of shapes that the call is then looked up in
     "choose": lambda call, name: of_package.class_of(call, "forward"),
-    "choose_backward": lambda call, name, wanted: of_package.class_of(call, "backward"),
+    "choose_backward": lambda call, name: of_package.class_of(call, "backward"),
     "choose_merge": lambda outs, name: of_package.class_of_merge(outs),
     "choose_paged": lambda call, name: of_package.class_of_paged(call),
     "choose_append": lambda call, name: of_package.class_of_append(call),

@@ -1,9 +1,10 @@
 // dq for every card from Ampere on: rows stay while the blocks of keys that they see pass by, as in the forward. The
 // copies of the next block's keys and values run under the products of this one. The formulas are those of
-// sm90/gradients.cuh.
+// sm90/gradients.cuh. With DISTANCES, dS is summed along its diagonals too.
 #pragma once
 
 #include "cuda/accumulators.cuh"
+#include "cuda/diagonals.cuh"
 #include "cuda/sm80/backward_shape.h"
 #include "cuda/sm80/load.cuh"
 #include "cuda/sm80/products.cuh"
@@ -12,22 +13,25 @@
 
 namespace duplex::sm80 {
 
-template <class T, class S, bool TERMS>
+template <class T, class S, bool TERMS, bool DISTANCES>
 struct QueryGradients {
   using Rows = typename S::Rows;
   using Keys = typename S::Keys;
   static constexpr int ROW_TILES = S::ROW_TILES, PRODUCTS = S::BLOCK_N / 2, OUT = S::HEAD_DIM / 2;
   static constexpr int STEPS = S::BLOCK_N / 16;
+  using Distances = Diagonals<S::WARP_ROWS, S::BLOCK_N>;
 
   const BackwardArguments& a;
   const Sources& from;
   int stage = 0;
+  Ends ends{};
 
   DUPLEX_DEVICE static int row() { return warp() * S::WARP_ROWS; }  // the warp's first of a tile
   DUPLEX_DEVICE static uint32_t q() { return ptx::shared_base() + S::Q; }
   DUPLEX_DEVICE static uint32_t dout() { return ptx::shared_base() + S::DOUT; }
   DUPLEX_DEVICE static uint32_t k(int stage) { return ptx::shared_base() + S::K + stage * Keys::BYTES; }
   DUPLEX_DEVICE static uint32_t v(int stage) { return ptx::shared_base() + S::V + stage * Keys::BYTES; }
+  DUPLEX_DEVICE static Team team() { return {ptx::shared_base() + S::SHARED_BYTES, ptx::anew(ptx::thread_index()), 0}; }
   DUPLEX_DEVICE int batch_of(const Work& w) const { return a.lengths.cu_q ? 0 : w.batch; }
 
   DUPLEX_DEVICE void load_keys(const Work& w, int t, int count, int stage) const {
@@ -56,13 +60,19 @@ struct QueryGradients {
 #pragma unroll
       for (int n = 0; n < PRODUCTS; ++n) dp[r][n] -= delta[r][row_of(n)];
       if constexpr (TERMS)
-        add_terms<false>(x[r], a.terms, w.head, i, j, w.offset, [&](int n, float factor) { dp[r][n] *= factor; });
+        add_terms<false>(x[r], a.terms, w.head, i, j, w.offset, [&](int n, float factor) {
+          if constexpr (!DISTANCES) dp[r][n] *= factor;
+        });
       if (edge) hide<false>(x[r], w, i, j);
       const float factor = TERMS ? LOG2E : a.terms.scale * LOG2E;
 #pragma unroll
       for (int n = 0; n < PRODUCTS; ++n) dp[r][n] *= ptx::exp2(ptx::fma(x[r][n], factor, -reference[r][row_of(n)]));
       pack_operand<T>(dp[r], ds[r]);
     }
+    if constexpr (DISTANCES)
+      Distances::add(
+          team(), table_of(a.distances, ptx::block_index(), w.head), w.keys.at(t) * S::BLOCK_N - (w.i0 + w.offset),
+          [&](int r, int n) { return dp[r][n]; }, x[0], dp[0], ends);
     multiply_registers<T, Keys>(dq, ds, k(stage));
     stage ^= 1;
   }
@@ -91,21 +101,26 @@ struct QueryGradients {
       for (int t = 0; t < count; ++t) next_keys(w, t, count, t < edges, reference, delta, dq);
     }
     const float weight[2] = {a.terms.scale, a.terms.scale};
+    if (!DISTANCES || a.dq.data) {
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
-      store_rows<T>(a.dq, w.batch, w.row_q, w.head, first_row(w, r), w.len_q, a.head_dim, dq[r], weight, lane() % 4);
+      for (int r = 0; r < ROW_TILES; ++r)
+        store_rows<T>(a.dq, w.batch, w.row_q, w.head, first_row(w, r), w.len_q, a.head_dim, dq[r], weight, lane() % 4);
+    }
     ptx::block_sync();  // the next tile's rows and keys come where these are read
+    if constexpr (DISTANCES)
+      if (count > 0) Distances::finish(team(), table_of(a.distances, ptx::block_index(), w.head), ends);
   }
 
   DUPLEX_DEVICE void run() {
-    for_each_tile(a.lengths, a.row_tiles, [&](const Work& w) { tile(w); });
+    if constexpr (DISTANCES) clear_slot(a.distances, ptx::block_index(), ptx::thread_index());
+    for_each_row_tile<DISTANCES>(a, [&](const Work& w) { tile(w); });
   }
 };
 
-template <class T, class S, bool TERMS>
+template <class T, class S, bool TERMS, bool DISTANCES>
 DUPLEX_KERNEL(S::THREADS)
 dq_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER Sources from) {
-  QueryGradients<T, S, TERMS>{a, from}.run();
+  QueryGradients<T, S, TERMS, DISTANCES>{a, from}.run();
 }
 
 }  // namespace duplex::sm80

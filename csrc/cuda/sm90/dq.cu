@@ -7,18 +7,26 @@ namespace {
 
 using Built = QueryShape<DUPLEX_HEAD_DIM>;
 
-template <class T, bool TERMS>
+template <class T, bool TERMS, bool DISTANCES>
 void launch_kernel(const BackwardLaunch& l, const BackwardMaps& maps) {
-  launch<dq_kernel<T, Built, TERMS>>("dq", blocks_of(l, l.arguments.row_tiles), Built::THREADS, Built::SHARED_BYTES,
-                                     l.stream, l.arguments, maps);
+  constexpr int TEAMS = Built::WARPGROUPS;
+  constexpr int SHARED = Built::SHARED_BYTES + DISTANCES * TEAMS * Diagonals<16, Built::BLOCK_N>::BYTES;
+  static_assert(SHARED <= 227 * 1024);
+  const int blocks = DISTANCES ? l.arguments.distances.count / TEAMS : blocks_of(l, l.arguments.row_tiles);
+  launch<dq_kernel<T, Built, TERMS, DISTANCES>>("dq", blocks, Built::THREADS, SHARED, l.stream, l.arguments, maps);
+}
+
+template <class T>
+void launch_type(const BackwardLaunch& l, const BackwardMaps& maps) {
+  if (l.arguments.distances.slots)
+    launch_kernel<T, true, true>(l, maps);
+  else
+    l.terms ? launch_kernel<T, true, false>(l, maps) : launch_kernel<T, false, false>(l, maps);
 }
 
 void launch_dq(BackwardLaunch& l) {
   const BackwardMaps maps = maps_of<Built>(l);
-  if (l.bfloat16)
-    l.terms ? launch_kernel<Bfloat16, true>(l, maps) : launch_kernel<Bfloat16, false>(l, maps);
-  else
-    l.terms ? launch_kernel<Float16, true>(l, maps) : launch_kernel<Float16, false>(l, maps);
+  l.bfloat16 ? launch_type<Bfloat16>(l, maps) : launch_type<Float16>(l, maps);
 }
 
 }  // namespace

@@ -1,19 +1,20 @@
 // dq for Hopper: rows stay while the blocks of keys that they see pass by, as in the forward. The products of a block's
-// dS with its keys run under the scores of the next.
+// dS with its keys run under the scores of the next. With DISTANCES, dS is summed along its diagonals too.
 #pragma once
 
+#include "cuda/diagonals.cuh"
 #include "cuda/sm90/gradients.cuh"
 
 namespace duplex::sm90 {
 
-template <class S>
+template <class S, bool DISTANCES>
 DUPLEX_DEVICE void load_keys(const BackwardArguments& a, const BackwardMaps& maps, typename S::Shared shared) {
   ptx::prefetch(maps.q);
   ptx::prefetch(maps.k);
   ptx::prefetch(maps.v);
   ptx::prefetch(maps.dout);
   int step = 0, tiles = 0;  // blocks of keys and tiles so far
-  for_each_tile(a.lengths, a.row_tiles, [&](const Work& w) {
+  for_each_row_tile<DISTANCES>(a, [&](const Work& w) {
     const int count = w.keys.count(), kv_head = w.head / a.group, batch = a.lengths.cu_q ? 0 : w.batch;
     for (int t = 0; t < count; ++t, ++step) {
       const int k = step % S::K_STAGES, v = step % S::V_STAGES, row = w.row_k + w.keys.at(t) * S::BLOCK_N;
@@ -34,14 +35,16 @@ DUPLEX_DEVICE void load_keys(const BackwardArguments& a, const BackwardMaps& map
 }
 
 // A computing warpgroup: 64 rows of every tile.
-template <class T, class S, bool TERMS>
+template <class T, class S, bool TERMS, bool DISTANCES>
 struct QueryGradients : Gradients<TERMS> {
   using Base = Gradients<TERMS>;
   using Base::a, Base::factor, Base::quad_lane, Base::release, Base::warpgroup, Base::thread, Base::lane;
   static constexpr int PRODUCTS = S::BLOCK_N / 2, OUT = S::HEAD_DIM / 2, STEPS = S::BLOCK_N / 16;
+  using Distances = Diagonals<16, S::BLOCK_N>;
 
   const typename S::Shared shared;
   int step = 0, tiles = 0;  // blocks of keys and tiles so far
+  Ends ends{};
 
   DUPLEX_DEVICE QueryGradients(const BackwardArguments& a, typename S::Shared shared, int warpgroup, int thread)
       : Base(a, warpgroup, thread), shared(shared) {}
@@ -51,6 +54,21 @@ struct QueryGradients : Gradients<TERMS> {
   DUPLEX_DEVICE void wait_for_keys() const { ptx::barrier_wait(shared.k_full(k_stage(step)), step / S::K_STAGES & 1); }
   DUPLEX_DEVICE void wait_for_values() const {
     ptx::barrier_wait(shared.v_full(v_stage(step)), step / S::V_STAGES & 1);
+  }
+
+  DUPLEX_DEVICE Team team() const {
+    return {shared.base + S::SHARED_BYTES + warpgroup * Distances::BYTES, ptx::anew(thread),
+            Base::BARRIER_ALL + 1 + warpgroup};
+  }
+  DUPLEX_DEVICE int slot() const { return Warpgroups::WARPGROUPS * ptx::block_index() + warpgroup; }
+
+  // Rows past the sequence's last: their dS would else be that of whatever lies there.
+  DUPLEX_DEVICE void clear_stranger_rows(const Work& w) {
+    const int live = w.len_q - w.i0;
+    if (live >= S::BLOCK_M || w.row_q + w.len_q >= a.lengths.rows_q) return;
+    this->template clear<typename S::Rows>(shared.q(), live);
+    this->template clear<typename S::Rows>(shared.dout(), live);
+    this->meet();
   }
 
   // Keys and values past the sequence's last key.
@@ -67,15 +85,19 @@ struct QueryGradients : Gradients<TERMS> {
   DUPLEX_DEVICE void next_keys(const Work& w, int i, int j0, bool edge, bool first, bool last,
                                const float (&reference)[2], const float (&delta)[2], float (&x)[PRODUCTS],
                                float (&dp)[PRODUCTS], uint32_t (&ds)[STEPS][4], float (&dq)[OUT]) {
+    typename S::Shared shared = this->shared;
+    if constexpr (DISTANCES) shared.base = ptx::anew(int(shared.base));  // operands' addresses would take registers
     const int k = k_stage(step), v = v_stage(step);
     wait_for_keys();
     clear_strangers(w, j0);
+    if constexpr (DISTANCES) ptx::forget(x);
     ptx::wgmma_fence();
     multiply_rows<T, typename S::Rows, typename S::Keys>(x, shared.q(), 64 * warpgroup, shared.k(k));
     ptx::wgmma_wait<1>();
     ptx::settle(ds);
     if (!first) release(shared.k_empty(k_stage(step - 1)));
     wait_for_values();
+    if constexpr (DISTANCES) ptx::forget(dp);
     ptx::wgmma_fence();
     multiply_rows<T, typename S::Rows, typename S::Keys>(dp, shared.dout(), 64 * warpgroup, shared.v(v));
     ptx::wgmma_wait<!TERMS>();
@@ -84,8 +106,9 @@ struct QueryGradients : Gradients<TERMS> {
       ptx::settle(dp);
 #pragma unroll
       for (int n = 0; n < PRODUCTS; ++n) dp[n] -= delta[row_of(n)];
-      add_terms<false>(x, a.terms, w.head, i, j0 + 2 * quad_lane(), w.offset,
-                       [&](int n, float factor) { dp[n] *= factor; });
+      add_terms<false>(x, a.terms, w.head, i, j0 + 2 * quad_lane(), w.offset, [&](int n, float factor) {
+        if constexpr (!DISTANCES) dp[n] *= factor;
+      });
     }
     if (edge) hide<false>(x, w, i, j0 + 2 * quad_lane());
 #pragma unroll
@@ -101,6 +124,12 @@ struct QueryGradients : Gradients<TERMS> {
     pack_operand<T>(dp, ds);
     ptx::wgmma_fence();
     multiply_registers<T, typename S::Keys>(dq, ds, shared.k(k), true);
+    if constexpr (DISTANCES) {
+      team().meet();
+      Distances::add(
+          team(), table_of(a.distances, slot(), w.head), j0 - (w.i0 + 64 * warpgroup + w.offset),
+          [&](int, int n) { return dp[n]; }, x, dp, ends);
+    }
     ++step;
   }
 
@@ -116,24 +145,31 @@ struct QueryGradients : Gradients<TERMS> {
       const float reference[2] = {a.sums.references[at], a.sums.references[at + 8]};
       const float delta[2] = {a.sums.deltas[at], a.sums.deltas[at + 8]};
       ptx::barrier_wait(shared.rows_full(), tiles & 1);
+      if constexpr (DISTANCES) clear_stranger_rows(w);
       for (int t = 0; t < count; ++t)
         next_keys(w, i, w.keys.at(t) * S::BLOCK_N, t < edges, t == 0, t == count - 1, reference, delta, x, dp, ds, dq);
       ptx::wgmma_wait<0>();
       ptx::settle(ds);
       release(shared.k_empty(k_stage(step - 1)));
       ++tiles;
+      if constexpr (DISTANCES) {
+        team().meet();
+        Distances::finish(team(), table_of(a.distances, slot(), w.head), ends);
+      }
     }
     ptx::settle(dq);
+    if (DISTANCES && !a.dq.data) return;
     const float weight[2] = {a.terms.scale, a.terms.scale};
     store_rows<T>(a.dq, w.batch, w.row_q, w.head, i, w.len_q, a.head_dim, dq, weight, quad_lane());
   }
 
   DUPLEX_DEVICE void run() {
-    for_each_tile(a.lengths, a.row_tiles, [&](const Work& w) { tile(w); });
+    if constexpr (DISTANCES) clear_slot(a.distances, slot(), thread);
+    for_each_row_tile<DISTANCES>(a, [&](const Work& w) { tile(w); });
   }
 };
 
-template <class T, class S, bool TERMS>
+template <class T, class S, bool TERMS, bool DISTANCES>
 DUPLEX_KERNEL(S::THREADS)
 dq_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps maps) {
   const typename S::Shared shared{ptx::shared_base()};
@@ -151,8 +187,9 @@ dq_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps ma
     ptx::barrier_init_fence();
   }
   ptx::block_sync();
-  divide_roles<S>([&] { load_keys<S>(a, maps, shared); },
-                  [&](int warpgroup, int thread) { QueryGradients<T, S, TERMS>(a, shared, warpgroup, thread).run(); });
+  using Compute = QueryGradients<T, S, TERMS, DISTANCES>;
+  divide_roles<S>([&] { load_keys<S, DISTANCES>(a, maps, shared); },
+                  [&](int warpgroup, int thread) { Compute(a, shared, warpgroup, thread).run(); });
 }
 
 }  // namespace duplex::sm90

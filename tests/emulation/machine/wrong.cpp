@@ -1,5 +1,6 @@
 // Kernels that are wrong on purpose, and arithmetic that needs no machine, behind plain functions.
 #include "cuda/device.cuh"
+#include "cuda/distance_sums.h"
 #include "cuda/key_blocks.h"
 #include "cuda/prepare.h"
 #include "cuda/row_blocks.h"
@@ -121,6 +122,12 @@ EXPORTED int row_blocks_of(int64_t len_k, int64_t prefix, int64_t offset, int64_
 
 EXPORTED int64_t sums_start_of(const Lengths* lengths, int b) {
   return b < lengths->batch ? RowSums::start(*lengths, b, query_rows(*lengths, b).row) : RowSums::rows(*lengths);
+}
+
+EXPORTED int distance_heads_of(int64_t tiles, int processors, int heads, int radius, int longest, int64_t* floats) {
+  const DistanceSums s = distance_sums(tiles, processors, heads, radius, longest);
+  *floats = s.place(s.count, 0);
+  return s.heads;
 }
 
 EXPORTED void places_of(int entries, int heads, int section, int blocks, int64_t rounds, int64_t* tiles, int* ranks,

@@ -57,14 +57,15 @@ store_and_load(const Words4* from, Words4* to) {
   to[thread ^ 5] = ptx::shared_load16(ptx::shared_base() + 16 * (thread ^ 5));
 }
 
-// (128, 3): a shuffle's result, the warp's first value, a packed pair.
+// (128, 4): two shuffles' results, the warp's first value, a packed pair.
 template <class T>
 DUPLEX_KERNEL(128)
 lanes(int mask, const float* x, uint32_t* out) {
   const int thread = ptx::thread_index();
-  out[3 * thread] = ptx::shuffle_xor(uint32_t(thread), mask);
-  out[3 * thread + 1] = uint32_t(ptx::uniform(thread));
-  out[3 * thread + 2] = ptx::pack<T>(x[2 * thread], x[2 * thread + 1]);
+  out[4 * thread] = ptx::shuffle_xor(uint32_t(thread), mask);
+  out[4 * thread + 1] = uint32_t(ptx::uniform(thread));
+  out[4 * thread + 2] = uint32_t(ptx::shuffle(float(thread), thread * 7 % 32));
+  out[4 * thread + 3] = ptx::pack<T>(x[2 * thread], x[2 * thread + 1]);
 }
 
 }  // namespace duplex::probes

@@ -37,6 +37,18 @@ inline int uniform(int x) {
   return x;
 }
 inline int anew(int x) { return x; }
+inline float shuffle(float x, int lane) {
+  struct Given {
+    float x;
+    int lane;
+  } given{x, lane};
+  block->meet("shfl.idx of a lane each", 0, given, [](auto&& of) {
+    float all[32];
+    for (int lane = 0; lane < 32; ++lane) all[lane] = of(lane).x;
+    for (int lane = 0; lane < 32; ++lane) of(lane).x = all[of(lane).lane];
+  });
+  return given.x;
+}
 inline uint32_t shuffle_xor(uint32_t x, int mask) {
   block->meet("shfl.bfly", mask, x, [mask](auto&& of) {
     for (int lane = 0; lane < 32; ++lane)
@@ -50,19 +62,6 @@ inline float shuffle_xor(float x, int mask) {
   bits = shuffle_xor(bits, mask);
   std::memcpy(&x, &bits, 4);
   return x;
-}
-
-inline float shuffle(float x, int lane) {
-  struct {
-    float x;
-    int lane;
-  } given{x, lane};
-  block->meet("shfl.idx", 0, given, [](auto&& of) {
-    float all[32];
-    for (int n = 0; n < 32; ++n) all[n] = of(n).x;
-    for (int n = 0; n < 32; ++n) of(n).x = all[of(n).lane % 32];
-  });
-  return given.x;
 }
 
 inline void shared_store(uint32_t address, int x) { block->store(address, &x, 4); }
@@ -218,6 +217,10 @@ void wgmma_wait() {
 }
 template <int COUNT>
 void settle(float (&)[COUNT]) {}
+template <int COUNT>
+void forget(float (&x)[COUNT]) {
+  for (float& number : x) number = NAN;
+}
 template <int COUNT>
 void settle(uint32_t (&)[COUNT][4]) {}
 
