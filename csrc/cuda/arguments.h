@@ -51,6 +51,7 @@ struct BackwardArguments {
   Tiles row_tiles, key_tiles;  // of dq, of dk and dv
   RowSums sums;
   Rows dq, dk, dv;
+  float* dq_sums;  // of the fused kernel: (head, padded row, its head_dim), in an order of its own; begin as 0
 };
 
 struct RowSumsArguments {

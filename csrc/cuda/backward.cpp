@@ -1,10 +1,12 @@
-// attention_backward: allocates the gradients and the workspace, describes the call to the kernels. dq, and dk with dv,
-// are computed apart: seven products a pair of blocks instead of five, but nothing is added to memory by several
-// blocks, so the result is deterministic and there is no float32 copy of dq.
+// attention_backward: allocates the gradients and the workspace, describes the call to the kernels. One kernel computes
+// dq, dk and dv by five products a pair of blocks, where there is such a kernel, no order of sums is asked for, and
+// memory has room for dq in float32. Else dq, and dk with dv, are computed apart: seven products, but nothing is added
+// to memory by several blocks, so the result is deterministic.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
+#include "cuda/backward_memory.h"
 #include "cuda/call.h"
 #include "cuda/device.h"
 #include "cuda/operators.h"
@@ -104,7 +106,24 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
       clear_outside({a.lengths, of_keys, int32_t(t.size(d - 2)), int32_t(t.size(d - 1)), rows_of(t), nullptr, 0, 0},
                     l.processors, l.stream);
   };
-  if (dq.numel() > 0) {
+  const BackwardVariant* fused = deterministic || a.lengths.max_q == 0 || a.lengths.max_k == 0
+                                     ? nullptr
+                                     : fused_variant(device.capability, std::max(head_dim, dim_v));
+  Tensor dq_sums = none();
+  if (fused && dq.numel() > 0 && dk.numel() > 0 && dv.numel() > 0) {
+    const int64_t elements = q.numel() + k.numel() + v.numel() + out.numel();
+    const BackwardMemory memory{4 * elements + 4 * lse.numel() * (dlse ? 2 : 1),
+                                8 * numbers + (bulk ? 0 : 2 * readable.numel())};
+    if (memory.has_room_for(4 * numbers * fused->head_dim)) dq_sums = new_float(q, {numbers, fused->head_dim});
+  }
+  const bool at_once = dq_sums.numel() > 0;
+  if (at_once) {
+    torch::stable::zero_(dq_sums);
+    a.dq_sums = static_cast<float*>(dq_sums.data_ptr());
+    a.dq = rows_of(dq);
+    clear(dq, false);
+  }
+  if (dq.numel() > 0 && !at_once) {
     const BackwardVariant& variant = dq_variant(device.capability, std::max(head_dim, dim_v));
     const int64_t read = k.size(d - 3) * (packed ? 1 : batch) * width;
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_q, false), heads,
@@ -114,7 +133,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
     if (order.numel() > 1) variant.launch(l);
   }
   if (dk.numel() > 0 || dv.numel() > 0) {
-    const BackwardVariant& variant = dkdv_variant(device.capability, std::max(head_dim, dim_v));
+    const BackwardVariant& variant = at_once ? *fused : dkdv_variant(device.capability, std::max(head_dim, dim_v));
     const int64_t read = rows_q * batch * a.group * width;
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_k, true), heads_kv,
                               section_of(heads_kv, 1, read), q, l.stream, a.key_tiles);

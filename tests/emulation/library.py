@@ -30,7 +30,8 @@ FLAGS = [
 CUDA = CSRC / "cuda"
 HARDWARE = {CUDA / "device.cpp", CUDA / "tensor_map.cu"}  # what the machine takes the place of
 PER_HEAD_DIM = [
-    *((source, d) for source in sorted(CUDA.glob("sm*/*.cu")) for d in HEAD_DIMS),
+    *((source, d) for source in sorted({*CUDA.glob("sm*/*.cu")} - {CUDA / "sm90/fused.cu"}) for d in HEAD_DIMS),
+    *((CUDA / "sm90/fused.cu", d) for d in (64, 96, 128)),
     *((CUDA / "paged/attend.cu", d) for d in (64, 128, 256)),
 ]
 SOURCES: list[tuple[Path, list[str]]] = [
@@ -99,9 +100,16 @@ def draw(seed: int, processors: int = 2) -> None:
     functions().emulation_set(ctypes.c_uint64(seed), ctypes.c_int(processors))
 
 
+def launched() -> list[str]:
+    """The kernels since the last time that this was asked."""
+    function = functions().emulation_launched
+    function.restype = ctypes.c_char_p
+    return function().decode().split()
+
+
 FAULTS = (
     "nothing", "mbarrier_wait", "named_sync", "proxy_fence", "product_wait", "product_fence", "block_sync", "warp_sync",
-    "copy_wait",
+    "copy_wait", "reduce_wait",
 )  # fmt: skip
 
 

@@ -151,8 +151,9 @@ dq_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps ma
     ptx::barrier_init_fence();
   }
   ptx::block_sync();
-  divide_roles<S>([&] { load_keys<S>(a, maps, shared); },
-                  [&](int warpgroup, int thread) { QueryGradients<T, S, TERMS>(a, shared, warpgroup, thread).run(); });
+  divide_roles<1, S>(
+      [&](int) { load_keys<S>(a, maps, shared); },
+      [&](int warpgroup, int thread) { QueryGradients<T, S, TERMS>(a, shared, warpgroup, thread).run(); });
 }
 
 }  // namespace duplex::sm90

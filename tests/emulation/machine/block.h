@@ -32,7 +32,8 @@ struct Fault {
     PRODUCT_FENCE,
     BLOCK_SYNC,
     WARP_SYNC,
-    COPY_WAIT
+    COPY_WAIT,
+    REDUCE_WAIT
   } kind = NONE;
   int number = 0;  // of the mbarrier, in the order of their initialisation, or of the named barrier
 };
@@ -76,6 +77,15 @@ struct ThreadCopies {
   std::deque<ThreadCopy> unfinished;  // not waited for
   std::vector<ThreadCopy> own;        // waited for, but no barrier has passed them on to others
   int commits = 0;
+};
+
+// float32 numbers of shared memory on their way to be added to others: read first, added later.
+struct Reduction {
+  float* to;
+  uint32_t from;
+  int bytes, thread, group;
+  bool late;
+  std::vector<float> read{};
 };
 
 // 16 rows of a wgmma, which a warp does for itself as far as anyone may rely on.
@@ -144,8 +154,12 @@ class Block {
   void copy_async(uint32_t to, const void* from, int unit, int bytes);
   void copy_commit() { ++copies_of_[current].commits; }
   void copy_wait(int pending);
+  void reduce(float* to, uint32_t from, int bytes);
+  void reduce_commit() { ++reduction_commits_[current]; }
+  void reduce_wait(int pending, bool read);
   void warp_sync();
   void load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed);
+  void store_matrices(uint32_t row, const uint32_t (&x)[4]);
   void mma(float* d, const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16);
   void issue(const Product& product, float* d, const uint32_t* registers);
   void wait_for_products(int pending);
@@ -159,6 +173,8 @@ class Block {
   int next();
   bool finish_one(bool any);
   void land(const Copy& copy);
+  void go_on(size_t reduction);
+  void write(uint32_t address, const void* from, int bytes, int thread);
   void complete(Mbarrier& barrier);
   Mbarrier& mbarrier(uint32_t address);
   char* shared(uint32_t address, int bytes);
@@ -180,6 +196,9 @@ class Block {
   std::map<uint32_t, Mbarrier> mbarriers_;
   std::array<NamedBarrier, 16> named_;
   std::vector<Copy> copies_;
+  std::vector<Reduction> reductions_;
+  std::vector<int> reduction_commits_;  // threads
+  Waiting reduction_waiting_;
   std::vector<Warp> warps_;
   std::vector<Context> contexts_;
   std::vector<int> ready_;

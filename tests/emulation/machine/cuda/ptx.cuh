@@ -99,6 +99,17 @@ inline void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrie
   block->copy(copy);
 }
 
+inline void reduce_bytes(float* to, uint32_t from, int bytes) { block->reduce(to, from, bytes); }
+inline void reduce_commit() { block->reduce_commit(); }
+template <int PENDING>
+void reduce_wait_read() {
+  block->reduce_wait(PENDING, true);
+}
+template <int PENDING>
+void reduce_wait() {
+  block->reduce_wait(PENDING, false);
+}
+
 template <int COUNT>
 void more_registers() {
   int nothing = 0;
@@ -169,6 +180,7 @@ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 inline void load_matrices(uint32_t (&x)[4], uint32_t row) { block->load_matrices(x, row, false); }
 inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t row) { block->load_matrices(x, row, true); }
+inline void store_matrices(uint32_t row, const uint32_t (&x)[4]) { block->store_matrices(row, x); }
 template <int UNIT>
 void copy_async(uint32_t to, const void* from, int bytes) {
   block->copy_async(to, from, UNIT, bytes);
