@@ -106,34 +106,31 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
       clear_outside({a.lengths, of_keys, int32_t(t.size(d - 2)), int32_t(t.size(d - 1)), rows_of(t), nullptr, 0, 0},
                     l.processors, l.stream);
   };
-  const BackwardVariant* fused = deterministic || a.lengths.max_q == 0 || a.lengths.max_k == 0
-                                     ? nullptr
-                                     : fused_variant(device.capability, std::max(head_dim, dim_v));
-  Tensor dq_sums = none();
-  if (fused && dq.numel() > 0 && dk.numel() > 0 && dv.numel() > 0) {
-    const int64_t elements = q.numel() + k.numel() + v.numel() + out.numel();
-    const BackwardMemory memory{4 * elements + 4 * lse.numel() * (dlse ? 2 : 1),
-                                8 * numbers + (bulk ? 0 : 2 * readable.numel())};
-    if (memory.has_room_for(4 * numbers * fused->head_dim)) dq_sums = new_float(q, {numbers, fused->head_dim});
-  }
-  const bool at_once = dq_sums.numel() > 0;
-  if (at_once) {
+  const int64_t wider = std::max(head_dim, dim_v);
+  const BackwardVariant* fused = nullptr;
+  if (!deterministic && dq.numel() > 0 && dk.numel() > 0 && dv.numel() > 0 && a.lengths.max_k > 0)
+    fused = fused_variant(device.capability, wider);
+  const BackwardMemory memory{4 * (q.numel() + k.numel() + v.numel() + out.numel()) + 4 * lse.numel() * (dlse ? 2 : 1),
+                              8 * numbers + (bulk ? 0 : 2 * readable.numel())};
+  if (fused && !memory.has_room_for(4 * numbers * fused->head_dim)) fused = nullptr;
+  Tensor dq_sums = fused ? new_float(q, {numbers, fused->head_dim}) : none();
+  if (fused) {
     torch::stable::zero_(dq_sums);
     a.dq_sums = static_cast<float*>(dq_sums.data_ptr());
+  }
+  if (dq.numel() > 0) {
     a.dq = rows_of(dq);
     clear(dq, false);
   }
-  if (dq.numel() > 0 && !at_once) {
-    const BackwardVariant& variant = dq_variant(device.capability, std::max(head_dim, dim_v));
+  if (dq.numel() > 0 && !fused) {
+    const BackwardVariant& variant = dq_variant(device.capability, wider);
     const int64_t read = k.size(d - 3) * (packed ? 1 : batch) * width;
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_q, false), heads,
                               section_of(heads, a.group, read), q, l.stream, a.row_tiles);
-    a.dq = rows_of(dq);
-    clear(dq, false);
     if (order.numel() > 1) variant.launch(l);
   }
   if (dk.numel() > 0 || dv.numel() > 0) {
-    const BackwardVariant& variant = at_once ? *fused : dkdv_variant(device.capability, std::max(head_dim, dim_v));
+    const BackwardVariant& variant = fused ? *fused : dkdv_variant(device.capability, wider);
     const int64_t read = rows_q * batch * a.group * width;
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_k, true), heads_kv,
                               section_of(heads_kv, 1, read), q, l.stream, a.key_tiles);

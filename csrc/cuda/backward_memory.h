@@ -11,7 +11,7 @@ constexpr int64_t LITTLE = 2 << 20;  // bytes; torch's allocator takes as much f
 
 struct BackwardMemory {
   int64_t tensors;    // bytes of q, k, v, out, lse and their gradients
-  int64_t workspace;  // bytes of all else that backward allocates
+  int64_t workspace;  // bytes of all else that backward allocates, less the order of tiles
 
   bool has_room_for(int64_t sums) const {
     const int64_t held = workspace + sums;

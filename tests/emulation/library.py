@@ -115,7 +115,7 @@ FAULTS = (
 
 @contextmanager
 def left_out(what: str, number: int = 0) -> Iterator[None]:
-    """The machine ignores an operation of the kernels: of mbarriers and named barriers, the one with this number."""
+    """The machine ignores an operation of the kernels, where it numbers them (block.h) the one with this number."""
     functions().emulation_leave_out(FAULTS.index(what), number)
     yield
     functions().emulation_leave_out(0, 0)

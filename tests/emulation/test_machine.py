@@ -66,7 +66,7 @@ class Image:
             leading = depth * row_bytes
             for panel in matrix.split(width):
                 tile = torch.full((depth, width), float("nan"), dtype=matrix.dtype)
-                tile[16 * step : 16 * step + 16] = panel.T
+                tile[16 * step : 16 * step + 16, : panel.shape[0]] = panel.T
                 self.parts.append(swizzle(bits(tile)))
             at += 16 * step * row_bytes
         mode = 1 if width == 64 else 2
@@ -111,6 +111,7 @@ PRODUCTS = [  # N, dtype, whether A's and B's inner dimension is contiguous
     (128, BF16, True, False),
     (192, FP16, False, False),
     (256, BF16, False, True),
+    (32, BF16, False, False),
 ]
 
 
@@ -220,6 +221,31 @@ def test_matrices_from_shared_memory(transposed: bool) -> None:
         for lane, r, half in itertools.product(range(32), range(4), range(2)):
             at = (lane // 4, 2 * (lane % 4) + half)
             assert out[lane, r, half] == rows[r][at[::-1] if transposed else at]
+
+
+def test_matrices_to_shared_memory() -> None:
+    numbers = np.random.default_rng(2).permutation(256).astype(np.uint16).reshape(4, 8, 8)  # as above
+    places = np.random.default_rng(3).permutation(256)[:32].astype(np.int32) * 16
+    words = np.zeros((32, 4, 2), np.uint16)
+    for lane, r, half in itertools.product(range(32), range(4), range(2)):
+        words[lane, r, half] = numbers[r, lane // 4, 2 * (lane % 4) + half]
+    want = np.full(2048, 7, np.uint16)
+    for lane in range(32):
+        want[places[lane] // 2 :][:8] = numbers[lane // 8, lane % 8]
+    for seed in SEEDS:
+        draw(seed)
+        image = np.full(2048, 7, np.uint16)
+        assert call("probe_matrices_stored", pointer(words), pointer(places), pointer(image), 1024) is None
+        assert np.array_equal(image, want)
+
+
+def test_reduction_adds_to_memory() -> None:
+    x, before = normal(512).numpy(), normal(600).numpy()
+    for seed in SEEDS:
+        draw(seed)
+        sums = before.copy()
+        assert call("probe_reduction", pointer(x), 512, pointer(sums)) is None
+        assert np.array_equal(sums[:512], before[:512] + x) and np.array_equal(sums[512:], before[512:])
 
 
 @pytest.mark.parametrize("unit", [4, 8, 16])
@@ -333,3 +359,34 @@ def test_wrong_stages_are_reported(name: str) -> None:
     kind, report = WRONG_STAGES[name]
     told = {run_wrong_stages(kind, seed) for seed in range(12)}
     assert all(re.search(report, text) for text in told), told
+
+
+OVERWRITTEN = "shared memory is overwritten that a reduction has not read|a reduction reads ordinary writes|wrong sums"
+WRONG_REDUCTIONS = {  # as above, of the kernel `wrong_reduction`
+    "not_fenced": (1, "a reduction reads ordinary writes that were not fenced"),
+    "not_read_when_it_is_overwritten": (2, OVERWRITTEN),
+    "never_waited_for": (3, "a thread ends with reductions that it never waited for"),
+    "not_committed": (4, OVERWRITTEN + "|a thread ends with reductions"),
+    "threads_do_not_meet": (5, OVERWRITTEN),
+    "not_in_16s": (6, "a reduction is not in 16s"),
+}
+
+
+def run_wrong_reduction(kind: int, seed: int) -> str:
+    x, sums = normal(256).numpy(), np.zeros(128, np.float32)
+    draw(seed)
+    if told := call("probe_wrong_reduction", kind, pointer(x), pointer(sums)):
+        return told
+    return "" if np.allclose(sums, x[:128] + x[128:]) else "wrong sums"
+
+
+def test_a_right_reduction_is_right_whatever_the_order() -> None:
+    assert {run_wrong_reduction(0, seed) for seed in range(24)} == {""}
+
+
+@pytest.mark.parametrize("name", WRONG_REDUCTIONS)
+def test_a_wrong_reduction_is_reported(name: str) -> None:
+    kind, report = WRONG_REDUCTIONS[name]
+    told = {run_wrong_reduction(kind, seed) for seed in range(24)}
+    told -= {""}  # a reduction may be there in time by luck
+    assert told and all(re.search(report, text) for text in told), told

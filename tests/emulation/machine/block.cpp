@@ -166,8 +166,10 @@ void Block::load(uint32_t address, void* to, int bytes) {
   std::memcpy(to, from, bytes);
 }
 
-void Block::fence_async_proxy() {
-  if (fault.kind == Fault::PROXY_FENCE) return;
+void Block::fence_async_proxy(const std::source_location& at) {
+  const std::pair place(at.file_name(), int(at.line()));
+  const int number = fences_.try_emplace(place, int(fences_.size()) + 1).first->second;
+  if (fault.kind == Fault::PROXY_FENCE && (fault.number == 0 || fault.number == number)) return;
   for (uint32_t unit : unfenced_[current])
     if (dirty_[unit] == current) dirty_[unit] = -1;
   unfenced_[current].clear();
@@ -316,7 +318,7 @@ void Block::reduce(float* to, uint32_t from, int bytes) {
 
 void Block::reduce_wait(int pending, bool read) {
   maybe_yield();
-  if (fault.kind == Fault::REDUCE_WAIT) return;
+  if (fault.kind == Fault::REDUCE_WAIT && fault.number == (read ? 1 : 2)) return;
   const auto awaited = [&](const Reduction& r) {
     return r.thread == current && r.group < reduction_commits_[current] - pending && !(read && !r.read.empty());
   };
@@ -421,7 +423,7 @@ void Block::mma(float* d, const uint32_t (&a)[4], const uint32_t (&b)[2], bool b
 }
 
 // One copy in flight lands, one reduction goes on or one product that is waited for is computed; late ones when nothing
-// else can happen.
+// else can happen, reductions last of all.
 bool Block::finish_one(bool any) {
   std::vector<int> can;  // copies, then warps, then reductions
   const size_t reductions = copies_.size() + warps_.size();
@@ -430,7 +432,8 @@ bool Block::finish_one(bool any) {
   for (size_t n = 0; any && n < warps_.size(); ++n)
     if (warps_[n].wanted > 0) can.push_back(int(copies_.size() + n));
   for (size_t n = 0; n < reductions_.size(); ++n)
-    if (any || !reductions_[n].late) can.push_back(int(reductions + n));
+    if (!reductions_[n].late) can.push_back(int(reductions + n));
+  if (can.empty() && any && !reductions_.empty()) can.push_back(int(reductions));
   if (can.empty()) return false;
   const bool copy_first = int(random() % 100) < copies_first_;
   const auto others =

@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <random>
+#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -35,7 +36,10 @@ struct Fault {
     COPY_WAIT,
     REDUCE_WAIT
   } kind = NONE;
-  int number = 0;  // of the mbarrier, in the order of their initialisation, or of the named barrier
+  // Of the mbarrier, in the order of their initialisation; of the named barrier; of proxy fences from 1 on, in the
+  // order in which a block first reached their places in the source, 0 being all; of waits for reductions 1 for those
+  // that cover reading alone, 2 for the others.
+  int number = 0;
 };
 extern Fault fault;
 
@@ -145,7 +149,7 @@ class Block {
   }
   void store(uint32_t address, const void* from, int bytes);
   void load(uint32_t address, void* to, int bytes);
-  void fence_async_proxy();
+  void fence_async_proxy(const std::source_location& at);
   void barrier_init(uint32_t address, int arrivals);
   void barrier_arrive(uint32_t address, int64_t bytes);
   void barrier_wait(uint32_t address, int parity);
@@ -189,6 +193,7 @@ class Block {
   std::vector<char> memory_;
   std::vector<int> dirty_;  // of each 16 bytes: the thread that wrote them and did not fence since, or -1
   std::map<int, std::vector<uint32_t>> unfenced_;
+  std::map<std::pair<const char*, int>, int> fences_;  // numbers by place in the source
   // Of each 4 bytes: a thread + 1 whose copy is to bring them, - (thread + 1) when it has waited for them but not
   // passed them on, else 0.
   std::vector<int> claimed_;

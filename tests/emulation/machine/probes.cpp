@@ -111,6 +111,26 @@ DUPLEX_KERNEL(128) wrong_stages(const uint16_t* x, int tiles, int kind, float* d
   for (int n = 0; n < 32; ++n) d[32 * thread + n] = sums[n];
 }
 
+// Numbers staged twice and added to memory: with one thing left out, or done in the wrong place.
+enum WrongReduction { SOUND, UNFENCED, UNREAD, UNFINISHED, UNCOMMITTED, UNMET, UNALIGNED };
+
+DUPLEX_KERNEL(128) wrong_reduction(const float* x, int kind, float* sums) {
+  const uint32_t staged = ptx::shared_base();
+  const int thread = ptx::thread_index();
+  for (int n = 0; n < 2; ++n) {
+    ptx::shared_store(staged + 4 * thread, x[128 * n + thread]);
+    if (kind != UNFENCED) ptx::fence_async_proxy();
+    if (kind != UNMET) ptx::block_sync();
+    if (thread == 0) {
+      ptx::reduce_bytes(sums, staged + 4 * (kind == UNALIGNED), 512);
+      if (kind != UNCOMMITTED) ptx::reduce_commit();
+      if (kind != UNREAD) ptx::reduce_wait_read<0>();
+    }
+    ptx::block_sync();
+  }
+  if (thread == 0 && kind != UNFINISHED) ptx::reduce_wait<0>();
+}
+
 }  // namespace
 
 EXPORTED const char* probe_product(int which, const int* image, int words, uint64_t a, uint64_t b, int accumulate,
@@ -125,6 +145,7 @@ EXPORTED const char* probe_product(int which, const int* image, int words, uint6
       case 2: return go.operator()<probes::product<Bfloat16, K, MN, 64>>();
       case 3: return go.operator()<probes::product<Float16, MN, MN, 96>>();
       case 4: return go.operator()<probes::product<Bfloat16, MN, K, 128>>();
+      case 5: return go.operator()<probes::product<Bfloat16, MN, MN, 16>>();
     }
   });
 }
@@ -157,6 +178,14 @@ EXPORTED const char* probe_warp_product(int bfloat16, const uint32_t* a, const u
     else
       launch<probes::warp_product<Float16>>("", 1, 32, SHARED, nullptr, a, b, d);
   });
+}
+
+EXPORTED const char* probe_matrices_stored(const uint32_t* x, const int* places, int* image, int words) {
+  return report([&] { launch<probes::matrices_stored>("", 1, 128, SHARED, nullptr, x, places, image, words); });
+}
+
+EXPORTED const char* probe_reduction(const int* image, int words, float* to) {
+  return report([&] { launch<probes::reduction>("", 1, 128, SHARED, nullptr, image, words, to); });
 }
 
 EXPORTED const char* probe_matrices(const int* image, int words, const int* places, int transposed, uint32_t* out) {
@@ -193,6 +222,10 @@ EXPORTED const char* probe_wrong(int kind, const Box* box, float* d) {
 
 EXPORTED const char* probe_wrong_stages(int kind, const uint16_t* x, int tiles, float* d) {
   return report([&] { launch<wrong_stages>("", 1, 128, SHARED, nullptr, x, tiles, kind, d); });
+}
+
+EXPORTED const char* probe_wrong_reduction(int kind, const float* x, float* sums) {
+  return report([&] { launch<wrong_reduction>("", 1, 128, SHARED, nullptr, x, kind, sums); });
 }
 
 // Arithmetic that needs no machine.

@@ -94,6 +94,32 @@ matrices(const int* image, int words, const int* places, int transposed, uint32_
   for (int n = 0; n < 4; ++n) out[4 * lane + n] = x[n];
 }
 
+// The reverse: (32, 4) words to rows at places[lane] bytes of the image, which comes out whole.
+DUPLEX_KERNEL(128)
+matrices_stored(const uint32_t* x, const int* places, int* image, int words) {
+  const uint32_t at = write_image(image, words);
+  ptx::block_sync();
+  const int thread = ptx::thread_index();
+  if (thread < 32) {
+    const uint32_t given[4] = {x[4 * thread], x[4 * thread + 1], x[4 * thread + 2], x[4 * thread + 3]};
+    ptx::store_matrices(at + places[thread], given);
+  }
+  ptx::block_sync();
+  for (int n = thread; n < words; n += 128) image[n] = ptx::shared_load(at + 4 * n);
+}
+
+// An image of float32 added to what is in memory.
+DUPLEX_KERNEL(128)
+reduction(const int* image, int words, float* to) {
+  const uint32_t from = write_image(image, words);
+  ptx::fence_async_proxy();
+  ptx::block_sync();
+  if (ptx::thread_index() > 0) return;
+  ptx::reduce_bytes(to, from, 4 * words);
+  ptx::reduce_commit();
+  ptx::reduce_wait<0>();
+}
+
 // 128 units, of which the thread of each reads so many bytes, as they lie in shared memory.
 template <int UNIT>
 DUPLEX_KERNEL(128)

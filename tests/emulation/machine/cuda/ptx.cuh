@@ -74,7 +74,9 @@ inline Words4 shared_load16(uint32_t address) {
   block->load(address, &x, 16);
   return x;
 }
-inline void fence_async_proxy() { block->fence_async_proxy(); }
+inline void fence_async_proxy(const std::source_location& at = std::source_location::current()) {
+  block->fence_async_proxy(at);
+}
 
 inline void block_sync() { block->named(0, block->threads, true); }
 inline void warp_sync() { block->warp_sync(); }
