@@ -49,6 +49,11 @@ def test_packed_without_rows(kernels: Lane, rows_q: int, rows_k: int, cu: list[i
     compare(Call(normal(rows_q, 2, 8), normal(rows_k, 2, 8), normal(rows_k, 2, 8), int32(*cu), int32(*cu)), kernels)
 
 
+def test_packed_keys_that_are_of_no_sequence(kernels: Lane) -> None:
+    q, k = normal(3, 2, 8), normal(4, 2, 8)
+    compare(Call(q, k, k.clone(), int32(0, 3), int32(0, 0)), kernels)
+
+
 @pytest.mark.parametrize("scale", [0.25, -0.25, 0.0])
 def test_scores_far_beyond_what_exp_holds(kernels: Lane, scale: float) -> None:
     q, k, v = 20 * normal(1, 20, 2, 16), 20 * normal(1, 300, 2, 16), normal(1, 300, 2, 16)
