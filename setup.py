@@ -64,6 +64,7 @@ CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"
 # One object per head_dim from the same source. What is in a generation's folder is compiled for it (wgmma is in no
 # other than Hopper), what all share for each; later cards compile Ampere's PTX.
 HEAD_DIMS = (64, 96, 128, 192, 256)
+FUSED_HEAD_DIMS = (64, 96, 128)
 PAGED_HEAD_DIMS = (64, 128, 256)
 HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 AMPERE = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
@@ -117,7 +118,8 @@ def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
     flags += ["-isystem", str(torch / "include"), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
     flags += ["--resource-usage"]
     per_head_dim = [
-        *((s, [HOPPER], HEAD_DIMS) for s in CUDA.glob("sm90/*.cu") if s.name != "decode.cu"),
+        *((s, [HOPPER], HEAD_DIMS) for s in CUDA.glob("sm90/*.cu") if s.name not in ("fused.cu", "decode.cu")),
+        (CUDA / "sm90/fused.cu", [HOPPER], FUSED_HEAD_DIMS),
         *((source, [AMPERE], HEAD_DIMS) for source in CUDA.glob("sm80/*.cu")),
         (CUDA / "sm90/decode.cu", [HOPPER], PAGED_HEAD_DIMS),
         (CUDA / "paged/attend.cu", [AMPERE, HOPPER], PAGED_HEAD_DIMS),

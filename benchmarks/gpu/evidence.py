@@ -41,7 +41,10 @@ def evidence(results: Results) -> dict[str, Any]:
 
 
 def class_of(w: Workload) -> str | None:
-    """As the package classes the calls of this workload; None where it is a model, or of Python."""
+    """As the package classes the calls of this workload; None where it is a model, of Python, or of a rarer kind of call that the
+    package does not tell from others."""
+    if w.deterministic:
+        return None
     bits = 8 * (w.stored or w.dtype).itemsize
     if w.family in GIVEN:
         return moving_class(w.family, bits, w.head_dim, GIVEN[w.family](w) * w.head_dim * w.dtype.itemsize)

@@ -55,6 +55,7 @@ def backward() -> Iterator[Workload]:
                     head_dim=head_dim, right=right, flex=compiled(head_dim, length),
                     bars=both(0.7, 0.95, CUDNN) if head_dim == 128 else (),
                 )  # fmt: skip
+    yield Workload("backward hd128 full 4096, deterministic", "backward", 4, queries=4096, deterministic=True)
 
 
 def padding_and_bias() -> Iterator[Workload]:

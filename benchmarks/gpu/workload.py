@@ -60,6 +60,7 @@ class Workload:
     stored: torch.dtype | None = None  # of the pages
     parts: int = 1  # of the keys, whose outputs are merged
     pages: int = 0  # copied
+    deterministic: bool = False  # gradients
     flex: bool = False  # FlexAttention runs it too: each takes many seconds to compile
     bars: tuple[Bar, ...] = field(default=(), compare=False)
 

@@ -53,6 +53,7 @@ struct BackwardArguments {
   RowSums sums;
   Rows dq, dk, dv;
   DistanceSums distances;  // of the dq kernel, whose own result is not wanted where dq is null
+  float* dq_sums;          // of the fused kernel: (head, padded row, its head_dim), in an order of its own; begin as 0
 };
 
 struct RowSumsArguments {

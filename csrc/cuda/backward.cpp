@@ -1,10 +1,12 @@
-// attention_backward: allocates the gradients and the workspace, describes the call to the kernels. dq, and dk with dv,
-// are computed apart: seven products a pair of blocks instead of five, but nothing is added to memory by several
-// blocks, so the result is deterministic and there is no float32 copy of dq.
+// attention_backward: allocates the gradients and the workspace, describes the call to the kernels. One kernel computes
+// dq, dk and dv by five products a pair of blocks, where there is such a kernel, no order of sums is asked for, and
+// memory has room for dq in float32. Else dq, and dk with dv, are computed apart: seven products, but nothing is added
+// to memory by several blocks, so the result is deterministic.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
+#include "cuda/backward_memory.h"
 #include "cuda/call.h"
 #include "cuda/device.h"
 #include "cuda/operators.h"
@@ -124,22 +126,34 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
       clear_outside({a.lengths, of_keys, int32_t(t.size(d - 2)), int32_t(t.size(d - 1)), rows_of(t), nullptr, 0, 0},
                     l.processors, l.stream);
   };
-  if (dq.numel() > 0 || distances) {
-    const BackwardVariant& variant = dq_variant(device.capability, std::max(head_dim, dim_v));
+  const int64_t wider = std::max(head_dim, dim_v);
+  const BackwardVariant* fused = nullptr;
+  if (!deterministic && !distances && dq.numel() > 0 && dk.numel() > 0 && dv.numel() > 0 && a.lengths.max_k > 0)
+    fused = fused_variant(device.capability, wider);
+  const BackwardMemory memory{4 * (q.numel() + k.numel() + v.numel() + out.numel()) + 4 * lse.numel() * (dlse ? 2 : 1),
+                              8 * numbers + (bulk ? 0 : 2 * readable.numel())};
+  if (fused && !memory.has_room_for(4 * numbers * fused->head_dim)) fused = nullptr;
+  Tensor dq_sums = fused ? new_float(q, {numbers, fused->head_dim}) : none();
+  if (fused) {
+    torch::stable::zero_(dq_sums);
+    a.dq_sums = static_cast<float*>(dq_sums.data_ptr());
+  }
+  if (dq.numel() > 0) {
+    a.dq = rows_of(dq);
+    clear(dq, false);
+  }
+  if ((dq.numel() > 0 || distances) && !fused) {
+    const BackwardVariant& variant = dq_variant(device.capability, wider);
     const int64_t read = k.size(d - 3) * (packed ? 1 : batch) * width;
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_q, false), heads,
                               section_of(heads, a.group, read), q, l.stream, a.row_tiles);
-    if (dq.numel() > 0) {
-      a.dq = rows_of(dq);
-      clear(dq, false);
-      // dS as dq has it is bent by the soft cap, as distances have it is not.
-      if (order.numel() > 1 && (!distances || softcap > 0)) variant.launch(l);
-      if (softcap > 0) a.dq = {};
-    }
+    // dS as dq has it is bent by the soft cap, as distances have it is not.
+    if (dq.numel() > 0 && order.numel() > 1 && (!distances || softcap > 0)) variant.launch(l);
+    if (softcap > 0) a.dq = {};
     if (distances) sum_distances(l, variant, ddistance);
   }
   if (dk.numel() > 0 || dv.numel() > 0) {
-    const BackwardVariant& variant = dkdv_variant(device.capability, std::max(head_dim, dim_v));
+    const BackwardVariant& variant = fused ? *fused : dkdv_variant(device.capability, wider);
     const int64_t read = rows_q * batch * a.group * width;
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_k, true), heads_kv,
                               section_of(heads_kv, 1, read), q, l.stream, a.key_tiles);

@@ -44,6 +44,13 @@ DUPLEX_DEVICE void load_matrices_transposed(uint32_t (&x)[4], uint32_t row) {
                : "memory");
 }
 
+// The reverse of load_matrices, from Hopper on.
+DUPLEX_DEVICE void store_matrices(uint32_t row, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 // UNIT bytes from global memory, both addresses multiples of it: the first `bytes` of them are read, the rest is 0.
 // Those of 16 go past the L1 cache.
 template <int UNIT>

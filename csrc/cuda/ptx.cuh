@@ -151,6 +151,26 @@ DUPLEX_DEVICE void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t
                : "memory");
 }
 
+// The other way: bytes of shared memory, as float32, are added to those in global memory, with the same alignments. A
+// thread's reductions since its last commit are a group; a wait is until at most PENDING of its groups have not been
+// read from shared memory, or are not yet in global memory.
+
+DUPLEX_DEVICE void reduce_bytes(float* to, uint32_t from, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
+DUPLEX_DEVICE void reduce_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int PENDING>
+DUPLEX_DEVICE void reduce_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+template <int PENDING>
+DUPLEX_DEVICE void reduce_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 // Registers move between the warpgroups of a block.
 
 template <int COUNT>

@@ -12,17 +12,16 @@ namespace duplex {
 // Whether the products' inner dimension (K) or the outer one (M or N) is contiguous in memory.
 enum class Major { K, MN };
 
-// (ROWS, COLUMNS) of 16-bit numbers in panels of 64 or, where COLUMNS is no multiple of that, 32 columns.
-template <int ROWS_, int COLUMNS_>
+// (ROWS, COLUMNS) of 16-bit numbers in panels of 64 or 32 columns, where nothing else is said the widest that fit.
+template <int ROWS_, int COLUMNS_, int PANEL_ = COLUMNS_ % 64 == 0 ? 64 : 32>
 struct Tile {
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_;
-  static constexpr int PANEL = COLUMNS % 64 == 0 ? 64 : 32;
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, PANEL = PANEL_;
   static constexpr int PANELS = COLUMNS / PANEL;
   static constexpr int ROW_BYTES = PANEL * 2;
   static constexpr int PANEL_BYTES = ROWS * ROW_BYTES;
   static constexpr int BYTES = PANELS * PANEL_BYTES;
   static constexpr int GROUP_BYTES = 8 * ROW_BYTES;
-  static_assert(COLUMNS % PANEL == 0 && ROWS % 8 == 0);
+  static_assert((PANEL == 64 || PANEL == 32) && COLUMNS % PANEL == 0 && ROWS % 8 == 0);
 };
 
 // A matrix descriptor: address in bits 0-13, leading and stride offsets from 16 and 32, all in units of 16 bytes;

@@ -25,4 +25,8 @@ const BackwardVariant& dkdv_variant(int64_t capability, int64_t head_dim) {
   return is_hopper(capability) ? sm90::dkdv_variant(head_dim) : sm80::dkdv_variant(head_dim);
 }
 
+const BackwardVariant* fused_variant(int64_t capability, int64_t head_dim) {
+  return is_hopper(capability) ? sm90::fused_variant(head_dim) : nullptr;
+}
+
 }  // namespace duplex

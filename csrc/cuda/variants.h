@@ -8,5 +8,7 @@ namespace duplex {
 const Variant& forward_variant(int64_t capability, int64_t head_dim);
 const BackwardVariant& dq_variant(int64_t capability, int64_t head_dim);
 const BackwardVariant& dkdv_variant(int64_t capability, int64_t head_dim);
+// dq, dk and dv at once, by sums in no fixed order; null where there is no such kernel.
+const BackwardVariant* fused_variant(int64_t capability, int64_t head_dim);
 
 }  // namespace duplex

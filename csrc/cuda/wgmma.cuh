@@ -44,8 +44,10 @@ DUPLEX_DEVICE void forget(float (&x)[COUNT]) {
 
 // Registers by number in the text of an instruction, and as operands of it.
 
-#define DUPLEX_R32                                                       \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+#define DUPLEX_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+
+#define DUPLEX_R32 \
+  DUPLEX_R16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
 #define DUPLEX_R48 \
@@ -66,15 +68,16 @@ DUPLEX_DEVICE void forget(float (&x)[COUNT]) {
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-#define DUPLEX_D8(d, i)                                                                                       \
+#define DUPLEX_8(d, i)                                                                                        \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define DUPLEX_D16(d, i) DUPLEX_D8(d, i), DUPLEX_D8(d, i + 8)
-#define DUPLEX_D32(d) DUPLEX_D16(d, 0), DUPLEX_D16(d, 16)
-#define DUPLEX_D48(d) DUPLEX_D32(d), DUPLEX_D16(d, 32)
-#define DUPLEX_D64(d) DUPLEX_D48(d), DUPLEX_D16(d, 48)
-#define DUPLEX_D96(d) DUPLEX_D64(d), DUPLEX_D16(d, 64), DUPLEX_D16(d, 80)
-#define DUPLEX_D128(d) DUPLEX_D96(d), DUPLEX_D16(d, 96), DUPLEX_D16(d, 112)
+#define DUPLEX_16(d, i) DUPLEX_8(d, i), DUPLEX_8(d, i + 8)
+#define DUPLEX_D16(d) DUPLEX_16(d, 0)
+#define DUPLEX_D32(d) DUPLEX_D16(d), DUPLEX_16(d, 16)
+#define DUPLEX_D48(d) DUPLEX_D32(d), DUPLEX_16(d, 32)
+#define DUPLEX_D64(d) DUPLEX_D48(d), DUPLEX_16(d, 48)
+#define DUPLEX_D96(d) DUPLEX_D64(d), DUPLEX_16(d, 64), DUPLEX_16(d, 80)
+#define DUPLEX_D128(d) DUPLEX_D96(d), DUPLEX_16(d, 96), DUPLEX_16(d, 112)
 
 // X0.. are the numbers of the operands behind the N / 2 accumulators. An input scale of 1 for both, then whether each
 // operand in shared memory has its outer dimension contiguous.
@@ -95,8 +98,12 @@ template <class T, Major MAJOR_A, Major MAJOR_B, int HALF>
 DUPLEX_DEVICE void wgmma(float (&d)[HALF], uint64_t a, uint64_t b, bool accumulate) {
   constexpr int N = 2 * HALF;
   constexpr bool BF16 = T::BITS == BFLOAT16_BITS;
-  static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 256);
-  if constexpr (N == 64 && BF16)
+  static_assert(N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256);
+  if constexpr (N == 32 && BF16)
+    DUPLEX_WGMMA_SHARED(32, 16, "bf16", 16, 17, 18, 19, 20);
+  else if constexpr (N == 32)
+    DUPLEX_WGMMA_SHARED(32, 16, "f16", 16, 17, 18, 19, 20);
+  else if constexpr (N == 64 && BF16)
     DUPLEX_WGMMA_SHARED(64, 32, "bf16", 32, 33, 34, 35, 36);
   else if constexpr (N == 64)
     DUPLEX_WGMMA_SHARED(64, 32, "f16", 32, 33, 34, 35, 36);

@@ -15,17 +15,20 @@ from duplex_attn.backends import BACKENDS
 LIBRARY = BACKENDS["cuda"].library
 HEAD_DIMS = (64, 96, 128, 192, 256)
 Kernel = tuple[str, int, str, bool]  # name, head_dim, dtype, with terms
-SHAPES = {"forward": "Shape", "paged": "Shape", "dq": "QueryShape", "distances": "QueryShape", "dkdv": "KeyShape"}
+SHAPES = {
+    "forward": "Shape", "paged": "Shape", "dq": "QueryShape", "distances": "QueryShape", "dkdv": "KeyShape", "fused": "FusedShape"
+}  # fmt: skip
 KERNELS: list[Kernel] = [
     (name, d, dtype, terms)
     for name in SHAPES
-    for d in HEAD_DIMS
+    for d in (HEAD_DIMS[:3] if name == "fused" else HEAD_DIMS)
     for dtype in ("Bfloat16", "Float16")
     for terms in (False, True)
     if terms or name != "distances"  # dq with the gradient of distance_bias
 ]
 FORWARD = [kernel for kernel in KERNELS if kernel[0] in ("forward", "paged")]
-BACKWARD = [kernel for kernel in KERNELS if kernel not in FORWARD]
+BACKWARD = [kernel for kernel in KERNELS if kernel[0] in ("dq", "distances", "dkdv")]
+FUSED = [kernel for kernel in KERNELS if kernel[0] == "fused"]
 # These with terms have a number or two too many for their registers.
 SPILLED = {("forward", 256): 1, ("paged", 256): 2, ("dkdv", 256): 2, ("distances", 128): 1}
 LOCAL_LOADS = {(name, d, dtype, True): n for (name, d), n in SPILLED.items() for dtype in ("Bfloat16", "Float16")}
@@ -89,12 +92,18 @@ def loops(code: list[tuple[int, str]]) -> list[list[str]]:
 
 
 def test_every_kernel_is_there_for_its_cards() -> None:
-    large = [name for name in machine_code() if re.search(r"4sm90\d+(?!decode)\w+_kernelI", name)]
+    large = [name for name in machine_code() if re.search(r"4sm90\d+\w+_kernelI\w+ShapeILi\d+EEELb", name)]
     assert len(large) == len(KERNELS)
     assert all(any(kernel_name(*kernel) in name for name in large) for kernel in KERNELS)
-    assert {"schedule_kernel", "outside_kernel", "row_sums_kernel", "sink_kernel", "distance_kernel"} <= {
-        word for name in machine_code() for word in re.findall(r"\d([a-z_]+_kernel)", name)
+    small = {
+        "schedule_kernel",
+        "outside_kernel",
+        "row_sums_kernel",
+        "sink_kernel",
+        "distance_kernel",
+        "finish_dq_kernel",
     }
+    assert small <= {word for name in machine_code() for word in re.findall(r"\d([a-z_]+_kernel)", name)}
     assert set(re.findall(r"sm_\d+a?", dump("--list-elf"))) == {"sm_80", "sm_90a"}
     assert set(re.findall(r"sm_\d+a?", dump("--list-ptx"))) == {"sm_80"}, "later cards compile Ampere's"
 
@@ -143,12 +152,29 @@ def test_backward(kernel: Kernel) -> None:
         assert count(loop, r"SHFL\S*") == shuffles
 
 
+@pytest.mark.parametrize("kernel", FUSED, ids=str)
+def test_all_gradients_at_once(kernel: Kernel) -> None:
+    """Five products a step, in each loop over rows; bulk reductions of dq by threads that wait for them beside it."""
+    _, head_dim, _, terms = kernel
+    wide = 64 // 16
+    inner = loops_of(kernel, 2 * head_dim // 16 + 2 * wide + 128 // 16)
+    inner = [loop for loop in inner if not any(count(loop, name) for name in ("UBLKRED", "LDL", "STL"))]
+    roles = 2 if head_dim == 96 else 1  # its panels of columns are not divided evenly
+    assert len(inner) >= roles
+    for loop in inner[:roles]:
+        assert count(loop, r"WARPGROUP\.DEPBAR\S*") == (3 if terms else 4)
+        assert count(loop, r"STSM\.16\S*") == 4, "dS of 64 rows to shared memory"
+    assert count([line for _, line in code_of(kernel)], r"UBLKRED\S*") > 0
+
+
 def stack(name: str, head_dim: int, dtype: str, terms: bool) -> int:
     if name == "forward":
         return 128 if head_dim == 256 else 64
     if name == "paged":
         return 144
-    return {128: 144, 192: 240, 256: 480}.get(head_dim, 80) if name == "dkdv" else 80
+    if name == "fused":
+        return {64: 32, 96: 144}.get(head_dim, 160)
+    return {128: 160, 192: 240, 256: 480}.get(head_dim, 80) if name == "dkdv" else 80
 
 
 def test_registers_and_stack() -> None:

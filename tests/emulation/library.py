@@ -31,7 +31,8 @@ FLAGS = [
 CUDA = CSRC / "cuda"
 HARDWARE = {CUDA / "device.cpp", CUDA / "tensor_map.cu"}  # what the machine takes the place of
 PER_HEAD_DIM = [
-    *((s, d) for s in sorted(CUDA.glob("sm*/*.cu")) if s.name != "decode.cu" for d in HEAD_DIMS),
+    *((s, d) for s in sorted(CUDA.glob("sm*/*.cu")) if s.name not in ("fused.cu", "decode.cu") for d in HEAD_DIMS),
+    *((CUDA / "sm90/fused.cu", d) for d in (64, 96, 128)),
     *((s, d) for s in (CUDA / "paged/attend.cu", CUDA / "sm90/decode.cu") for d in (64, 128, 256)),
 ]
 SOURCES: list[tuple[Path, list[str]]] = [
@@ -106,15 +107,22 @@ def draw(seed: int, processors: int = 2) -> None:
     functions().emulation_set(ctypes.c_uint64(seed), ctypes.c_int(processors))
 
 
+def launched() -> list[str]:
+    """The kernels since the last time that this was asked."""
+    function = functions().emulation_launched
+    function.restype = ctypes.c_char_p
+    return function().decode().split()
+
+
 FAULTS = (
     "nothing", "mbarrier_wait", "named_sync", "proxy_fence", "product_wait", "product_fence", "block_sync", "warp_sync",
-    "copy_wait",
+    "copy_wait", "reduce_wait",
 )  # fmt: skip
 
 
 @contextmanager
 def left_out(what: str, number: int = 0) -> Iterator[None]:
-    """The machine ignores an operation of the kernels: of mbarriers and named barriers, the one with this number."""
+    """The machine ignores an operation of the kernels, where it numbers them (block.h) the one with this number."""
     functions().emulation_leave_out(FAULTS.index(what), number)
     yield
     functions().emulation_leave_out(0, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cases import Case, Problem, make
 from ..lanes import Lane
 from ..oracle import assert_accurate
-from .library import CARDS, EMULATED, draw, left_out
+from .library import CARDS, EMULATED, draw, launched, left_out
 
 # All stages come round, several tiles a block, rows of strangers behind queries and keys. The widest has fewer blocks of
 # values in flight than of keys: elsewhere the waits for room for keys cover those for values.
@@ -24,9 +24,17 @@ DISTANT = dataclasses.replace(CASE, heads=(1, 1), head_dims=(64, 64), distance_r
 SEEDS = 24  # every way that the machine divides what is late
 DQ = ["rows_full", "rows_empty", "k_full_0", "k_empty_0", "k_full_1", "k_empty_1", "v_full_0", "v_empty_0"]
 DKDV = ["keys_full", "keys_empty", *(f"rows_{of}_{stage}" for stage in range(3) for of in ("full", "empty"))]
+FUSED = [*DKDV, *(f"staged_{of}_{warpgroup}" for warpgroup in range(2) for of in ("full", "empty"))]
 FENCES = [
     pytest.param("named_sync", 1, id="strangers_cleared"),  # the named barrier of the computing warpgroups
     *(pytest.param(what, 0, id=what) for what in ("proxy_fence", "product_wait", "product_fence", "block_sync")),
+]
+FUSED_FENCES = [
+    *FENCES,
+    pytest.param("named_sync", 2, id="scores_shared"),
+    *(pytest.param("proxy_fence", n, id=name) for n, name in enumerate(("of_scores", "of_staged", "of_strangers"), 1)),
+    pytest.param("warp_sync", 0, id="staged_by_a_warp"),
+    *(pytest.param("reduce_wait", n, id=name) for n, name in ((1, "staged_is_read"), (2, "dq_is_added"))),
 ]
 
 
@@ -43,6 +51,7 @@ def forward(case: Case) -> tuple[Problem, list[object], Tensor, Tensor]:
 
 
 def outcome(case: Case, wanted: tuple[str, ...], seed: int) -> str:
+    """Of all three gradients, those of the kernel that sums dq in any order."""
     made, call, out, lse = forward(case)
     exact, plain, floor = made.answers(gradients=True)
     draw(seed, processors=1)
@@ -64,6 +73,15 @@ EACH = pytest.mark.parametrize(("case", "wanted"), [(WIDEST, ("q",)), (CASE, ("k
 def test_nothing_is_left_out(emulated: Lane, card: str, case: Case, wanted: tuple[str, ...]) -> None:
     with EMULATED.on(CARDS[card]):
         assert {outcome(case, wanted, seed) for seed in range(SEEDS)} == {""}
+
+
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_nothing_is_left_out_of_all_gradients_at_once(emulated: Lane, head_dim: int) -> None:
+    case = dataclasses.replace(CASE, head_dims=(head_dim, head_dim))
+    forward(case)
+    launched()
+    assert {outcome(case, ("q", "k", "v"), seed) for seed in range(SEEDS)} == {""}
+    assert {"dq", "dkdv"}.isdisjoint(launched())
 
 
 @EACH
@@ -102,3 +120,12 @@ def test_what_sums_of_distances_leave_out_is_noticed(emulated: Lane, card: int, 
         assert not any(outcome(DISTANT, ("distance_bias",), seed) for seed in range(SEEDS))
         with left_out(what, number):
             assert any(outcome(DISTANT, ("distance_bias",), seed) for seed in range(SEEDS))
+
+
+@pytest.mark.parametrize(
+    ("what", "number"), [*(pytest.param("mbarrier_wait", n, id=name) for n, name in enumerate(FUSED)), *FUSED_FENCES]
+)
+def test_what_all_gradients_at_once_leave_out_is_noticed(emulated: Lane, what: str, number: int) -> None:
+    forward(CASE)
+    with left_out(what, number):
+        assert any(outcome(CASE, ("q", "k", "v"), seed) for seed in range(SEEDS))

@@ -71,7 +71,7 @@ class Image:
             leading = depth * row_bytes
             for panel in matrix.split(width):
                 tile = torch.full((depth, width), float("nan"), dtype=matrix.dtype)
-                tile[16 * step : 16 * step + 16] = panel.T
+                tile[16 * step : 16 * step + 16, : panel.shape[0]] = panel.T
                 self.parts.append(swizzle(bits(tile)))
             at += 16 * step * row_bytes
         mode = 1 if width == 64 else 2
@@ -116,6 +116,7 @@ PRODUCTS = [  # N, dtype, whether A's and B's inner dimension is contiguous
     (128, BF16, True, False),
     (192, FP16, False, False),
     (256, BF16, False, True),
+    (32, BF16, False, False),
 ]
 
 
@@ -208,6 +209,29 @@ def test_matrices_from_shared_memory(machine: Machine, transposed: bool) -> None
         for lane, r, half in itertools.product(range(32), range(4), range(2)):
             at = (lane // 4, 2 * (lane % 4) + half)
             assert out[lane, r, half] == rows[r][at[::-1] if transposed else at]
+
+
+def test_matrices_to_shared_memory(hopper: Machine) -> None:
+    numbers = np.random.default_rng(2).permutation(256).astype(np.uint16).reshape(4, 8, 8)  # as above
+    places = np.random.default_rng(3).permutation(256)[:32].astype(np.int32) * 16
+    words = np.zeros((32, 4, 2), np.uint16)
+    for lane, r, half in itertools.product(range(32), range(4), range(2)):
+        words[lane, r, half] = numbers[r, lane // 4, 2 * (lane % 4) + half]
+    want = np.full(2048, 7, np.uint16)
+    for lane in range(32):
+        want[places[lane] // 2 :][:8] = numbers[lane // 8, lane % 8]
+    for _ in hopper.seeds():
+        image = np.full(2048, 7, np.uint16)
+        assert hopper.call("probe_matrices_stored", words, places, 1024, image) is None
+        assert np.array_equal(image, want)
+
+
+def test_reduction_adds_to_memory(hopper: Machine) -> None:
+    x, before = normal(512).numpy(), normal(600).numpy()
+    for _ in hopper.seeds():
+        sums = before.copy()
+        assert hopper.call("probe_reduction", x, 512, sums) is None
+        assert np.array_equal(sums[:512], before[:512] + x) and np.array_equal(sums[512:], before[512:])
 
 
 @pytest.mark.parametrize("unit", [4, 8, 16])

@@ -91,3 +91,34 @@ def test_wrong_stages_are_reported(name: str) -> None:
     kind, report = WRONG_STAGES[name]
     told = {run_wrong_stages(kind, seed) for seed in range(12)}
     assert all(re.search(report, text) for text in told), told
+
+
+OVERWRITTEN = "shared memory is overwritten that a reduction has not read|a reduction reads ordinary writes|wrong sums"
+WRONG_REDUCTIONS = {  # as above, of the kernel `wrong_reduction`
+    "not_fenced": (1, "a reduction reads ordinary writes that were not fenced"),
+    "not_read_when_it_is_overwritten": (2, OVERWRITTEN),
+    "never_waited_for": (3, "a thread ends with reductions that it never waited for"),
+    "not_committed": (4, OVERWRITTEN + "|a thread ends with reductions"),
+    "threads_do_not_meet": (5, OVERWRITTEN),
+    "not_in_16s": (6, "a reduction is not in 16s"),
+}
+
+
+def run_wrong_reduction(kind: int, seed: int) -> str:
+    x, sums = normal(256).numpy(), np.zeros(128, np.float32)
+    draw(seed)
+    if told := run(functions(), "probe_wrong_reduction", kind, x, sums):
+        return told
+    return "" if np.allclose(sums, x[:128] + x[128:]) else "wrong sums"
+
+
+def test_a_right_reduction_is_right_whatever_the_order() -> None:
+    assert {run_wrong_reduction(0, seed) for seed in range(24)} == {""}
+
+
+@pytest.mark.parametrize("name", WRONG_REDUCTIONS)
+def test_a_wrong_reduction_is_reported(name: str) -> None:
+    kind, report = WRONG_REDUCTIONS[name]
+    told = {run_wrong_reduction(kind, seed) for seed in range(24)}
+    told -= {""}  # a reduction may be there in time by luck
+    assert told and all(re.search(report, text) for text in told), told

@@ -26,7 +26,8 @@ def rows(lane: Lane, n: int, heads: int = HEADS) -> Tensor:
     return torch.randn(n, heads, DIM).to(lane.device, torch.bfloat16)
 
 
-def test_lengths_and_prefixes_change_between_replays(card: Lane) -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_lengths_and_prefixes_change_between_replays(card: Lane, deterministic: bool) -> None:
     """A packed step with its backward; rows past the last sequence are those of a padded batch."""
     torch.manual_seed(0)
     q, k, v, dout = (rows(card, TOTAL) for _ in range(4))
@@ -36,7 +37,7 @@ def test_lengths_and_prefixes_change_between_replays(card: Lane) -> None:
     def step() -> tuple[Tensor, ...]:
         mask = da.prefix_lm(prefix)
         out, lse = da.varlen_attention(
-            *leaves, cu, cu, LONGEST, LONGEST, mask, return_lse=True, deterministic=True, backend=card.backend
+            *leaves, cu, cu, LONGEST, LONGEST, mask, return_lse=True, deterministic=deterministic, backend=card.backend
         )
         return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)
 

@@ -23,7 +23,7 @@ def build(w: Workload, device: torch.device) -> Problem:
     mask = da.Mask(w.prefix, w.left, w.right)
 
     def ours(backend: str) -> Callable[[], tuple[Tensor, ...]]:
-        out = da.attention(*leaves, mask, backend=backend)
+        out = da.attention(*leaves, mask, deterministic=w.deterministic, backend=backend)
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
     def check(found: tuple[Tensor, ...]) -> Check:

@@ -76,6 +76,47 @@ struct KeyShape : KeyChoice<HEAD_DIM_>, Warpgroups {
   };
 };
 
+// All three at once: the shape of dk and dv, whose tile has a share of dq too. dS of all keys of a tile lies in shared
+// memory, twice; what a step adds to dq is staged there, by panels of columns a part for each warpgroup.
+template <int HEAD_DIM_>
+struct FusedShape : KeyShape<HEAD_DIM_> {
+  using Base = KeyShape<HEAD_DIM_>;
+  using Base::HEAD_DIM, Base::BLOCK_M, Base::BLOCK_N, Base::WARPGROUPS;
+  static_assert(!Base::DIVIDED && BLOCK_M == 64);
+
+  using Keys = Tile<BLOCK_N, HEAD_DIM, HEAD_DIM == 128 ? 64 : 32>;
+  using Scores = Tile<BLOCK_N, BLOCK_M>;
+
+  // Columns of dq that a warpgroup has, and the first of them.
+  DUPLEX_HOST_DEVICE static constexpr int columns(int warpgroup) {
+    return (Keys::PANELS + 1 - warpgroup) / 2 * Keys::PANEL;
+  }
+  DUPLEX_HOST_DEVICE static constexpr int first_column(int warpgroup) { return warpgroup * columns(0); }
+  static_assert(columns(0) + columns(1) == HEAD_DIM);
+  static constexpr bool EVEN = columns(0) == columns(1);
+
+  static constexpr int SCORES = (Base::SHARED_BYTES + 1023) / 1024 * 1024;
+  static constexpr int STAGED = SCORES + 2 * Scores::BYTES;
+  static constexpr int FUSED_BARRIERS = STAGED + BLOCK_M * HEAD_DIM * 4;
+  static constexpr int SHARED_BYTES = FUSED_BARRIERS + 8 * 2 * WARPGROUPS;
+  static_assert(SHARED_BYTES <= 227 * 1024);
+
+  // Full: every warp of the warpgroup has written its numbers. Empty: they have been read.
+  struct Shared : Base::Shared {
+    using Base::Shared::base;
+
+    DUPLEX_HOST_DEVICE uint32_t k_of(int warpgroup) const {
+      return base + Base::K + first_column(warpgroup) / Keys::PANEL * Keys::PANEL_BYTES;
+    }
+    DUPLEX_HOST_DEVICE uint32_t ds(int buffer) const { return base + SCORES + buffer * Scores::BYTES; }
+    DUPLEX_HOST_DEVICE uint32_t staged(int warpgroup) const {
+      return base + STAGED + BLOCK_M * first_column(warpgroup) * 4;
+    }
+    DUPLEX_HOST_DEVICE uint32_t staged_full(int warpgroup) const { return base + FUSED_BARRIERS + 8 * warpgroup; }
+    DUPLEX_HOST_DEVICE uint32_t staged_empty(int warpgroup) const { return staged_full(WARPGROUPS + warpgroup); }
+  };
+};
+
 // dq. By head_dim: keys a block, blocks of keys and of values in flight.
 template <int BLOCK_N_, int K_STAGES_, int V_STAGES_>
 struct QueryChosen {

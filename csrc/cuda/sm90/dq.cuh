@@ -188,8 +188,8 @@ dq_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps ma
   }
   ptx::block_sync();
   using Compute = QueryGradients<T, S, TERMS, DISTANCES>;
-  divide_roles<S>([&] { load_keys<S, DISTANCES>(a, maps, shared); },
-                  [&](int warpgroup, int thread) { Compute(a, shared, warpgroup, thread).run(); });
+  divide_roles<1, S>([&](int) { load_keys<S, DISTANCES>(a, maps, shared); },
+                     [&](int warpgroup, int thread) { Compute(a, shared, warpgroup, thread).run(); });
 }
 
 }  // namespace duplex::sm90

@@ -1,4 +1,4 @@
-// What the computing warpgroups of both backward kernels share. From log-sum-exps the probabilities are recomputed
+// What the computing warpgroups of the backward kernels share. From log-sum-exps the probabilities are recomputed
 // (Dao, "FlashAttention-2", 2023); delta is rowsum(dout * out) - dlse:
 //
 //    dv = P^T dout     dP = dout v^T     dS = P * (dP - delta)     dq = scale * dS k     dk = scale * dS^T q
@@ -19,7 +19,7 @@ struct BackwardMaps {
 
 template <bool TERMS>
 struct Gradients {
-  static constexpr int BARRIER_ALL = 1;  // the named barrier of the computing warpgroups
+  static constexpr int BARRIER_ALL = 1, BARRIER_SCORES = 2;  // named barriers of the computing warpgroups
 
   const BackwardArguments& a;
   const int warpgroup, thread, lane;  // thread: of the warpgroup
@@ -53,13 +53,15 @@ DUPLEX_DEVICE void set_zero(float (&x)[COUNT]) {
   for (int n = 0; n < COUNT; ++n) x[n] = 0;
 }
 
-// What a block does at its start. The loader is one thread, which keeps bulk copies in flight.
-template <class S, class L, class C>
-DUPLEX_DEVICE void divide_roles(L&& load, C&& compute) {
+// What a block does at its start. The loader is one thread, which keeps bulk copies in flight; beside it other warps of
+// its warpgroup may have a thread that does the like.
+template <int MOVERS, class S, class M, class C>
+DUPLEX_DEVICE void divide_roles(M&& move, C&& compute) {
   const int warpgroup = ptx::uniform(ptx::thread_index() / 128);
   if (warpgroup == 0) {
     ptx::fewer_registers<S::LOADER_REGISTERS>();
-    if (ptx::uniform(ptx::thread_index() / 32) == 0 && ptx::elect()) load();
+    const int warp = ptx::uniform(ptx::thread_index() / 32);
+    if (warp < MOVERS && ptx::elect()) move(warp);
   } else {
     ptx::more_registers<S::COMPUTE_REGISTERS>();
     compute(warpgroup - 1, ptx::thread_index() % 128);

@@ -1,4 +1,4 @@
-// What the launches of both backward kernels share.
+// What the launches of the backward kernels share.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,8 @@ inline int blocks_of(const BackwardLaunch& l, const Tiles& tiles) {
 
 template <class S>
 BackwardMaps maps_of(BackwardLaunch& l) {
-  l.q.columns = l.k.columns = l.v.columns = l.dout.columns = S::Keys::PANEL;
+  l.q.columns = l.dout.columns = S::Rows::PANEL;
+  l.k.columns = l.v.columns = S::Keys::PANEL;
   l.q.rows = l.dout.rows = S::BLOCK_M;
   l.k.rows = l.v.rows = S::BLOCK_N;
   return {encode(l.q), encode(l.k), encode(l.v), encode(l.dout)};

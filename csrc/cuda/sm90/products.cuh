@@ -15,12 +15,32 @@ DUPLEX_DEVICE void multiply_rows(float (&d)[COUNT], uint32_t a, int row, uint32_
   ptx::wgmma_commit();
 }
 
+// D = A B + D: 64 rows of A from `row` on, all rows of B.
+template <class T, class A, class B, int COUNT>
+DUPLEX_DEVICE void add_product(float (&d)[COUNT], uint32_t a, int row, uint32_t b) {
+  static_assert(A::COLUMNS == B::ROWS && 2 * COUNT == B::COLUMNS);
+#pragma unroll
+  for (int k = 0; k < A::COLUMNS / 16; ++k)
+    ptx::wgmma<T, Major::K, Major::MN>(d, columns_operand<A>(a, row, k), rows_operand<B>(b, k), true);
+  ptx::wgmma_commit();
+}
+
 // D = A B (+ D): 64 rows of A in registers, all rows of B.
 template <class T, class B, int STEPS, int COUNT>
 DUPLEX_DEVICE void multiply_registers(float (&d)[COUNT], const uint32_t (&a)[STEPS][4], uint32_t b, bool accumulate) {
   static_assert(16 * STEPS == B::ROWS && 2 * COUNT == B::COLUMNS);
 #pragma unroll
   for (int k = 0; k < STEPS; ++k) ptx::wgmma<T, Major::MN>(d, a[k], rows_operand<B>(b, k), accumulate || k > 0);
+  ptx::wgmma_commit();
+}
+
+// D = A^T B: the 64 columns of A, as many columns of B as D has, from the start of a panel on.
+template <class T, class A, class B, int COUNT>
+DUPLEX_DEVICE void multiply_columns(float (&d)[COUNT], uint32_t a, uint32_t b) {
+  static_assert(A::ROWS == B::ROWS && A::COLUMNS == 64 && A::PANELS == 1 && 2 * COUNT % B::PANEL == 0);
+#pragma unroll
+  for (int k = 0; k < A::ROWS / 16; ++k)
+    ptx::wgmma<T, Major::MN, Major::MN>(d, rows_operand<A>(a, k), rows_operand<B>(b, k), k > 0);
   ptx::wgmma_commit();
 }
 

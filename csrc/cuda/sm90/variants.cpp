@@ -4,10 +4,11 @@
 
 namespace duplex::sm90 {
 
-// Each is forward.cu, dq.cu, dkdv.cu, paged.cu or decode.cu compiled for one head_dim.
+// Each is forward.cu, dq.cu, dkdv.cu, fused.cu, paged.cu or decode.cu compiled for one head_dim.
 extern const Variant FORWARD_64, FORWARD_96, FORWARD_128, FORWARD_192, FORWARD_256;
 extern const BackwardVariant DQ_64, DQ_96, DQ_128, DQ_192, DQ_256;
 extern const BackwardVariant DKDV_64, DKDV_96, DKDV_128, DKDV_192, DKDV_256;
+extern const BackwardVariant FUSED_64, FUSED_96, FUSED_128;
 extern const PagedVariant PAGED_64, PAGED_96, PAGED_128, PAGED_192, PAGED_256;
 extern const PagedVariant DECODE_64[3], DECODE_128[3], DECODE_256[3];  // by storage
 
@@ -21,6 +22,10 @@ const BackwardVariant& dq_variant(int64_t head_dim) {
 
 const BackwardVariant& dkdv_variant(int64_t head_dim) {
   return smallest({&DKDV_64, &DKDV_96, &DKDV_128, &DKDV_192, &DKDV_256}, head_dim);
+}
+
+const BackwardVariant* fused_variant(int64_t head_dim) {
+  return head_dim > 128 ? nullptr : &smallest({&FUSED_64, &FUSED_96, &FUSED_128}, head_dim);
 }
 
 const PagedVariant& paged_variant(int64_t head_dim) {

@@ -42,6 +42,7 @@ Block::Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed
       dirty_(shared_bytes / 16 + 1, -1),
       claimed_(shared_bytes / 4 + 1, 0),
       copies_of_(threads),
+      reduction_commits_(threads, 0),
       warps_(threads / 32),
       contexts_(threads),
       waits_for_(threads, ""),
@@ -62,6 +63,8 @@ void Block::entry() {
   Block& b = *block;
   for (const Pending& p : b.lane().pending)
     if (p.own) b.fail("a thread ends with products that it never waited for");
+  for (const Reduction& r : b.reductions_)
+    if (r.thread == b.current) b.fail("a thread ends with reductions that it never waited for");
   if (!b.copies_of_[b.current].unfinished.empty()) b.fail("a thread ends with copies that it never waited for");
   --b.alive_;
   Context ignored;
@@ -140,11 +143,18 @@ void Block::store(uint32_t address, const void* from, int bytes) {
   maybe_yield();
   shared(address, bytes);
   if (address % bytes) fail("shared memory is touched at an address that is no multiple of the size");
-  expect_none_claimed(address, bytes, current);
+  write(address, from, bytes, current);
+}
+
+void Block::write(uint32_t address, const void* from, int bytes, int thread) {
+  expect_none_claimed(address, bytes, thread);
+  for (const Reduction& r : reductions_)
+    if (r.read.empty() && address < r.from + r.bytes && r.from < address + bytes)
+      fail("shared memory is overwritten that a reduction has not read");
   std::memcpy(shared(address, bytes), from, bytes);
   for (uint32_t unit = (address - SHARED_BEGIN) / 16; unit <= (address - SHARED_BEGIN + bytes - 1) / 16; ++unit) {
-    dirty_[unit] = current;
-    unfenced_[current].push_back(unit);
+    dirty_[unit] = thread;
+    unfenced_[thread].push_back(unit);
   }
 }
 
@@ -156,8 +166,10 @@ void Block::load(uint32_t address, void* to, int bytes) {
   std::memcpy(to, from, bytes);
 }
 
-void Block::fence_async_proxy() {
-  if (fault.kind == Fault::PROXY_FENCE) return;
+void Block::fence_async_proxy(const std::source_location& at) {
+  const std::pair place(at.file_name(), int(at.line()));
+  const int number = fences_.try_emplace(place, int(fences_.size()) + 1).first->second;
+  if (fault.kind == Fault::PROXY_FENCE && (fault.number == 0 || fault.number == number)) return;
   for (uint32_t unit : unfenced_[current])
     if (dirty_[unit] == current) dirty_[unit] = -1;
   unfenced_[current].clear();
@@ -297,6 +309,42 @@ void Block::pass_on() {
   copies_of_[current].own.clear();
 }
 
+void Block::reduce(float* to, uint32_t from, int bytes) {
+  maybe_yield();
+  if ((from | bytes | reinterpret_cast<uintptr_t>(to)) % 16) fail("a reduction is not in 16s");
+  shared(from, bytes);
+  reductions_.push_back({to, from, bytes, current, reduction_commits_[current], int(random() % 100) < late_copies_});
+}
+
+void Block::reduce_wait(int pending, bool read) {
+  maybe_yield();
+  if (fault.kind == Fault::REDUCE_WAIT && fault.number == (read ? 1 : 2)) return;
+  const auto awaited = [&](const Reduction& r) {
+    return r.thread == current && r.group < reduction_commits_[current] - pending && !(read && !r.read.empty());
+  };
+  while (std::any_of(reductions_.begin(), reductions_.end(), awaited)) {
+    waits_for_[current] = "a reduction";
+    wait(reduction_waiting_);
+  }
+}
+
+// Reads, or adds what it has read.
+void Block::go_on(size_t n) {
+  Reduction& r = reductions_[n];
+  const int count = r.bytes / 4;
+  if (r.read.empty()) {
+    for (int unit = 0; unit < r.bytes / 16; ++unit)
+      if (dirty_[(r.from - SHARED_BEGIN) / 16 + unit] >= 0 && failure_.empty())
+        failure_ = "a reduction reads ordinary writes that were not fenced for it";
+    r.read.resize(count);
+    std::memcpy(r.read.data(), shared(r.from, r.bytes), r.bytes);
+  } else {
+    for (int i = 0; i < count; ++i) r.to[i] += r.read[i];
+    reductions_.erase(reductions_.begin() + n);
+  }
+  wake(reduction_waiting_);
+}
+
 void Block::warp_sync() {
   maybe_yield();
   if (fault.kind == Fault::WARP_SYNC) return;
@@ -330,6 +378,22 @@ void Block::load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed) {
   });
 }
 
+void Block::store_matrices(uint32_t row, const uint32_t (&x)[4]) {
+  struct Given {
+    uint32_t row;
+    const uint32_t* x;
+  } given{row, x};
+  maybe_yield();
+  meet("stmatrix", 0, given, [&](auto&& of) {
+    for (int lane = 0; lane < 32; ++lane) {
+      uint32_t words[4];
+      for (int n = 0; n < 4; ++n) words[n] = of(4 * (lane % 8) + n).x[lane / 8];
+      if (of(lane).row % 16) fail("a row of a matrix is not on 16 bytes");
+      write(of(lane).row, words, 16, current / 32 * 32 + lane);
+    }
+  });
+}
+
 void Block::mma(float* d, const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16) {
   struct Given {
     float* d;
@@ -358,13 +422,18 @@ void Block::mma(float* d, const uint32_t (&a)[4], const uint32_t (&b)[2], bool b
   });
 }
 
-// One copy in flight lands or one product that is waited for is computed; late ones when nothing else can happen.
+// One copy in flight lands, one reduction goes on or one product that is waited for is computed; late ones when nothing
+// else can happen, reductions last of all.
 bool Block::finish_one(bool any) {
-  std::vector<int> can;  // copies, then warps
+  std::vector<int> can;  // copies, then warps, then reductions
+  const size_t reductions = copies_.size() + warps_.size();
   for (size_t n = 0; n < copies_.size(); ++n)
     if (any || !copies_[n].late) can.push_back(int(n));
   for (size_t n = 0; any && n < warps_.size(); ++n)
     if (warps_[n].wanted > 0) can.push_back(int(copies_.size() + n));
+  for (size_t n = 0; n < reductions_.size(); ++n)
+    if (!reductions_[n].late) can.push_back(int(reductions + n));
+  if (can.empty() && any && !reductions_.empty()) can.push_back(int(reductions));
   if (can.empty()) return false;
   const bool copy_first = int(random() % 100) < copies_first_;
   const auto others =
@@ -375,6 +444,10 @@ bool Block::finish_one(bool any) {
     const Copy copy = copies_[n];
     copies_.erase(copies_.begin() + n);
     land(copy);
+    return true;
+  }
+  if (n >= reductions) {
+    go_on(n - reductions);
     return true;
   }
   Warp& w = warps_[n - copies_.size()];

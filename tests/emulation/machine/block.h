@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <random>
+#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,9 +33,13 @@ struct Fault {
     PRODUCT_FENCE,
     BLOCK_SYNC,
     WARP_SYNC,
-    COPY_WAIT
+    COPY_WAIT,
+    REDUCE_WAIT
   } kind = NONE;
-  int number = 0;  // of the mbarrier, in the order of their initialisation, or of the named barrier
+  // Of the mbarrier, in the order of their initialisation; of the named barrier; of proxy fences from 1 on, in the
+  // order in which a block first reached their places in the source, 0 being all; of waits for reductions 1 for those
+  // that cover reading alone, 2 for the others.
+  int number = 0;
 };
 extern Fault fault;
 
@@ -76,6 +81,15 @@ struct ThreadCopies {
   std::deque<ThreadCopy> unfinished;  // not waited for
   std::vector<ThreadCopy> own;        // waited for, but no barrier has passed them on to others
   int commits = 0;
+};
+
+// float32 numbers of shared memory on their way to be added to others: read first, added later.
+struct Reduction {
+  float* to;
+  uint32_t from;
+  int bytes, thread, group;
+  bool late;
+  std::vector<float> read{};
 };
 
 // 16 rows of a wgmma, which a warp does for itself as far as anyone may rely on.
@@ -135,7 +149,7 @@ class Block {
   }
   void store(uint32_t address, const void* from, int bytes);
   void load(uint32_t address, void* to, int bytes);
-  void fence_async_proxy();
+  void fence_async_proxy(const std::source_location& at);
   void barrier_init(uint32_t address, int arrivals);
   void barrier_arrive(uint32_t address, int64_t bytes);
   void barrier_wait(uint32_t address, int parity);
@@ -144,8 +158,12 @@ class Block {
   void copy_async(uint32_t to, const void* from, int unit, int bytes);
   void copy_commit() { ++copies_of_[current].commits; }
   void copy_wait(int pending);
+  void reduce(float* to, uint32_t from, int bytes);
+  void reduce_commit() { ++reduction_commits_[current]; }
+  void reduce_wait(int pending, bool read);
   void warp_sync();
   void load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed);
+  void store_matrices(uint32_t row, const uint32_t (&x)[4]);
   void mma(float* d, const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16);
   void issue(const Product& product, float* d, const uint32_t* registers);
   void wait_for_products(int pending);
@@ -159,6 +177,8 @@ class Block {
   int next();
   bool finish_one(bool any);
   void land(const Copy& copy);
+  void go_on(size_t reduction);
+  void write(uint32_t address, const void* from, int bytes, int thread);
   void complete(Mbarrier& barrier);
   Mbarrier& mbarrier(uint32_t address);
   char* shared(uint32_t address, int bytes);
@@ -173,6 +193,7 @@ class Block {
   std::vector<char> memory_;
   std::vector<int> dirty_;  // of each 16 bytes: the thread that wrote them and did not fence since, or -1
   std::map<int, std::vector<uint32_t>> unfenced_;
+  std::map<std::pair<const char*, int>, int> fences_;  // numbers by place in the source
   // Of each 4 bytes: a thread + 1 whose copy is to bring them, - (thread + 1) when it has waited for them but not
   // passed them on, else 0.
   std::vector<int> claimed_;
@@ -180,6 +201,9 @@ class Block {
   std::map<uint32_t, Mbarrier> mbarriers_;
   std::array<NamedBarrier, 16> named_;
   std::vector<Copy> copies_;
+  std::vector<Reduction> reductions_;
+  std::vector<int> reduction_commits_;  // threads
+  Waiting reduction_waiting_;
   std::vector<Warp> warps_;
   std::vector<Context> contexts_;
   std::vector<int> ready_;

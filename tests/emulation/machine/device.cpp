@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
+#include <string>
 
 #include "block.h"
 
@@ -11,6 +12,7 @@ namespace emulation {
 uint64_t seed = 0;
 int processors = 2;
 int capability = 90;
+std::string launched;
 }  // namespace emulation
 
 namespace duplex {
@@ -24,6 +26,14 @@ Device::~Device() = default;
 EXPORTED void emulation_set(uint64_t seed, int processors) {
   emulation::seed = seed;
   emulation::processors = processors;
+}
+
+// Since the last time that it was asked.
+EXPORTED const char* emulation_launched() {
+  static std::string told;
+  told = std::move(emulation::launched);
+  emulation::launched.clear();
+  return told.c_str();
 }
 
 EXPORTED void emulation_card(int capability) { emulation::capability = capability; }

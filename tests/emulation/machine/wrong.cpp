@@ -92,6 +92,26 @@ DUPLEX_KERNEL(128) wrong_stages(const uint16_t* x, int tiles, int kind, float* d
   for (int n = 0; n < 32; ++n) d[32 * thread + n] = sums[n];
 }
 
+// Numbers staged twice and added to memory: with one thing left out, or done in the wrong place.
+enum WrongReduction { SOUND, UNFENCED, UNREAD, UNFINISHED, UNCOMMITTED, UNMET, UNALIGNED };
+
+DUPLEX_KERNEL(128) wrong_reduction(const float* x, int kind, float* sums) {
+  const uint32_t staged = ptx::shared_base();
+  const int thread = ptx::thread_index();
+  for (int n = 0; n < 2; ++n) {
+    ptx::shared_store(staged + 4 * thread, x[128 * n + thread]);
+    if (kind != UNFENCED) ptx::fence_async_proxy();
+    if (kind != UNMET) ptx::block_sync();
+    if (thread == 0) {
+      ptx::reduce_bytes(sums, staged + 4 * (kind == UNALIGNED), 512);
+      if (kind != UNCOMMITTED) ptx::reduce_commit();
+      if (kind != UNREAD) ptx::reduce_wait_read<0>();
+    }
+    ptx::block_sync();
+  }
+  if (thread == 0 && kind != UNFINISHED) ptx::reduce_wait<0>();
+}
+
 }  // namespace
 
 EXPORTED const char* probe_wrong(int kind, const Box* box, float* d) {
@@ -100,6 +120,10 @@ EXPORTED const char* probe_wrong(int kind, const Box* box, float* d) {
 
 EXPORTED const char* probe_wrong_stages(int kind, const uint16_t* x, int tiles, float* d) {
   return report([&] { launch<wrong_stages>("", 1, 128, SHARED, nullptr, x, tiles, kind, d); });
+}
+
+EXPORTED const char* probe_wrong_reduction(int kind, const float* x, float* sums) {
+  return report([&] { launch<wrong_reduction>("", 1, 128, SHARED, nullptr, x, kind, sums); });
 }
 
 // Arithmetic that needs no machine.

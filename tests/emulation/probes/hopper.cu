@@ -61,6 +61,32 @@ copy(DUPLEX_PARAMETER ptx::TensorMap map, int bytes, int c0, int c1, int c2, int
   for (int n = ptx::thread_index(); n < bytes / 4; n += 128) image[n] = ptx::shared_load(to + 4 * n);
 }
 
+// (32, 4) words to rows at places[lane] bytes of the image, which comes out whole.
+DUPLEX_KERNEL(128)
+matrices_stored(const uint32_t* x, const int* places, int words, int* image) {
+  const uint32_t at = write_image(image, words);
+  ptx::block_sync();
+  const int thread = ptx::thread_index();
+  if (thread < 32) {
+    const uint32_t given[4] = {x[4 * thread], x[4 * thread + 1], x[4 * thread + 2], x[4 * thread + 3]};
+    ptx::store_matrices(at + places[thread], given);
+  }
+  ptx::block_sync();
+  for (int n = thread; n < words; n += 128) image[n] = ptx::shared_load(at + 4 * n);
+}
+
+// An image of float32 added to what is in memory.
+DUPLEX_KERNEL(128)
+reduction(const int* image, int words, float* to) {
+  const uint32_t from = write_image(image, words);
+  ptx::fence_async_proxy();
+  ptx::block_sync();
+  if (ptx::thread_index() > 0) return;
+  ptx::reduce_bytes(to, from, 4 * words);
+  ptx::reduce_commit();
+  ptx::reduce_wait<0>();
+}
+
 // Of 128 threads, who is elected.
 DUPLEX_KERNEL(128) elected(uint32_t* out) { out[ptx::thread_index()] = ptx::elect(); }
 
@@ -83,6 +109,7 @@ EXPORTED const char* probe_product(int which, const int* image, int words, uint6
       case 2: return go.operator()<probes::product<Bfloat16, K, MN, 64>>();
       case 3: return go.operator()<probes::product<Float16, MN, MN, 96>>();
       case 4: return go.operator()<probes::product<Bfloat16, MN, K, 128>>();
+      case 5: return go.operator()<probes::product<Bfloat16, MN, MN, 16>>();
     }
   });
 }
@@ -106,6 +133,14 @@ EXPORTED const char* probe_copy(const Box* box, int c0, int c1, int c2, int c3, 
     launch<probes::copy>("", 1, 128, SHARED, nullptr, encode(*box), box->columns * box->rows * 2, c0, c1, c2, c3,
                          image);
   });
+}
+
+EXPORTED const char* probe_matrices_stored(const uint32_t* x, const int* places, int words, int* image) {
+  return report([&] { launch<probes::matrices_stored>("", 1, 128, SHARED, nullptr, x, places, words, image); });
+}
+
+EXPORTED const char* probe_reduction(const int* image, int words, float* to) {
+  return report([&] { launch<probes::reduction>("", 1, 128, SHARED, nullptr, image, words, to); });
 }
 
 EXPORTED const char* probe_elected(uint32_t* out) {

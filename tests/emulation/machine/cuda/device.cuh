@@ -4,14 +4,16 @@
 #include <algorithm>
 #include <numeric>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cuda/box.h"
 #include "cuda/ptx.cuh"
 
 namespace emulation {
-extern uint64_t seed;  // of the next launch; each launch moves on
-}
+extern uint64_t seed;         // of the next launch; each launch moves on
+extern std::string launched;  // what was launched, a word each
+}  // namespace emulation
 
 namespace duplex {
 
@@ -23,10 +25,11 @@ inline ptx::TensorMap encode(const Box& box) {
 }
 
 template <auto KERNEL, class... Arguments>
-void launch(const char*, int blocks, int threads, int shared_bytes, void*, const Arguments&... arguments) {
+void launch(const char* what, int blocks, int threads, int shared_bytes, void*, const Arguments&... arguments) {
   std::vector<int> order(blocks);
   std::iota(order.begin(), order.end(), 0);
   const uint64_t seed = emulation::seed++;
+  emulation::launched += std::string(what) + " ";
   std::shuffle(order.begin(), order.end(), std::mt19937(uint32_t(seed)));
   for (int index : order) {
     emulation::Block block(index, blocks, threads, shared_bytes, seed);

@@ -87,7 +87,9 @@ inline Words4 shared_load16(uint32_t address) {
   block->load(address, &x, 16);
   return x;
 }
-inline void fence_async_proxy() { block->fence_async_proxy(); }
+inline void fence_async_proxy(const std::source_location& at = std::source_location::current()) {
+  block->fence_async_proxy(at);
+}
 
 inline void block_sync() { block->named(0, block->threads, true); }
 inline void warp_sync() { block->warp_sync(); }
@@ -110,6 +112,17 @@ inline void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrie
   copy.map.data = static_cast<const char*>(from);
   copy.bytes = bytes;
   block->copy(copy);
+}
+
+inline void reduce_bytes(float* to, uint32_t from, int bytes) { block->reduce(to, from, bytes); }
+inline void reduce_commit() { block->reduce_commit(); }
+template <int PENDING>
+void reduce_wait_read() {
+  block->reduce_wait(PENDING, true);
+}
+template <int PENDING>
+void reduce_wait() {
+  block->reduce_wait(PENDING, false);
 }
 
 template <int COUNT>
@@ -182,6 +195,7 @@ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 inline void load_matrices(uint32_t (&x)[4], uint32_t row) { block->load_matrices(x, row, false); }
 inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t row) { block->load_matrices(x, row, true); }
+inline void store_matrices(uint32_t row, const uint32_t (&x)[4]) { block->store_matrices(row, x); }
 template <int UNIT>
 void copy_async(uint32_t to, const void* from, int bytes) {
   block->copy_async(to, from, UNIT, bytes);
