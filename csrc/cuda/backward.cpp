@@ -50,7 +50,7 @@ void sum_distances(BackwardLaunch& l, const BackwardVariant& variant, const Tens
   BackwardArguments& a = l.arguments;
   DistanceSums& s = a.distances;
   Tiles& t = a.row_tiles;
-  const int32_t heads = t.heads, section = t.section;
+  const int32_t heads = t.heads;
   const int64_t tiles = t.entries.count(a.lengths) * heads;
   s = distance_sums(tiles, l.processors, heads, a.terms.radius, std::max(a.lengths.max_q, a.lengths.max_k));
   const int32_t at_once = s.heads;
@@ -58,7 +58,6 @@ void sum_distances(BackwardLaunch& l, const BackwardVariant& variant, const Tens
   s.slots = static_cast<float*>(slots.data_ptr());
   for (s.first_head = 0; s.first_head < heads; s.first_head += at_once) {
     s.heads = t.heads = std::min(at_once, heads - s.first_head);
-    t.section = std::min(section, s.heads);
     if (tiles > 0) variant.launch(l);
     add_distances(s, static_cast<float*>(to.data_ptr()), a.terms.radius, l.stream);
   }
