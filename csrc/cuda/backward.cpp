@@ -46,13 +46,14 @@ Tensor rank(const Lengths& lengths, const Entries& entries, int64_t heads, int32
 }
 
 // The gradient of distance_bias, to `to`, and dq where it is wanted: the launches of the dq kernel.
-void sum_distances(BackwardLaunch& l, const BackwardVariant& variant, const Tensor& to) {
+void sum_distances(BackwardLaunch& l, const BackwardVariant& variant, const BackwardMemory& memory, const Tensor& to) {
   BackwardArguments& a = l.arguments;
   DistanceSums& s = a.distances;
   Tiles& t = a.row_tiles;
   const int32_t heads = t.heads;
   const int64_t tiles = t.entries.count(a.lengths) * heads;
-  s = distance_sums(tiles, l.processors, heads, a.terms.radius, std::max(a.lengths.max_q, a.lengths.max_k));
+  const int64_t bytes = std::clamp(memory.tensors / SLOT_SHARE, LITTLE, SLOT_BYTES);
+  s = distance_sums(tiles, l.processors, heads, a.terms.radius, std::max(a.lengths.max_q, a.lengths.max_k), bytes);
   const int32_t at_once = s.heads;
   const Tensor slots = new_float(to, {s.place(s.count, 0)});
   s.slots = static_cast<float*>(slots.data_ptr());
@@ -149,7 +150,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
     // dS as dq has it is bent by the soft cap, as distances have it is not.
     if (dq.numel() > 0 && order.numel() > 1 && (!distances || softcap > 0)) variant.launch(l);
     if (softcap > 0) a.dq = {};
-    if (distances) sum_distances(l, variant, ddistance);
+    if (distances) sum_distances(l, variant, memory, ddistance);
   }
   if (dk.numel() > 0 || dv.numel() > 0) {
     const BackwardVariant& variant = fused ? *fused : dkdv_variant(device.capability, wider);

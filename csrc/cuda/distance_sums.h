@@ -16,6 +16,8 @@ constexpr int SLOTS_A_PROCESSOR = 2;
 // All slots take at most this, or what one head of two slots a processor needs: heads are divided into launches that
 // use the same slots in turn.
 constexpr int64_t SLOT_BYTES = 32 << 20;
+// And at most such a part of the call's tensors and their gradients.
+constexpr int64_t SLOT_SHARE = 32;
 
 struct DistanceSums {
   float* slots;               // (slot, head of the launch, 2 * radius + 1); null where this gradient is not wanted
@@ -28,11 +30,12 @@ struct DistanceSums {
   }
 };
 
-// For so many tiles of rows of all heads. Nothing is further away than the longest sequence reaches, whatever the
-// radius of the bias.
-inline DistanceSums distance_sums(int64_t tiles, int32_t processors, int32_t heads, int32_t radius, int32_t longest) {
+// For so many tiles of rows of all heads, in `bytes` if one head leaves that. Nothing is further away than the longest
+// sequence reaches, whatever the radius of the bias.
+inline DistanceSums distance_sums(int64_t tiles, int32_t processors, int32_t heads, int32_t radius, int32_t longest,
+                                  int64_t bytes) {
   DistanceSums s{nullptr, SLOTS_A_PROCESSOR * int32_t(std::min<int64_t>(tiles, processors)), std::min(radius, longest)};
-  const int64_t fit = SLOT_BYTES / (4 * std::max(s.count, 1) * s.entries());
+  const int64_t fit = bytes / (4 * std::max(s.count, 1) * s.entries());
   s.heads = int32_t(std::clamp<int64_t>(fit, 1, std::max(heads, 1)));
   return s;
 }

@@ -69,6 +69,9 @@ CASES = [
 ]  # fmt: skip
 
 
+LITTLE = ctypes.c_int64(2 * 2**20)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_entry(kernels: Lane, case: Case) -> None:
     made = make(case)
@@ -136,15 +139,16 @@ def test_heads_in_several_launches(kernels: Lane) -> None:
     """64 of them, two slots for each tile, do not fit at once."""
     case = Case("dense", ((5,), (600,)), (64, 1), (8, 8), BF16, "window_back", distance_radius=700)
     floats = ctypes.c_int64()
-    assert functions().distance_heads_of(ctypes.c_int64(64), 64, 64, 700, 600, ctypes.byref(floats)) < 64
+    assert functions().distance_heads_of(ctypes.c_int64(64), 64, 64, 700, 600, LITTLE, ctypes.byref(floats)) < 64
     made = make(case)
     draw(0, processors=64)
     assert_right(made, run(made.call, kernels, made.dout, made.dlse))
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-def test_memory_on_the_way() -> None:
-    """32 MiB, or two tables a processor: never more, however many the heads, however long the bias and the sequences."""
+@pytest.mark.parametrize("most", [2 * 2**20, 32 * 2**20])
+def test_memory_on_the_way(most: int) -> None:
+    """Such a part of the call's tensors, or two tables a processor: never more, however many the heads, however long the bias."""
     floats = ctypes.c_int64()
     for processors in (1, 108, 132):
         for heads, radius, length in [
@@ -156,9 +160,9 @@ def test_memory_on_the_way() -> None:
         ]:
             tiles = heads * -(-length // 128)
             at_once = functions().distance_heads_of(
-                ctypes.c_int64(tiles), processors, heads, radius, length, ctypes.byref(floats)
+                ctypes.c_int64(tiles), processors, heads, radius, length, ctypes.c_int64(most), ctypes.byref(floats)
             )
             table = 2 * min(processors, tiles) * (2 * min(radius, length) + 1)  # of one head
             assert 1 <= at_once <= heads and floats.value == at_once * table
-            assert 4 * floats.value <= max(32 * 2**20, 4 * table)
-            assert at_once == heads or 4 * table * (at_once + 1) > 32 * 2**20, "launches for nothing"
+            assert 4 * floats.value <= max(most, 4 * table)
+            assert at_once == heads or 4 * table * (at_once + 1) > most, "launches for nothing"

@@ -148,8 +148,9 @@ EXPORTED int64_t sums_start_of(const Lengths* lengths, int b) {
   return b < lengths->batch ? RowSums::start(*lengths, b, query_rows(*lengths, b).row) : RowSums::rows(*lengths);
 }
 
-EXPORTED int distance_heads_of(int64_t tiles, int processors, int heads, int radius, int longest, int64_t* floats) {
-  const DistanceSums s = distance_sums(tiles, processors, heads, radius, longest);
+EXPORTED int distance_heads_of(int64_t tiles, int processors, int heads, int radius, int longest, int64_t bytes,
+                               int64_t* floats) {
+  const DistanceSums s = distance_sums(tiles, processors, heads, radius, longest, bytes);
   *floats = s.place(s.count, 0);
   return s.heads;
 }
