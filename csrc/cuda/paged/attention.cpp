@@ -41,17 +41,17 @@ int box_rows(const Call& c, const sm90::PagedVariant& v) {
 // What runs tiles: a kernel of every card, or one of Hopper's.
 struct Chosen {
   const sm90::PagedVariant* hopper;  // or null
-  int tile_rows, block_n;
+  int tile_rows, block_n, box_rows;
 };
 Chosen choose(const Call& c, const Attention& of_every_card, bool small, int capability) {
   if (capability == 90 && (small || c.pages.storage == Storage::AS_QUERIES)) {
     const int64_t head_dim = std::max(c.head_dim, c.head_dim_v);
     const sm90::PagedVariant& v =
         small ? sm90::decode_variant(head_dim, c.pages.storage) : sm90::paged_variant(head_dim);
-    if (box_rows(c, v) > 0) return {&v, v.block_m, v.block_n};
+    if (const int rows = box_rows(c, v)) return {&v, v.block_m, v.block_n, rows};
   }
   const int rows = small ? SMALL_ROWS : LARGE_ROWS;
-  return {nullptr, rows, of_every_card.block_n(c.pages.storage, rows)};
+  return {nullptr, rows, of_every_card.block_n(c.pages.storage, rows), 0};
 }
 
 // What follows from shapes alone. `parts` of the keys are worth a merge where there are too few blocks for the card.
@@ -134,7 +134,7 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
                         has_terms(c.terms),
                         device.processors,
                         device.stream};
-    l.k.rows = l.v.rows = box_rows(c, *by.hopper);
+    l.k.rows = l.v.rows = by.box_rows;
     by.hopper->launch(l, which, int32_t(units));
   };
   if (planned) {
