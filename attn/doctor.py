@@ -9,15 +9,14 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from .backends import backends
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 SCHEMA = 1
 
@@ -124,6 +123,11 @@ def diagnose() -> dict[str, Any]:
 
 
 def render(diagnosis: dict[str, Any]) -> RenderableType:
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, value in diagnosis["machine"].items():
         facts.add_row(key.removesuffix("_bytes").replace("_", " "), Text(in_words(key, value)))

@@ -1,6 +1,7 @@
 #include "cpu/call.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cmath>
 #include <stdexcept>
@@ -28,7 +29,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
     stride *= std::max<int64_t>(sizes.begin()[d], 1);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -47,7 +48,7 @@ BiasView bias_view(const OptionalTensor& t) {
 
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty(sizes, dtype);
 }
 

@@ -1,6 +1,7 @@
 #include "cuda/call.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cmath>
@@ -26,8 +27,8 @@ Tensor new_of(int32_t dtype, const Tensor& on, const std::vector<int64_t>& sizes
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   int32_t type;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          type, device_index(on), &handle));
   return Tensor(handle);
 }
@@ -35,7 +36,7 @@ Tensor new_of(int32_t dtype, const Tensor& on, const std::vector<int64_t>& sizes
 
 Tensor new_tensor(const Tensor& on, const std::vector<int64_t>& sizes) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(on.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(on.get(), &dtype));
   return new_of(dtype, on, sizes);
 }
 Tensor new_float(const Tensor& on, const std::vector<int64_t>& sizes) {
@@ -47,7 +48,7 @@ Tensor new_int(const Tensor& on, const std::vector<int64_t>& sizes) {
 
 int32_t device_index(const Tensor& t) {
   int32_t index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
   return index;
 }
 

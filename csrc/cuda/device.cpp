@@ -2,7 +2,7 @@
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <stdexcept>
 #include <string>
@@ -26,7 +26,7 @@ Device::Device(int32_t index) : index_(index) {
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index_));
   capability = 10 * major + minor;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index_));
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS, "no current stream");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
 }
 
 Device::~Device() {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,20 @@ from ..registry import workloads
 from ..settings import ROOT, Settings
 from ..store import Store
 from ..workload import Problem
+
+DOCTOR = """
+import json, sys
+from pathlib import Path
+from duplex_attn.doctor import diagnose, render
+diagnosis = diagnose()
+Path(sys.argv[1]).write_text(json.dumps(diagnosis))
+try:
+    import rich
+except ImportError:
+    print(json.dumps(diagnosis, indent=1))
+else:
+    rich.print(render(diagnosis))
+"""
 
 
 def run(settings: Settings, store: Store, record: dict[str, Any], deadline: float) -> None:
@@ -54,15 +69,21 @@ def install(settings: Settings, deadline: float) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return "the build took longer than its limit"
-    return None if done.returncode == 0 else f"pip failed: {(done.stderr + done.stdout)[-600:].strip()}"
+    return None if done.returncode == 0 else f"pip failed: {complaint(done.stdout + done.stderr)}"
+
+
+def complaint(printed: str) -> str:
+    """Lines of errors: pip says last that it failed, and long before that of what."""
+    lines = [line.strip() for line in printed.splitlines()]
+    return "\n".join(line for line in lines if re.search(r"\berrors?\b|Error\b", line))[:1500] or printed[-600:].strip()
 
 
 def doctor() -> dict[str, Any]:
-    """In a process of its own: this one began before the package was there."""
+    """`duplex-attn doctor` without its command line, whose packages may be missing here. In a process of its own:
+    this one began before the package was there."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "doctor.json"
-        code = "import sys; from duplex_attn.cli import main; main(sys.argv[1:])"
-        subprocess.run([sys.executable, "-c", code, "doctor", "--json", str(report)], check=True)
+        subprocess.run([sys.executable, "-c", DOCTOR, str(report)], check=True)
         return json.loads(report.read_text())
 
 

@@ -24,6 +24,7 @@ SAVED_EVERY = 1.0  # seconds
 def run(settings: Settings, store: Store, record: dict[str, Any], deadline: float) -> None:
     on_card = settings.device == "cuda"
     arguments = [*(FIRST if on_card else FIRST[:1]), "-q", "--no-header", "-p", "no:cacheprovider"]
+    arguments += ["--continue-on-collection-errors"]  # they are kept among the failures
     arguments += ["-m", "gpu" if on_card else "not gpu", *(["-k", settings.tests] if settings.tests else [])]
     if on_card and importlib.util.find_spec("xdist"):
         arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
