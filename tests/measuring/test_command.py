@@ -18,13 +18,28 @@ def found_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())
 
 
+# What a machine with a card may lack: torch, Triton and pytest it has.
+LACKING = (
+    "click",
+    "hypothesis",
+    "matplotlib",
+    "pytest_benchmark",
+    "pytest_timeout",
+    "rich",
+    "safetensors",
+    "tokenizers",
+)
+
+
 @pytest.mark.slow
 def test_every_stage_over_every_workload(rehearse: Run, tmp_path: Path) -> None:
     from benchmarks.gpu.limits import LIMITS
     from benchmarks.gpu.registry import workloads
     from benchmarks.gpu.store import wrong_with
 
-    ran = rehearse("--tests", "test_streams and cpu")
+    for name in LACKING:
+        (tmp_path / f"{name}.py").write_text("raise ImportError(f'this machine has no {__name__}')")
+    ran = rehearse("--tests", "test_streams and cpu", PYTHONPATH=str(tmp_path), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = found_in(tmp_path)
     assert list(wrong_with(found)) == []
@@ -129,6 +144,15 @@ def test_without_a_card_every_stage_says_so(gpu: Run, tmp_path: Path) -> None:
     for stage in found_in(tmp_path)["stages"].values():
         assert stage["status"] == "skipped" and stage["reason"].startswith("there is no CUDA card")
     assert "there is no CUDA card" in ran.stdout
+
+
+def test_a_build_that_fails_says_of_what() -> None:
+    from benchmarks.gpu.stages.build import complaint
+
+    printed = "  building\n  kernel.cpp:31:3: error: 'CHECK' was not declared\n" + "  at a line of setuptools\n" * 99
+    told = complaint(printed + "ERROR: Failed building editable for duplex-attn\n")
+    assert told.splitlines()[0] == "kernel.cpp:31:3: error: 'CHECK' was not declared" and len(told) < 1500
+    assert complaint("no word of it") == "no word of it"
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
