@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 WARM = 0.5  # seconds of matrix products until the clocks have risen
-AHEAD = 400_000  # cycles that the card waits before a timed call, in which the host enqueues it
+AHEAD = 1_000_000  # cycles, half a millisecond, that the card waits before a timed call, while the host enqueues it
 FEWEST, MOST = 5, 50  # rounds
 HOST_CALLS = 100  # in one sample of the host's time
 GIB = 2**30

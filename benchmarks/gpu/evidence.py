@@ -56,9 +56,10 @@ def failing(results: Results) -> list[str]:
     """Backends of which a test failed, told by the lane in the test's name, or which gave a workload wrong numbers."""
     test = results["stages"].get("test", {})
     failed = [one["test"] for one in (*test.get("failures", ()), *test.get("others", {}).get("failures", ()))]
-    found = {name for name in names_for("cuda") if any(re.search(rf"\[{name}-cuda", one) for one in failed)}
+    names = names_for("cuda")
+    found = {name for name in names if any(re.search(rf"\[{name}-cuda", one) for one in failed)}
     for stage in ("bench", "winners"):
         for workload in results["stages"].get(stage, {}).get("workloads", {}).values():
             bad = ("wrong", "failed", "crashed")
-            found |= {name for name, one in workload["systems"].items() if one.get("ours") and one["status"] in bad}
+            found |= {name for name in names if workload["systems"].get(name, {}).get("status") in bad}
     return sorted(found)

@@ -57,7 +57,7 @@ def table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
     for row in rows:
-        yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+        yield f"| {' | '.join(' '.join(cell.split()).replace('|', '/') for cell in row)} |"
     yield ""
 
 

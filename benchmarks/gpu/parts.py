@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from .settings import ROOT, Settings
 
 MOST = 12  # processes on one card: each holds a context of half a gigabyte on it
+QUIET = 45.0  # seconds without a word of any process, after which none is waited for: kernels that wait for ever
+LOOK = 0.1
+
+
+class Part(NamedTuple):
+    process: subprocess.Popen[str]
+    printed: IO[str]  # no pipes: what a part has started may outlive it and would keep them open
+    errors: IO[str]
+
+    def progress(self) -> tuple[int | None, int]:
+        return self.process.poll(), os.fstat(self.printed.fileno()).st_size
 
 
 def in_parts(
@@ -20,25 +32,39 @@ def in_parts(
     """Every line of JSON that the processes print, each having its share of `jobs` on stdin; and what they had to say."""
     count = 1 if settings.device == "cpu" else max(1, min(MOST, len(os.sched_getaffinity(0)), len(jobs)))
     seconds = deadline - time.monotonic()
-    started = [
-        subprocess.Popen(
-            settings.command(stage, seconds, results, f"{n}/{count}"), cwd=ROOT, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for n in range(count)
-    ]  # fmt: skip
-    for n, process in enumerate(started):
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(jobs[n::count]))
-        process.stdin.close()
-        process.stdin = None
+    parts = [start(settings.command(stage, seconds, results, f"{n}/{count}"), jobs[n::count]) for n in range(count)]
+    wait(parts, deadline)
     found, said = [], []
-    for process in started:
-        try:
-            printed, errors = process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            printed, errors = process.communicate()
-        found += [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-        said.append(errors)
-    return found, "".join(said)
+    for part in parts:
+        part.process.kill()
+        part.process.wait()
+        found += [json.loads(line) for line in read(part.printed) if line.startswith("{") and line.endswith("}")]
+        said += read(part.errors)
+    return found, "\n".join(said)
+
+
+def start(command: list[str], jobs: list[Any]) -> Part:
+    printed, errors = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))  # noqa: SIM115  read closes them
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=printed, stderr=errors)
+    assert process.stdin is not None
+    with process.stdin as stdin:
+        stdin.write(json.dumps(jobs))
+    return Part(process, printed, errors)
+
+
+def wait(parts: list[Part], deadline: float) -> None:
+    """Until all have ended, or time is over, or nothing is to be hoped for."""
+    before, last = None, time.monotonic()
+    while (now := time.monotonic()) < min(deadline, last + QUIET):
+        progress = [part.progress() for part in parts]
+        if all(ended is not None for ended, _ in progress):
+            return
+        if progress != before:
+            before, last = progress, now
+        time.sleep(LOOK)
+
+
+def read(file: IO[str]) -> list[str]:
+    with file:
+        file.seek(0)
+        return file.read().splitlines()

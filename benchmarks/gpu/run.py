@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .card import Card, look
 from .limits import LIMITS, after_build
@@ -25,7 +26,8 @@ from .store import UNFINISHED, Store, slug
 GRACE = 5.0  # seconds before its limit, by which a stage should end by itself
 LEAST = 15.0  # seconds that any stage has: its process must come up to say that time is over
 ASIDE = ROOT / "build" / "gpu"  # what is no result of a card goes here
-STUCK = 40.0  # seconds of one thing after which it is not waited for again
+STUCK = 30.0  # seconds of one thing among many after which its process is stopped: a kernel that waits for ever, say
+LOOK = 1.0  # seconds between looks at what a process is at
 RESTARTS = 20  # of a stage whose process died; each time what it died of is passed over
 
 
@@ -73,7 +75,8 @@ def skip(store: Store, stage: str, reason: str) -> None:
 
 def supervise(settings: Settings, store: Store, stage: str) -> None:
     """Runs the stage's process to its end, again where it died of one thing among many, or stops it at its limit."""
-    store.begin(stage)
+    forget(store.begin(stage))
+    store.save()
     begin, limit = time.monotonic(), settings.limits[stage]
     for _ in range(RESTARTS):
         left = begin + limit - time.monotonic()
@@ -82,9 +85,9 @@ def supervise(settings: Settings, store: Store, stage: str) -> None:
         record = store.stage(stage)
         if code is None or code >= 0:
             break
-        died = record.pop("running", None)
-        record.pop("since", None)
-        record["reason"] = f"its process died of {signal.Signals(-code).name}" + (f" in {died}" if died else "")
+        died = record.get("running")
+        record["reason"] = why_it_died(record, code)
+        forget(record)
         record.setdefault("crashes", []).append(record["reason"])
         if died is None or left < GRACE:
             break
@@ -93,24 +96,45 @@ def supervise(settings: Settings, store: Store, stage: str) -> None:
         store.save()
     record["seconds"] = round(time.monotonic() - begin, 1)
     if code is None:
-        running = record.pop("running", "its work")
+        running = record.get("running", "its work")
         record.update(status="cut", reason=f"stopped at its limit of {limit:.0f} s in {running}")
-        if time.time() - record.pop("since", time.time()) > STUCK:
-            record.setdefault("crashed", []).append(running)  # when the stage goes on, it passes this over
-            record.setdefault("crashes", []).append(f"{running} took more than {STUCK:.0f} s")
     elif code < 0 or (code > 0 and record["status"] == "cut"):
         record["status"] = "failed"
         record["reason"] = record["crashes"][-1] if code < 0 else f"its process ended with status {code}"
+    forget(record)
     store.save()
 
 
+def why_it_died(record: dict[str, Any], code: int) -> str:
+    of, said = record.get("running"), record.get("said")
+    if is_stuck(record.get("since")):
+        return f"{of} took more than {STUCK:.0f} s"
+    where, why = f" in {of}" if of else "", f": {said}" if said else ""
+    return f"its process died of {signal.Signals(-code).name}{where}{why}"
+
+
+def forget(record: dict[str, Any]) -> None:
+    """What a process leaves for the case that it dies."""
+    for name in ("running", "since", "said"):
+        record.pop(name, None)
+
+
+def is_stuck(since: float | None) -> bool:
+    return since is not None and time.time() - since > STUCK
+
+
 def process(settings: Settings, results: Path, stage: str, seconds: float) -> int | None:
-    """Exit status, negative of a signal; None where it had to be stopped."""
+    """Exit status, negative of a signal, which it also gets where it is stuck; None where it had to be stopped at its limit."""
     command = settings.command(stage, max(seconds - GRACE, 0), results)
     started = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment(settings))
+    end = time.monotonic() + max(seconds, LEAST)
     try:
-        return started.wait(max(seconds, LEAST))
-    except subprocess.TimeoutExpired:
+        while (left := end - time.monotonic()) > 0:
+            try:
+                return started.wait(min(left, LOOK))
+            except subprocess.TimeoutExpired:
+                if is_stuck(Store(results).stage(stage).get("since")):
+                    return -signal.SIGKILL
         return None
     finally:
         stop(started)
@@ -126,7 +150,11 @@ def stop(started: subprocess.Popen[bytes]) -> None:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    changed = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """Of the stages. torch.compile would move Triton's cache to a folder of its own in the midst of a process, where nothing of what
+    was compiled before is found, and start a pool of compilers in each of our processes."""
+    changed = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    home = os.environ.get("TRITON_HOME") or str(Path.home())
+    changed["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
     if settings.device == "cpu":
         changed |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **changed}
@@ -148,7 +176,6 @@ def inside(settings: Settings) -> int:
     except Exception as error:
         traceback.print_exc()
         record.update(status="failed", reason=f"{type(error).__name__}: {error}")
-    for name in ("running", "since"):
-        record.pop(name, None)
+    forget(record)
     store.save()
     return 0

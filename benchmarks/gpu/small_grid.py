@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import duplex_attn as da
 import torch
@@ -14,13 +15,13 @@ LENGTHS = [37, 1, 20]
 PAGE = 16
 
 
-def calls(device_name: str) -> Iterator[str]:
-    """Makes them and names each; one that a backend refuses is named with its reason."""
+def calls(device_name: str, only: str = "") -> Iterator[str]:
+    """Makes them, or those of one name, and names each; one that a backend refuses is named with its reason."""
     device = torch.device(device_name)
     for backend in backends(device):
-        for name, call in (("dense", dense), ("packed", packed), ("merge", merge), ("paged", paged)):
+        for name in [only] if only else CALLS:
             try:
-                call(device, backend)
+                CALLS[name](device, backend)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
             except ValueError as error:
@@ -42,19 +43,29 @@ def dense(device: torch.device, backend: str) -> None:
 
 
 def packed(device: torch.device, backend: str) -> None:
-    """Every term of a score, a prefix for each sequence, and all gradients."""
+    """Terms of a score that every backend has, a prefix for each sequence, and all gradients."""
+    run_packed(device, backend)
+
+
+def packed_with_all(device: torch.device, backend: str) -> None:
+    """With a bias and dropout too."""
+    longest = max(LENGTHS)
+    run_packed(device, backend, rows(device, len(LENGTHS), 2, longest, longest), dropout_p=0.1, seed=7)
+
+
+def run_packed(device: torch.device, backend: str, bias: Tensor | None = None, **more: Any) -> None:
     total, heads, longest = sum(LENGTHS), 2, max(LENGTHS)
     q, k, v = (rows(device, total, heads, 64) for _ in range(3))
     cu = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=device)
     terms = {
-        "bias": rows(device, len(LENGTHS), heads, longest, longest),
         "distance_bias": torch.randn(heads, 9, device=device).requires_grad_(),
         "sink": torch.randn(heads, device=device).requires_grad_(),
+        **({} if bias is None else {"bias": bias}),
     }
     mask = da.Mask(torch.tensor([5, 0, 20], dtype=torch.int32, device=device), 30, 0)
     out, lse = da.varlen_attention(
         q, k, v, cu, cu, longest, longest, mask, **terms, alibi_slopes=torch.rand(heads, device=device), softcap=20.0,
-        dropout_p=0.1, seed=7, return_lse=True, deterministic=True, backend=backend,
+        return_lse=True, deterministic=True, backend=backend, **more,
     )  # fmt: skip
     leaves = (q, k, v, *terms.values())
     torch.autograd.grad((out, lse), leaves, (torch.randn_like(out), torch.randn_like(lse)))
@@ -79,3 +90,12 @@ def paged(device: torch.device, backend: str) -> None:
     da.paged_attention(q, k_pages, v_pages, table, lens, rope_cos=cos, rope_sin=sin, backend=backend)
     source, target = (torch.tensor([n], dtype=torch.int32, device=device) for n in (4, 6))
     da.copy_pages(k_pages, v_pages, source, target, backend=backend)
+
+
+CALLS: dict[str, Callable[[torch.device, str], None]] = {
+    "dense": dense,
+    "packed": packed,
+    "packed with all": packed_with_all,
+    "merge": merge,
+    "paged": paged,
+}

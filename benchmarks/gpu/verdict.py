@@ -19,14 +19,11 @@ class Verdict:
 
 
 def systems(results: Results, workload: str) -> dict[str, Any]:
-    """By name; what `winners` measured again stands in place of what `bench` had."""
+    """By name; what `winners` measured again stands in place of what `bench` had, but not where it came to nothing."""
     found: dict[str, Any] = {}
     for stage in ("bench", "winners"):
         again = results["stages"].get(stage, {}).get("workloads", {}).get(workload, {}).get("systems", {})
-        if "all" not in again:
-            found |= again
-        elif not found:
-            found = again
+        found |= {name: one for name, one in again.items() if not found or one["status"] != "skipped"}
     return found
 
 

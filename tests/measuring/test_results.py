@@ -124,6 +124,8 @@ def test_a_bar_against_another_workload_and_what_was_measured_again() -> None:
     assert judge(fp8.bars[0], fp8, results(slow | other)).met is False
     again = results(fast)["stages"]["bench"]
     assert judge(fp8.bars[0], fp8, results(slow | other, winners=again)).measured == 2.0
+    cut = results({fp8.name: {"triton": {"status": "skipped", "reason": "the stage ended before it was timed"}}})
+    assert judge(fp8.bars[0], fp8, results(fast | other, winners=cut["stages"]["bench"])).measured == 2.0
     assert judge(fp8.bars[0], fp8, results(slow)).met is None
     assert judge(fp8.bars[0], fp8, results(fast | other) | {"rehearsal": True}).met is None
 
@@ -150,6 +152,7 @@ def test_evidence_of_a_card() -> None:
         "forward hd64 full 512, batch 32": ours(triton=1.0, cuda=2.0),
         "distance bias, forward + backward 1024": ours(triton=3.0),
         DECODE: {"triton": {"status": "wrong", "reason": "by much", "ours": True}},
+        "window of 1024 back": {"all": {"status": "failed", "reason": "no tensors, of no backend", "ours": True}},
     }
     found |= {
         "append 4096 tokens + RoPE": ours(triton=2.0, cuda=1.0),

@@ -20,13 +20,14 @@ def build(w: Workload, device: torch.device) -> Problem:
     lens = torch.tensor(lengths(w))
     ids = torch.randint(config.vocab_size, (w.batch, w.queries)).to(device)
     keep = torch.arange(w.queries) < lens[:, None]  # on the host: unpadding then waits for nothing
+    there = keep.to(device)
 
     def hidden(attention: str) -> Tensor:
         with torch.inference_mode():
-            return model(ids, attention_mask=keep if attention == "duplex" else keep.to(device), attention=attention)
+            return model(ids, attention_mask=keep if attention == "duplex" else there, attention=attention)
 
     def check(found: Tensor) -> Check:
-        kept = keep[:CHECKED].to(device)
+        kept = there[:CHECKED]
         truth, plain = (formula(model, ids[:CHECKED], kept, t) for t in (torch.float64, w.dtype))
         return against(found[:CHECKED][kept], truth[kept], plain[kept], None)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import duplex_attn as da
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..check import Bias, Check, gradients
@@ -33,6 +34,12 @@ def build(w: Workload, device: torch.device) -> Problem:
         """(..., Sq, Sk)"""
         return values if w.pair_bias else values[..., place]
 
+    def embedded(values: Tensor) -> Tensor:
+        """The same, as T5 has it."""
+        return F.embedding(place, values.mT).permute(2, 0, 1).contiguous()
+
+    planes = [plane] if w.pair_bias else [plane, embedded]
+
     def ours(backend: str) -> Callable[[], tuple[Tensor, ...]]:
         def step() -> tuple[Tensor, ...]:
             given = {"bias": bias} if w.pair_bias else {"distance_bias": bias}
@@ -49,4 +56,4 @@ def build(w: Workload, device: torch.device) -> Problem:
         return gradients([*(x[:, :, h] for x in found[:3]), found[3][h]], *one_head, everything, of_bias)
 
     flops = 2.0 * (PRODUCTS + 2) * w.batch * w.heads * w.head_dim * w.queries**2
-    return Problem(ours, peers.biased(w, leaves, bias, plane, dout), check, flops)
+    return Problem(ours, peers.biased(w, leaves, bias, planes, dout), check, flops)

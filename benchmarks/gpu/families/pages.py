@@ -30,7 +30,8 @@ class Pool:
         def rows(pages: Tensor, scales: Tensor | None) -> Tensor:
             if scales is None:
                 return pages[page, slot, head]
-            return (pages[page, slot, head].float() * scales[page, slot, head][:, None]).to(dtype)
+            stored = pages.view(torch.uint8)[page, slot, head].view(pages.dtype)  # torch may not index fp8 on a card
+            return (stored.float() * scales[page, slot, head][:, None]).to(dtype)
 
         return rows(self.k_pages, self.scales.get("k_scales")), rows(self.v_pages, self.scales.get("v_scales"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from duplex_attn.profile.timing import wait
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -47,23 +49,34 @@ def backward(w: Workload, leaves: Sequence[Tensor], dout: Tensor) -> Makers:
 
 
 def biased(
-    w: Workload, leaves: Sequence[Tensor], bias: Tensor, plane: Callable[[Tensor], Tensor], dout: Tensor
+    w: Workload, leaves: Sequence[Tensor], bias: Tensor, planes: Sequence[Callable[[Tensor], Tensor]], dout: Tensor
 ) -> Makers:
-    """SDPA with the whole bias as a tensor, which `plane` makes of a table in every step, as T5 does."""
+    """SDPA with the whole bias as a tensor, made of a table in every step, as T5 does: by the fastest of `planes`, since of a
+    table's gradient, in which so many numbers come together, one way to form it may be many times as slow as another."""
 
     def sdpa(backend: SDPBackend) -> Peer:
-        def step() -> tuple[Tensor, ...]:
+        def step(plane: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
             whole = plane(bias).to(w.dtype)[None].expand(w.batch, -1, -1, -1)
             with sdpa_kernel(backend):
                 out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), whole)
             return torch.autograd.grad(out.transpose(1, 2), [*leaves, bias], dout)
 
-        return Peer(step)
+        return Peer(min((partial(step, plane) for plane in planes), key=partial(_seconds, dout.device)))
 
     return {
         "sdpa with a bias": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),
         "sdpa math with a bias": partial(sdpa, SDPBackend.MATH),
     }
+
+
+def _seconds(device: torch.device, call: Callable[[], Any]) -> float:
+    """Of a call that is not the first."""
+    call()
+    wait(device)
+    begin = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - begin
 
 
 def _sdpa(w: Workload, turned: list[Tensor], name: str) -> Peer:
@@ -86,7 +99,8 @@ def _sdpa(w: Workload, turned: list[Tensor], name: str) -> Peer:
 
 
 def _flex(w: Workload, turned: list[Tensor]) -> Peer:
-    """Compiled anew for every mask and shape, which the time of its first call shows; as it is on a CPU."""
+    """Compiled anew for every mask and shape, which the time of its first call shows; as it is on a CPU. What was compiled
+    before is forgotten: beyond so many variants torch would run it uncompiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device = turned[0].device
@@ -103,7 +117,10 @@ def _flex(w: Workload, turned: list[Tensor]) -> Peer:
     blocks = None
     if not (left is None and right is None):
         blocks = create_block_mask(span, None, None, w.queries, w.len_k, device=device.type)
-    function = flex_attention if device.type == "cpu" else torch.compile(flex_attention, dynamic=False)
+    function: Callable[..., Any] = flex_attention
+    if device.type != "cpu":
+        torch.compiler.reset()
+        function = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
     call = partial(function, *turned, block_mask=blocks, enable_gqa=w.heads != w.kv)
     return Peer(call, _turned_back)

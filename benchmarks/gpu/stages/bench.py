@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from ..workload import Peer, Problem, Unavailable, Workload
 SECONDS = 0.12  # of measuring a system
 AS_CHOSEN = "duplex-attn"
 TENSORS, TIMING = "its tensors", "timing all together"  # what a process may be at besides one system
+PATIENCE = 4  # times that a system may end a process before it is passed over everywhere; being stuck counts double
 Record = dict[str, Any]
 
 
@@ -63,7 +65,7 @@ def measure_all(
 
 def measure(w: Workload, clock: Clock, store: Store, record: Record, found: Record, peers: set[str] | None) -> None:
     systems: Record = found["systems"]
-    crashed = {died.split(": ", 1)[1] for died in record.get("crashed", ()) if died.split(": ", 1)[0] == w.name}
+    crashed = {what: why for workload, what, why in crashes(record) if workload == w.name}
 
     def watched(what: str) -> AbstractContextManager[None]:
         return watch(store, record, f"{w.name}: {what}")
@@ -71,19 +73,23 @@ def measure(w: Workload, clock: Clock, store: Store, record: Record, found: Reco
     with watched(TENSORS):
         try:
             if TENSORS in crashed:
-                raise Unavailable("the process that made its tensors died")
+                raise Unavailable(crashed[TENSORS])
             problem = build(w, clock.device)
         except (torch.OutOfMemoryError, Unavailable) as error:
             systems["all"] = {"status": "skipped", "reason": in_short(error)}
         except Exception as error:
+            abort_unless_it_works(clock.device, error)
             systems["all"] = {"status": "failed", "reason": in_short(error), "ours": True}
     if "all" not in systems:
         found.update(flops=problem.flops, moved=problem.moved)
         calls: dict[str, Callable[[], Any]] = {}
+        hopeless = without_hope(record)
         for name, make, is_ours in candidates(problem, clock.device, peers):
             with watched(name):
                 if name in crashed:
-                    systems[name], call = {"status": "crashed", "reason": "its process died"}, None
+                    systems[name], call = {"status": "crashed", "reason": crashed[name]}, None
+                elif name in hopeless:
+                    systems[name], call = {"status": "skipped", "reason": "its process died in other workloads"}, None
                 else:
                     systems[name], call = first_call(problem, make, is_ours, clock)
             if is_ours:
@@ -99,6 +105,21 @@ def measure(w: Workload, clock: Clock, store: Store, record: Record, found: Reco
     times = {name: one["seconds"]["median"] for name, one in systems.items() if "seconds" in one}
     shown = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in times.items())
     print(f"  {w.name}: {shown or 'nothing was measured'}", flush=True)
+
+
+def crashes(record: Record) -> Iterator[tuple[str, str, str]]:
+    """What a process was at when it died: the workload, the system or what else it was, and why it died."""
+    for died in record.get("crashed", ()):
+        workload, _, what = died.partition(": ")
+        yield workload, what, next((why for why in record.get("crashes", ()) if died in why), "its process died")
+
+
+def without_hope(record: Record) -> set[str]:
+    """Systems that have cost enough processes."""
+    counts: Counter[str] = Counter()
+    for _, system, why in crashes(record):
+        counts[system] += 2 if "took more than" in why else 1
+    return {system for system, count in counts.items() if count >= PATIENCE}
 
 
 def time_some(problem: Problem, calls: dict[str, Callable[[], Any]], systems: Record, clock: Clock) -> None:
@@ -169,13 +190,15 @@ def first_call(
     return record, peer.call
 
 
-def abort_unless_it_works(device: torch.device, error: Exception) -> None:
+class Broken(Exception):
     """After an illegal access, say, this process can measure nothing more: another one goes on."""
+
+
+def abort_unless_it_works(device: torch.device, error: Exception) -> None:
     try:
         torch.ones(1, device=device).item()
     except RuntimeError:
-        print(in_short(error), flush=True)
-        os.abort()
+        raise Broken(in_short(error)) from error
 
 
 def waiting(first: float) -> Record:
@@ -185,10 +208,15 @@ def waiting(first: float) -> Record:
 
 @contextmanager
 def watch(store: Store, record: Record, what: str) -> Iterator[None]:
-    """Should the process die here, its successor knows of what."""
+    """Should the process die here, or be stuck, its successor knows of what."""
     record.update(running=what, since=time.time())
     store.save()
-    yield
+    try:
+        yield
+    except Broken as error:
+        record["said"] = str(error)
+        store.save()
+        os.abort()
     del record["running"], record["since"]
 
 

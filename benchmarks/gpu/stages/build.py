@@ -101,14 +101,15 @@ def part(settings: Settings, deadline: float) -> int:
             break
         begin = time.perf_counter()
         workload = by_name[name].tiny() if settings.tiny else by_name[name]
-        problem = build(workload, device)
         try:
+            problem = build(workload, device)
             for backend in backends(device):
                 problem.ours(backend)()
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # bench meets it again, and records it
             print(f"{name}: {in_short(error)}", file=sys.stderr)
+            continue
         found = {"workload": name, "seconds": round(time.perf_counter() - begin, 1)}
         if workload.flex and (seconds := compile_flex(problem)) is not None:
             found["flex"] = seconds

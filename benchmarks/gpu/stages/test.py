@@ -18,6 +18,7 @@ from ..store import Store
 PRIMITIVES = "tests/emulation/test_machine.py"
 FIRST = ("tests/gpu", PRIMITIVES, "tests/contracts")  # these must come to their end
 WORKERS = 14  # processes on one card: what takes long is the compiler and the oracle, both of which have one thread
+STUCK = 60  # seconds of one test
 SAVED_EVERY = 1.0  # seconds
 
 
@@ -28,6 +29,10 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     arguments += ["-m", "gpu" if on_card else "not gpu", *(["-k", settings.tests] if settings.tests else [])]
     if on_card and importlib.util.find_spec("xdist"):
         arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+        if importlib.util.find_spec(
+            "pytest_timeout"
+        ):  # the worker ends, for nothing else ends a kernel that waits for ever
+            arguments += [f"--timeout={STUCK}", "--timeout-method=thread"]
     crashed = record.get("crashed", [])
     arguments += [f"--deselect={test}" for test in crashed]
     first = Recorder(store, record, deadline)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from duplex_attn.kernels import tuning
 from duplex_attn.kernels.tuning import Config
+from triton import TritonError
 
 from ..clock import Clock
 from ..families import build
@@ -78,7 +79,14 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
             if time.monotonic() > deadline:
                 break
             before = current[goal]
-            current[goal], best[goal], first = fastest(goal, before, compiled[goal], table, clock, settings, record)
+            try:
+                found = fastest(goal, before, compiled[goal], table, clock, settings, record)
+            except (RuntimeError, TritonError) as error:  # of the configuration in use; other kernels may do better
+                if not works(device):
+                    raise
+                record["refused"][f"{goal.name}, as it is: {in_short(error)}"] = 1
+                continue
+            current[goal], best[goal], first = found
             if current[goal] != before:
                 moved.append(goal)
                 record["winners"][goal.name] = {**current[goal]._asdict(), "seconds": best[goal]}
@@ -172,8 +180,16 @@ def fastest(
 def wrong_with(problem: Problem, call: Callable[[], Any]) -> str | None:
     try:
         return None if problem.check(call()).passes(ours=True) else "wrong numbers"
-    except RuntimeError as error:  # of another process it was compiled in, where there was more room
+    except (RuntimeError, TritonError) as error:  # of another process it was compiled in, where there was more room
         return in_short(error)
+
+
+def works(device: torch.device) -> bool:
+    """Not after an illegal access, say, of which every later call would be accused."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
 
 
 def keep(settings: Settings, device: torch.device, table: str, goal: Target, winner: Config, store: Store) -> None:
@@ -213,4 +229,6 @@ def part(settings: Settings, deadline: float) -> int:
         except Exception as error:  # too much shared memory, say, or a compiler that gives up
             problem = in_short(error)
         print(json.dumps({"job": job, "problem": problem}), flush=True)
+        if problem is not None and not works(device):
+            break
     return 0

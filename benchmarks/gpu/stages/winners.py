@@ -14,7 +14,7 @@ from .tune import MEASURED_BY, table_of
 
 
 def run(settings: Settings, store: Store, record: dict[str, Any], deadline: float) -> None:
-    won = {name.split()[0] for name in store.stage("tune").get("winners", {})}
+    won = {name.split()[0] for name in store.data["stages"].get("tune", {}).get("winners", {})}
     if not won:
         record.update(status="skipped", reason="tune found nothing faster")
         return
@@ -26,7 +26,7 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
 def peers_that_matter(store: Store) -> set[str]:
     """Those that a bar names, and whichever was fastest somewhere."""
     found = {bar.against for w in workloads() for bar in w.bars}
-    for workload in store.stage("bench").get("workloads", {}).values():
+    for workload in store.data["stages"].get("bench", {}).get("workloads", {}).values():
         times = {
             name: one["seconds"]["median"]
             for name, one in workload["systems"].items()
