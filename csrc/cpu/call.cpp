@@ -30,7 +30,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   }
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/merge.h"
 #include "cpu/paged.h"
+#include "cpu/parallel.h"
 
 STABLE_TORCH_LIBRARY(duplex_attn_cpu, m) {
   const std::string call = duplex::CALL_SCHEMA;
@@ -27,15 +28,18 @@ STABLE_TORCH_LIBRARY(duplex_attn_cpu, m) {
       "int page_size, int? left, int? right, bool top_left, bool batch_invariant) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str[]");
+  m.def("fill_scratch_with_nan(bool on) -> ()");
 }
 
 namespace {
 std::string isa() { return duplex::current_isa().name; }
+void fill_scratch_with_nan(bool on) { duplex::scratch_is_nan = on; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(duplex_attn_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("isas", TORCH_BOX(&duplex::supported_isas));
+  m.impl("fill_scratch_with_nan", TORCH_BOX(&fill_scratch_with_nan));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(duplex_attn_cpu, CPU, m) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -47,6 +48,9 @@ inline Arena& thread_arena() {
   return arena;
 }
 
+// For tests: what a task reads of its scratch and has not written is then NaN, in every float there is.
+inline std::atomic<bool> scratch_is_nan{false};
+
 // Calls work(index, scratch) for each index of [0, count), the next index to whichever thread is free.
 template <class Work>
 void parallel_tasks(int64_t count, size_t scratch_bytes, const Work& work) {
@@ -55,7 +59,10 @@ void parallel_tasks(int64_t count, size_t scratch_bytes, const Work& work) {
   const auto worker = [&](int64_t, int64_t) {
     Arena& arena = thread_arena();
     void* scratch = arena.get(scratch_bytes);
-    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(index, scratch);
+    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      if (scratch_is_nan.load(std::memory_order_relaxed)) std::memset(scratch, 0xff, scratch_bytes);
+      work(index, scratch);
+    }
     arena.trim();
   };
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());

@@ -81,6 +81,8 @@ struct GradientTile {
     product<P, Start::ZERO>(keys, t.vectors(), w.units_v, values_rows, w.units_v, 1, queries.dout_t, TILE, dscores,
                             TILE);
     if (!head.is_scaled_product()) head.finish(t, weights, *score, slopes);
+    if (p.softcap > 0)  // of keys that only fill the tile: not 0 * NaN
+      memset(slopes + t.keys * TILE, 0, (keys - t.keys) * TILE * sizeof(float));
     if (cover == Cover::SOME) head.hide(t, weights, keys);
     if (p.dropout) head.drop(t, dscores);
     const float unit = head.unit(), keep = p.keep_scale;
