@@ -6,6 +6,7 @@ device that does neither runs the call, unless the caller names one, which then 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -226,8 +227,7 @@ class CudaBackend(Backend):
             return f"its kernels are for compute capability 8.0 and later, this card has {card[0]}.{card[1]}"
         if reason := self.load():
             return reason
-        driver = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009  only a CUDA torch has it
-        built = torch.ops.duplex_attn_cuda.runtime_version()
+        driver, built = _driver_version(), torch.ops.duplex_attn_cuda.runtime_version()
         if driver // 1000 < built // 1000:
             return f"the driver is of CUDA {_version(driver)}, the library of {_version(built)}"
         return None
@@ -309,6 +309,13 @@ def _has_bulk_rows(x: Tensor) -> bool:
         return True
     strides = [stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
     return x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+
+
+def _driver_version() -> int:
+    """Of CUDA, as 1000 * major + 10 * minor, from the driver itself: torch has told it in some releases only."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def _version(number: int) -> str:

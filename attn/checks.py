@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from operator import add, sub
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -147,6 +147,15 @@ def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
         check_device(f"lses[{n}]", lse, first.device, "outs[0]")
         if lse.shape != lse_shape:
             wrong_value(f"lses[{n}]", f"shape {lse_shape}", lse.shape)
+
+
+def read_in_order(call: Any, names: Sequence[str]) -> Any:
+    """With these of its tensors contiguous: kernels read lengths and ids one behind the other."""
+    for name in names:
+        x = getattr(call, name)
+        if x is not None and not x.is_contiguous():
+            call = call._replace(**{name: x.contiguous()})
+    return call
 
 
 def contents_are_readable(x: Tensor) -> bool:

@@ -52,6 +52,9 @@ _take_differentiable, _take_tensors, _take_others = map(
 _put_together = itemgetter(*[(_TENSORS + _OTHERS).index(n) for n in range(len(_TENSORS) + len(_OTHERS))])
 
 
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqlens_q", "seqlens_k", "starts_q", "starts_k", "prefix")
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _checked_call(arguments[:-1])
     return choose(call, arguments[-1]).attention_forward(*call)
@@ -74,6 +77,7 @@ def _checked_call(arguments: Sequence[Any]) -> Call:
     checks.check_attention(call)
     if checks.contents_are_readable(call.q):
         checks.check_contents(call)
+    call = checks.read_in_order(call, _LENGTHS)
     q, k, v = call[:3]
     if not (_has_contiguous_rows(q) and _has_contiguous_rows(k) and _has_contiguous_rows(v)):
         q, k, v = (x if _has_contiguous_rows(x) else x.contiguous() for x in (q, k, v))

@@ -111,10 +111,10 @@ def plan(
         return None
     if not isinstance(prefix, Tensor):
         prefix = prefix_tensor(prefix, block_table.shape[0], seqlens_k) if prefix else None
+    lengths = [None if x is None else x.cpu().contiguous() for x in (seqlens_k, cu_seqlens_q, prefix)]
     return torch.ops.duplex_attn_cpu.plan(
-        block_table, seqlens_k, cu_seqlens_q, None if prefix is None else prefix.cpu(), page_size, left, right, top_left,
-        batch_invariant, *(workers or (0, 0)),
-    )  # fmt: skip
+        block_table, *lengths, page_size, left, right, top_left, batch_invariant, *(workers or (0, 0))
+    )
 
 
 def plan_capacity(batch: int, tokens: int, longest: int, workers: Workers) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import check_name, choose_append, choose_copy, choose_paged
-from ..checks import contents_are_readable
+from ..checks import contents_are_readable, read_in_order
 from . import checks
 from .call import AppendCall, PagedCall
 
@@ -52,6 +52,7 @@ def _attention(*arguments: Any) -> None:
     backend = choose_paged(call, name)
     if contents_are_readable(call.q) and not backend.checks_paged_contents:
         checks.check_attention_contents(call)
+    call = read_in_order(call, ("seqlens_k", "cu_seqlens_q", "prefix"))
     if call.q.stride(2) != 1 and call.q.shape[2] > 1:
         call = call._replace(q=call.q.contiguous())
     backend.paged_attention(*call, out, lse)
@@ -64,6 +65,7 @@ def _append(*arguments: Any) -> None:
     backend = choose_append(call, name)
     if contents_are_readable(call.k) and not backend.checks_paged_contents:
         checks.check_append_contents(call)
+    call = read_in_order(call, ("positions", "cu_seqlens"))
     if call.k.stride(2) != 1 or call.v.stride(2) != 1:
         call = call._replace(k=call.k.contiguous(), v=call.v.contiguous())
     backend.paged_append(*call)
@@ -76,7 +78,8 @@ def _copy(
     checks.check_copy(k_pages, v_pages, src, dst, k_scales, v_scales)
     if contents_are_readable(k_pages):
         checks.check_copy_contents(src, dst, k_pages.shape[0])
-    choose_copy(k_pages, v_pages, src, name).copy_pages(k_pages, v_pages, src, dst, k_scales, v_scales)
+    backend = choose_copy(k_pages, v_pages, src, name)
+    backend.copy_pages(k_pages, v_pages, src.contiguous(), dst.contiguous(), k_scales, v_scales)
 
 
 for _name, _implementation in (("paged_attention", _attention), ("paged_append", _append), ("copy_pages", _copy)):

@@ -28,8 +28,8 @@ Tensor new_of(int32_t dtype, const Tensor& on, const std::vector<int64_t>& sizes
   int32_t type;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         type, device_index(on), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, type,
+                                                  device_index(on), &handle));
   return Tensor(handle);
 }
 }  // namespace
@@ -53,13 +53,9 @@ int32_t device_index(const Tensor& t) {
 }
 
 int64_t element_size(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return 8;
-    case ScalarType::Float: return 4;
-    case ScalarType::Half:
-    case ScalarType::BFloat16: return 2;
-    default: return 1;
-  }
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return int64_t(aoti_torch_dtype_element_size(dtype));
 }
 
 DType dtype_of(const Tensor& t) {

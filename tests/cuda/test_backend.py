@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,16 @@ from ..emulation.library import EMULATED
 from ..lanes import Lane
 
 
+def says(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """Of itself, the driver."""
+
+    def driver_version(to: ctypes._Pointer[ctypes.c_int]) -> int:
+        ctypes.cast(to, ctypes.POINTER(ctypes.c_int))[0] = version
+        return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": SimpleNamespace(cuDriverGetVersion=driver_version)}.get)
+
+
 @pytest.fixture
 def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     """Its library is a file, its torch has CUDA and a card; loading it does nothing."""
@@ -23,7 +34,7 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    says(monkeypatch, 13000)
     monkeypatch.setattr(backend, "load", lambda: None)
     monkeypatch.setattr(torch.ops, "duplex_attn_cuda", SimpleNamespace(runtime_version=lambda: 13000), raising=False)
     return backend
@@ -64,7 +75,7 @@ def test_on_an_older_card(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_with_an_old_driver(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    says(monkeypatch, 12080)
     assert backend.missing() == "the driver is of CUDA 12.8, the library of 13.0"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import os
 import shutil
 import subprocess
 import zlib
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..lanes import copied
 from .library import CSRC, PROBES, ROOT, Box, draw, functions, read_by
 
 GOLDEN = ROOT / "tests" / "data" / "ptx_golden"
@@ -100,7 +102,7 @@ def moved(x: object) -> object:
     """An argument where a card's kernels can reach it."""
     if isinstance(x, np.ndarray):
         return torch.from_numpy(x.reshape(-1).view(np.uint8)).cuda()
-    return (x[0].cuda(), *x[1:]) if isinstance(x, tuple) else x
+    return (copied(x[0], "cuda"), *x[1:]) if isinstance(x, tuple) else x
 
 
 def run(library: ctypes.CDLL, name: str, *arguments: object) -> str | None:
@@ -136,7 +138,8 @@ def golden(folder: Path = GOLDEN) -> dict[str, dict[str, np.ndarray]]:
 
 
 def nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]  # as setup.py looks for it
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes if home))
 
 
 @cache

@@ -241,6 +241,14 @@ test_copied_pages = append.test_copied_pages
 test_per_tensor_scales_are_not_copied = append.test_per_tensor_scales_are_not_copied
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.int32, torch.int64, torch.complex64], ids=str)
+def test_copied_pages_of_whatever_they_hold(lane: Lane, dtype: torch.dtype) -> None:
+    pages = torch.arange(3 * 4 * 2 * 5).reshape(3, 4, 2, 5).to(dtype)
+    src, dst = (torch.tensor([n], dtype=torch.int32) for n in (2, 0))
+    da.copy_pages(pages, pages.clone(), src, dst, backend=lane.backend)
+    assert torch.equal(pages[0], pages[2]) and (pages[1].flatten()[1:] != 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("stored", [None, INT8, FLOAT8])

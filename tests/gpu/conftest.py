@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from ..lanes import GPU_LANES, Lane, missing
+from .devices import has_card
 
 SMALL = [Lane("cpu"), Lane("triton")]  # C++, and Triton interpreted
 CARD = [lane for lane in GPU_LANES if lane.backend != "reference"]
@@ -29,3 +33,15 @@ def card(request: pytest.FixtureRequest) -> Iterator[Lane]:
     torch.set_num_threads(1)
     yield lane
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def gigabytes(card: Lane) -> Iterator[None]:
+    """One test of all processes at a time has gigabytes of the card, and leaves none of them with its process."""
+    if not has_card(card):
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / "duplex_attn_gigabytes").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()

@@ -23,6 +23,11 @@ def sized(lane: Lane, card: int, small: int) -> int:
     return card if has_card(lane) else small
 
 
+def widest(lane: Lane) -> torch.dtype:
+    """The most exact that the backend takes."""
+    return torch.bfloat16 if lane.backend == "cuda" else torch.float32
+
+
 def replayable(call: Callable[[], Any], lane: Lane) -> Callable[[], Any]:
     """`call` captured in a CUDA graph: its inputs may change in place, its outputs are always the same tensors."""
     if not has_card(lane):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import duplex_attn as da
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from ..oracle import Answer, Call, answer, assert_accurate, floors
 from .devices import GIB, needs_room, sized
 
 PAST = 2**31
+pytestmark = pytest.mark.timeout(150)  # most of it waiting for the card's memory
 
 
 def normal(lane: Lane, *shape: int) -> Tensor:
@@ -24,6 +26,7 @@ def agrees(got: Answer, call: Call, dout: Tensor | None = None) -> None:
     assert_accurate(got, exact, plain, {name: 2 * x for name, x in floors(call, exact, dout).items()})
 
 
+@pytest.mark.usefixtures("gigabytes")
 def test_queries_and_outputs(card: Lane) -> None:
     """(batch, 8, 64, 128) with one kv head: the last sequences lie past 2^31 in q, out and their gradients."""
     batch, rows, heads, dim = sized(card, 33_000, 3), 8, sized(card, 64, 2), 128
@@ -38,6 +41,7 @@ def test_queries_and_outputs(card: Lane) -> None:
         agrees({name: x[one].cpu() for name, x in got.items()}, call, dout[one].cpu())
 
 
+@pytest.mark.usefixtures("gigabytes")
 def test_keys_and_values(card: Lane) -> None:
     """So many keys that the last, which alone are seen, lie past 2^31 in k and v."""
     keys, heads, dim, window = sized(card, 2_100_000, 500), 8, 128, 90

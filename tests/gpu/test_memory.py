@@ -12,7 +12,7 @@ from duplex_attn.profile.memory import peak_memory
 from torch import Tensor
 
 from ..lanes import Lane
-from .devices import GIB, has_card, needs_room, sized
+from .devices import GIB, has_card, needs_room, sized, widest
 
 ALLOWED = {torch.float32: 1.05, torch.bfloat16: 1.45}  # of q, k, v, out, lse and their gradients
 SLACK = 2 * 2**20  # bytes: what an allocator rounds up, and scratch of threads
@@ -45,7 +45,7 @@ def test_the_peak_of_32k_tokens(card: Lane, dtype: torch.dtype) -> None:
 
 
 def test_a_thousand_calls_leave_nothing_behind(card: Lane) -> None:
-    step, _, _ = step_of(card, sized(card, 1024, 16), torch.float32, heads=2)
+    step, _, _ = step_of(card, sized(card, 1024, 16), widest(card), heads=2)
     step()
     held = tensors(card)
     for _ in range(sized(card, 1000, 5)):

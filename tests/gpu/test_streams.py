@@ -8,14 +8,14 @@ import duplex_attn as da
 import torch
 
 from ..lanes import Lane
-from .devices import has_card
+from .devices import has_card, widest
 
-CYCLES = 100_000_000  # some 50 ms: longer than anything could take to be launched
+CYCLES = 500_000_000  # some 250 ms: longer than anything could take to be launched
 
 
 def test_a_call_on_another_stream_waits_for_its_inputs(card: Lane) -> None:
     torch.manual_seed(0)
-    good, bad = (torch.randn(2, 40, 2, 32, device=card.device) for _ in range(2))
+    good, bad = (torch.randn(2, 40, 2, 32, device=card.device).to(widest(card)) for _ in range(2))
     expected = da.attention(good, good, good, da.causal(), backend=card.backend)
     gradient = torch.autograd.grad(
         da.attention(x := good.clone().requires_grad_(), x, x, backend=card.backend), x, good

@@ -1,5 +1,6 @@
 """Sizes of nothing, and values at the ends of their range."""
 
+import dataclasses
 import math
 
 import pytest
@@ -55,6 +56,18 @@ def test_packed_without_rows(lane: Lane, rows_q: int, rows_k: int, cu: list[int]
 def test_queries_without_keys_in_one_sequence_only(lane: Lane) -> None:
     cu_q, cu_k = int32(0, 2, 5, 6), int32(0, 4, 4, 9)
     compare(Call(normal(6, 2, 8), normal(9, 1, 8), normal(9, 1, 8), cu_q, cu_k), lane)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded_anywhere"])
+def test_lengths_that_do_not_lie_side_by_side(lane: Lane, layout: str) -> None:
+    made = make(Case(layout, ((20, 3, 9), (20, 5, 30)), mask="prefix_each"))
+    apart, names = dataclasses.replace(made.call), ("seqlens_q", "seqlens_k", "starts_q", "starts_k", "prefix")
+    for name in (*names, "cu_seqlens_q", "cu_seqlens_k"):
+        x = getattr(made.call, name)
+        if x is not None:
+            setattr(apart, name, torch.stack([x, x + 7], 1)[:, 0])
+    got, want = (run(call, lane, made.dout, made.dlse, deterministic=True) for call in (apart, made.call))
+    assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

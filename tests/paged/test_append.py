@@ -123,6 +123,17 @@ def test_copied_pages(lane: Lane, dtype: torch.dtype, strided: bool) -> None:
             assert torch.equal(bits(x), want)
 
 
+def test_positions_and_pages_that_do_not_lie_side_by_side(lane: Lane) -> None:
+    k, pages, copies = torch.randn(3, 1, 8), torch.zeros(4, 2, 1, 8), torch.zeros(4, 2, 1, 8)
+    positions, cu = (torch.tensor(x, dtype=torch.int32)[::2] for x in ([0, 9, 1, 9, 2], [0, 9, 3]))
+    table = torch.tensor([[2, 9, 0]], dtype=torch.int32)[:, ::2]
+    written_on(lane, da.paged_append, k, k, pages, copies, table, positions, cu)
+    assert torch.equal(torch.cat([pages[2], pages[0, :1]]), k)
+    src, dst = (torch.tensor(x, dtype=torch.int32)[::2] for x in ([2, 9, 0], [3, 9, 1]))
+    written_on(lane, da.copy_pages, pages, copies, src, dst)
+    assert torch.equal(pages[3], k[:2]) and torch.equal(pages[1], pages[0])
+
+
 def test_per_tensor_scales_are_not_copied(lane: Lane) -> None:
     pages, scale = torch.zeros(3, 2, 1, 16, dtype=torch.int8), torch.full((1, 1, 1), 0.5)
     src, dst = (torch.tensor([n], dtype=torch.int32) for n in (0, 2))

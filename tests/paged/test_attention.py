@@ -148,3 +148,20 @@ def test_the_same_bits_in_every_run(lane: Lane) -> None:
     for _ in range(3):
         again = pool.run(lane)
         assert torch.equal(first["out"], again["out"]) and torch.equal(first["lse"], again["lse"])
+
+
+def test_lengths_and_ids_that_do_not_lie_side_by_side(lane: Lane) -> None:
+    pool = make(Case(((5, 17), (70, 33)), mask=((9, 0), None, 0)))
+    apart = dataclasses.replace(
+        pool,
+        seqlens_k=column(pool.seqlens_k),
+        cu_seqlens_q=column(pool.cu_seqlens_q),
+        block_table=column(pool.block_table),
+    )
+    got, want = apart.run(lane), pool.run(lane)
+    assert torch.equal(got["out"], want["out"]) and torch.equal(got["lse"], want["lse"])
+
+
+def column(x: torch.Tensor) -> torch.Tensor:
+    """x between numbers that are not its own."""
+    return torch.stack([x, x + 1], -1)[..., 0]
