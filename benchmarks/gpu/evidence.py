@@ -53,11 +53,15 @@ def class_of(w: Workload) -> str | None:
 
 
 def failing(results: Results) -> list[str]:
-    """Backends of which a test failed, told by the lane in the test's name, or which gave a workload wrong numbers."""
+    """Backends of which a test failed, told by the lane in the test's name, or which gave a workload wrong numbers. On a card,
+    what else is tested on emulated ones are the CUDA kernels too; that they rest on its primitives tells nothing of the kernels.
+    """
     test = results["stages"].get("test", {})
     failed = [one["test"] for one in (*test.get("failures", ()), *test.get("others", {}).get("failures", ()))]
     names = names_for("cuda")
-    found = {name for name in names if any(re.search(rf"\[{name}-cuda", one) for one in failed)}
+    found = {name for name in names if any(re.search(rf"[\[-]{name}-cuda[-\]]", one) for one in failed)}
+    if any(re.match(r"tests/emulation/(?!test_machine\.py).*[\[-]card[-\]]", one) for one in failed):
+        found.add("cuda")
     for stage in ("bench", "winners"):
         for workload in results["stages"].get(stage, {}).get("workloads", {}).values():
             bad = ("wrong", "failed", "crashed")

@@ -179,6 +179,13 @@ def test_right(): pass
 def test_wrong(): assert 1 == 2
 def test_elsewhere(): pytest.skip("not here")
 """
+FATAL = """
+import os
+
+def test_right(): pass
+def test_fatal(): os._exit(1)
+def test_right_too(): pass
+"""
 RECORDER = """
 import importlib.util, json, sys, time
 spec = importlib.util.spec_from_file_location("main", sys.argv[1] + "/__main__.py")
@@ -191,17 +198,24 @@ from benchmarks.gpu.stages.test import Recorder
 from benchmarks.gpu.store import Store
 store = Store(Path(sys.argv[2]) / "kept.json")
 record = store.stage("test")
-pytest.main([sys.argv[2], "-q", "-p", "no:cacheprovider"], plugins=[Recorder(store, record, time.monotonic() + float(sys.argv[3]))])
-print(json.dumps(record))
+recorder = Recorder(store, record, time.monotonic() + float(sys.argv[3]))
+pytest.main([sys.argv[2], "-q", "-p", "no:cacheprovider", *sys.argv[4:]], plugins=[recorder])
+print(json.dumps(record | {"total": recorder.total, "finished": recorder.finished}))
 """
+
+
+def recorded(folder: Path, tests: str, seconds: int, *options: str) -> dict[str, Any]:
+    """Of these tests in a pytest of their own."""
+    (folder / "test_few.py").write_text(tests)
+    command = [sys.executable, "-c", RECORDER, str(COMMAND), str(folder), str(seconds), *options]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    record: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return record
 
 
 @pytest.mark.parametrize("seconds", [60, 0])
 def test_what_tests_do_is_recorded(tmp_path: Path, seconds: int) -> None:
-    (tmp_path / "test_few.py").write_text(RECORDED)
-    command = [sys.executable, "-c", RECORDER, str(COMMAND), str(tmp_path), str(seconds)]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    record = json.loads(ran.stdout.splitlines()[-1])
+    record = recorded(tmp_path, RECORDED, seconds)
     assert record["passed"] == 1
     if seconds == 0:  # over after the first of three
         assert record["failures"] == [] and record["skips"] == {}
@@ -209,6 +223,13 @@ def test_what_tests_do_is_recorded(tmp_path: Path, seconds: int) -> None:
     assert record["skips"] == {"not here": 1}
     (failure,) = record["failures"]
     assert failure["test"].endswith("test_few.py::test_wrong") and "1 == 2" in failure["message"]
+
+
+def test_a_test_that_ended_its_worker_has_ended_too(tmp_path: Path) -> None:
+    record = recorded(tmp_path, FATAL, 60, "-n", "1")
+    assert (record["total"], record["finished"], record["passed"]) == (3, 3, 2)
+    (failure,) = record["failures"]
+    assert failure["test"].endswith("test_few.py::test_fatal") and "crashed" in failure["message"]
 
 
 def test_pytest_collects_where_its_plugins_are_missing(tmp_path: Path) -> None:

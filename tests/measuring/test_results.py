@@ -171,10 +171,29 @@ def test_evidence_of_a_card() -> None:
         "merge, 16 bit, head_dim 128, small": {"triton": 1.0},
         "paged, terms, 16 bit, head_dim 128, short": {"triton": 1.0},
     }
-    failures = [{"test": f"tests/gpu/test_x.py::test_y[{lane}-case]", "message": ""} for lane in ("triton-cuda", "cpu")]
-    del found[DECODE]
-    assert evidence(results(found))["failing"] == []
-    assert evidence(results(found, test=STAMP | {"failures": failures}))["failing"] == ["triton"]
+
+
+@pytest.mark.parametrize(
+    ("test", "failing"),
+    [
+        ("tests/gpu/test_x.py::test_y[triton-cuda-case]", ["triton"]),
+        ("tests/gpu/test_x.py::test_y[plain-torch.float32-64-triton-cuda]", ["triton"]),
+        ("tests/gpu/test_x.py::test_y[cuda-cuda]", ["cuda"]),
+        ("tests/gpu/test_x.py::test_y[cpu-case]", []),
+        ("tests/kernels/test_x.py::test_y[reference-cuda-case]", ["reference"]),
+        ("tests/emulation/test_grid.py::test_forward[card-12:layout=packed]", ["cuda"]),
+        ("tests/emulation/test_edges.py::test_packed[True-card]", ["cuda"]),
+        ("tests/emulation/test_grid.py::test_forward[sm90-12:layout=packed]", []),
+        ("tests/emulation/test_machine.py::test_lanes[card-dtype0]", []),
+    ],
+)
+@pytest.mark.parametrize("others", [False, True])
+def test_whose_failure_it_is(test: str, failing: list[str], others: bool) -> None:
+    from benchmarks.gpu.evidence import evidence
+
+    failures: dict[str, Any] = {"failures": [{"test": test, "message": ""}]}
+    stage = STAMP | ({"failures": [], "others": failures} if others else failures)
+    assert evidence(results({}, test=stage))["failing"] == failing
 
 
 CHOICES = {  # how the package chooses a backend for a call -> the class of shapes that the call is then looked up in
