@@ -51,6 +51,13 @@ DUPLEX_DEVICE void store_matrices(uint32_t row, const uint32_t (&x)[4]) {
                : "memory");
 }
 
+// A matrix of 8 x 8, in registers as load_matrices leaves it, transposed.
+DUPLEX_DEVICE uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // UNIT bytes from global memory, both addresses multiples of it: the first `bytes` of them are read, the rest is 0.
 // Those of 16 go past the L1 cache.
 template <int UNIT>

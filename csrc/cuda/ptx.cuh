@@ -53,6 +53,10 @@ DUPLEX_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, 
 DUPLEX_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 DUPLEX_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 
+// Of what the lanes of a warp have: the largest, and whether it holds for any.
+DUPLEX_DEVICE uint32_t reduce_max(uint32_t x) { return __reduce_max_sync(0xffffffff, x); }
+DUPLEX_DEVICE bool any(bool x) { return __any_sync(0xffffffff, x); }
+
 // Shared memory by ordinary loads and stores: the generic proxy.
 
 DUPLEX_DEVICE void shared_store(uint32_t address, int x) {
@@ -203,14 +207,22 @@ DUPLEX_DEVICE uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t which)
   return __byte_perm(low, high, which);
 }
 
-// Two numbers of T in a register times two others, subnormal ones as they are.
-template <class T>
+// Two float16 numbers in a register and two others, subnormal ones as they are.
 DUPLEX_DEVICE uint32_t multiply2(uint32_t x, uint32_t y) {
   uint32_t z;
-  if constexpr (T::BITS == BFLOAT16_BITS)
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(0x80008000));
-  else
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+DUPLEX_DEVICE uint32_t add2(uint32_t x, uint32_t y) {
+  uint32_t z;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+
+// Two float8_e4m3fn numbers as float16, from Ada on.
+DUPLEX_DEVICE uint32_t float8_pair(uint16_t x) {
+  uint32_t z;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(z) : "h"(x));
   return z;
 }
 

@@ -27,11 +27,11 @@ class Kernel(NamedTuple):
         return f"attend_kernelINS_{len(self.dtype)}{self.dtype}E{storage}Li{self.head_dim}ELi{self.rows}EE"
 
     @property
-    def products(self) -> int:
-        """Of 16 x 8 x 16, a warp's of a block of keys: with keys, and with values."""
-        wide = self.head_dim == 256 and (self.rows == 64 or self.stored == "as_queries")
-        keys = 16 if self.rows == 16 else 32 if wide else 64
-        return 2 * keys * self.head_dim // 128
+    def products(self) -> tuple[int, ...]:
+        """Of 16 x 8 x 16, a warp's of a block of keys: with keys, and with values. Where there are few rows, of 8 and of 16."""
+        if self.rows == 16:
+            return self.head_dim // 8, self.head_dim // 4
+        return ((32 if self.head_dim == 256 else 64) * self.head_dim // 64,)
 
 
 KERNELS = [
@@ -58,14 +58,20 @@ def test_every_kernel_is_there(architecture: str) -> None:
         assert any(f"{kernel}_kernel" in name for name in names)
 
 
+def over_keys(code: list[tuple[int, str]], products: int) -> list[str]:
+    """The innermost loop with so many products."""
+    return min((loop for loop in loops(code) if count(loop, r"HMMA\.16816\S*") == products), key=len)
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
 def test_products_run_over_copies(kernel: Kernel) -> None:
-    over = [loop for loop in loops(code_of(kernel)) if count(loop, r"HMMA\.16816\S*") == kernel.products]
-    assert len(over) == 2, "tiles of rows, and of these, blocks of keys"
-    inner = min(over, key=len)
-    assert count(inner, r"LDGSTS\.E\.BYPASS\.128\.ZFILL") > 0, "no copies of what comes next"
-    assert count(inner, r"BAR\.SYNC\S*") == 1 and count(inner, r"DEPBAR\.LE") == 1, "one wait and one meeting a block"
-    assert count(inner, "STL") == 0 and count(inner, "LDL") == 0
+    for products in kernel.products:
+        inner = over_keys(code_of(kernel), products)
+        assert count(inner, r"LDGSTS\.E\.BYPASS\.128\.ZFILL") > 0, "no copies of what comes next"
+        assert count(inner, r"BAR\.SYNC\S*") == 1 and count(inner, r"DEPBAR\.LE") == 1, (
+            "one wait and one meeting a block"
+        )
+        assert count(inner, "STL") == 0 and count(inner, "LDL") == 0
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel)))
@@ -73,7 +79,7 @@ def test_registers_and_stack(kernel: Kernel) -> None:
     (line,) = [line for name, line in resource_usage(kernel.architecture).items() if kernel.mangled in name]
     used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}
     assert used["REG"] <= 255 and used["LOCAL"] == 0
-    assert used["STACK"] <= (0 if kernel.rows == 16 else {64: 32, 128: 56, 256: 336}[kernel.head_dim])
+    assert used["STACK"] <= (24 if kernel.head_dim == 256 else 0)
 
 
 class Decode(NamedTuple):
@@ -99,11 +105,16 @@ def test_decoding_moves_nothing_by_its_own_instructions(kernel: Decode) -> None:
     (code,) = [code for name, code in names.items() if kernel.mangled in name]
     text = [line for _, line in code]
     assert count(text, "UTMALDG") and not count(text, r"LDGSTS\S*")
-    products = 2 * 16 * kernel.head_dim // 128  # of 16 x 8 x 16, a warp's 16 keys
-    over = [loop for loop in loops(code) if count(loop, r"HMMA\.16816\S*") == products]
-    inner = min(over, key=len)
-    assert not count(inner, "UTMALDG") and not count(inner, r"BAR\S*"), "warps wait for what comes, not for each other"
-    assert count(inner, "STL") == 0 and count(inner, "LDL") == 0
+    for rows in (8, 16):
+        inner = over_keys(code, 2 * rows * kernel.head_dim // 128)  # of 16 x 8 x 16: a warp's 16 keys
+        assert not count(inner, "UTMALDG") and not count(inner, r"BAR\S*"), (
+            "warps wait for what comes, not for each other"
+        )
+        assert count(inner, "STL") == 0 and count(inner, "LDL") == 0
+        converted = count(inner, r"F2FP\.F16\.E4M3\.UNPACK_B")
+        assert converted == (kernel.head_dim // 2 if kernel.stored == "float8_e4m3" else 0), (
+            "a register for two numbers"
+        )
     (line,) = [line for name, line in resource_usage("sm_90a").items() if kernel.mangled in name]
     used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}
-    assert used["STACK"] == 0 and used["REG"] <= (255 if kernel.head_dim == 256 else 168), "two blocks no longer fit"
+    assert used["STACK"] <= 8 and used["REG"] <= (255 if kernel.head_dim == 256 else 168), "two blocks no longer fit"

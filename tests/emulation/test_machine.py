@@ -270,3 +270,39 @@ def test_one_lane_of_a_warp_is_elected(hopper: Machine) -> None:
     for _ in hopper.seeds():
         assert hopper.call("probe_elected", out, compared=False) is None
         assert out.reshape(4, 32).sum(1).tolist() == [1, 1, 1, 1]
+
+
+def test_what_lanes_of_a_warp_find_together(machine: Machine) -> None:
+    x = np.random.default_rng(4).integers(0, 2**31, 128, np.uint32) * 2  # even, and past what is positive with a sign
+    x[70] += 1
+    matrices = x.view(np.uint16).reshape(4, 8, 4, 2).reshape(4, 8, 8)
+    out = np.zeros((128, 3), np.uint32)
+    for _ in machine.seeds():
+        assert machine.call("probe_of_a_warp", x, out) is None
+        assert np.array_equal(out[:, 0], x.reshape(4, 32).max(1).repeat(32))
+        assert np.array_equal(out[:, 1], np.repeat([0, 0, 1, 0], 32))
+        transposed = np.ascontiguousarray(matrices.transpose(0, 2, 1))
+        assert np.array_equal(out[:, 2], transposed.view(np.uint32).reshape(128))
+
+
+def test_halves(machine: Machine) -> None:
+    bytes_as_halves = np.arange(256, dtype=np.uint16) + 0x6400  # 1024 + n, as int8 comes
+    numbers = normal(256).numpy().astype(np.float16)
+    numbers[:6] = [65504, 6e-8, -6e-8, np.inf, np.nan, 0]
+    x = np.concatenate([bytes_as_halves.view(np.float16)[:128], numbers[:128]])
+    y = np.concatenate([np.full(128, -1152, np.float16), numbers[128:]])
+    out = np.zeros((128, 2, 2), np.float16)
+    with np.errstate(over="ignore"):
+        want = np.stack([x * y, x + y]).reshape(2, 128, 2).transpose(1, 0, 2)
+    for _ in machine.seeds():
+        assert machine.call("probe_halves", x, y, out) is None
+        np.testing.assert_array_equal(out, want)
+
+
+def test_every_pair_of_float8(hopper: Machine) -> None:
+    pairs = np.arange(65536, dtype=np.uint16)
+    want = torch.from_numpy(pairs.view(np.uint8)).view(torch.float8_e4m3fn).half().numpy()
+    out = np.zeros(131072, np.float16)
+    for _ in hopper.seeds():
+        assert hopper.call("probe_float8_pairs", pairs, 65536, out) is None
+        np.testing.assert_array_equal(out, want)

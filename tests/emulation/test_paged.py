@@ -15,8 +15,8 @@ from duplex_attn.paged.functional import plan
 
 from ..lanes import Lane
 from ..paged import test_append as append
+from ..paged import test_attention as attention
 from ..paged.pool import Case, Pool, make, rotated
-from ..paged.test_attention import cases
 from .library import CARDS, EMULATED, draw, left_out
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
@@ -52,7 +52,9 @@ def fitting(case: Case) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("card", "case"), [(list(CARDS.values())[n % 2], case) for n, case in enumerate(cases(60, seed=0))], ids=str
+    ("card", "case"),
+    [(list(CARDS.values())[n % 2], case) for n, case in enumerate(attention.cases(60, seed=0))],
+    ids=str,
 )
 def test_call(lane: Lane, case: Case) -> None:
     draw(case.seed, processors=1 + case.seed % 5)
@@ -211,7 +213,17 @@ def test_every_float8_is_what_it_is(lane: Lane, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out[0, 0].float(), numbers.float(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("invariant", [False, True])  # with it, tiles are the large ones
+INVARIANT = pytest.mark.parametrize("invariant", [False, True])  # with it, tiles are the large ones
+
+
+@ON_EACH_CARD
+@INVARIANT
+@pytest.mark.parametrize("stored", [INT8, FLOAT8])
+def test_scales_and_queries_of_any_size(lane: Lane, stored: torch.dtype, invariant: bool) -> None:
+    attention.test_scales_and_queries_of_any_size(lane, stored, invariant)
+
+
+@INVARIANT
 def test_lengths_and_tables_that_lie_reach_no_further_than_the_tensors(lane: Lane, invariant: bool) -> None:
     """Beside the operator, which checks contents on the CPU."""
     pool = make(Case(((1, 2), (40, 20)), (2, 1), (16, 16), BF16))

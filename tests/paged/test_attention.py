@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ..lanes import Lane
+from ..oracle import answer
 from .pool import Case, make
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
@@ -148,6 +149,29 @@ def test_the_same_bits_in_every_run(lane: Lane) -> None:
     for _ in range(3):
         again = pool.run(lane)
         assert torch.equal(first["out"], again["out"]) and torch.equal(first["lse"], again["lse"])
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_scales_and_queries_of_any_size(lane: Lane, stored: torch.dtype, invariant: bool) -> None:
+    """From 2^-60 to 2^60, sequence by sequence, and values that grow from key to key: whatever is multiplied stays in range."""
+    lens = (150, 70, 200)
+    pool = make(Case(((1, 1, 1), lens), (4, 2), (32, 32), torch.bfloat16, stored))
+    assert pool.k_scales is not None and pool.v_scales is not None
+    power, v = 2.0 ** torch.tensor([-60, 0, 60]), pool.packed.v.clone()
+    for b, rows in enumerate(v.split(lens)):
+        j = torch.arange(lens[b])
+        at, growth = (pool.block_table[b, j // 16].long(), j % 16), (2.0 ** (j // 16 * 4 - 30))[:, None]
+        pool.k_scales[at] /= power[b]
+        pool.v_scales[at] *= power[b] * growth
+        rows *= power[b] * growth[..., None]
+    scores_as_before = pool.packed.q
+    pool.q = pool.q * power.bfloat16()[:, None, None]
+    got = pool.run(lane, batch_invariant=invariant)["out"].double()
+    want = answer(dataclasses.replace(pool.packed, q=scores_as_before, v=v), torch.float64)["out"]
+    largest = want.abs().amax((1, 2), keepdim=True)
+    assert (largest > 0).all()
+    torch.testing.assert_close(got / largest, want / largest, rtol=0.02, atol=0.01)
 
 
 def test_lengths_and_ids_that_do_not_lie_side_by_side(lane: Lane) -> None:

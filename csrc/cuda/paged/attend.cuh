@@ -3,7 +3,8 @@
 // fills the tensor cores' 16 rows. (Dao et al., "Flash-Decoding", 2023; Kwon et al., "PagedAttention", 2023.)
 #pragma once
 
-#include "cuda/paged/products.cuh"
+#include "cuda/paged/few_rows.cuh"
+#include "cuda/paged/many_rows.cuh"
 
 namespace duplex::paged {
 
@@ -17,6 +18,7 @@ struct Tile {
   static constexpr int KEYS = BLOCK_N / WARPS_N;  // of a warp
   using Side =
       duplex::Tile<BLOCK_N, HEAD_DIM * STORED_BYTES<S> / 2>;  // keys or values, two bytes a number as if they were one
+  static constexpr bool CONVERTS = false;                     // float8 in hardware
   static constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
   // Queries stay in registers, which the widest have none left for. They come by way of the last stage, then empty.
   static constexpr bool Q_STAYS = HEAD_DIM == 256;
@@ -27,17 +29,19 @@ struct Tile {
   static constexpr int Q = KV + (Q_STAYS ? STAGES : STAGES - 1) * 2 * Side::BYTES;
   static constexpr int PLACES = KV + STAGES * 2 * Side::BYTES + (Q_STAYS ? Q_BYTES : 0), STATE = PLACES;
   static constexpr int SCALES = PLACES + STAGES * BLOCK_N * 16;
+  static constexpr int UNITS = SCALES + (STAGES - 1) * BLOCK_N * 8;  // by way of the last stage too
   static constexpr int SHARED_BYTES = SCALES + (S == Storage::AS_QUERIES ? 0 : STAGES * BLOCK_N * 8);
-  static_assert(STAGES >= 2 && SHARED_BYTES <= 99 * 1024 && THREADS >= BLOCK_N &&
+  static_assert(STAGES >= 2 && SHARED_BYTES <= 99 * 1024 && THREADS >= BLOCK_N && ROWS * 4 <= BLOCK_N * 8 &&
                 (Q_STAYS || Q_BYTES <= 2 * Side::BYTES));
   // In the end the sums of all warps lie where keys did, and what they are relative to where their places were.
   static_assert(WARPS_N * ROWS * HEAD_DIM * 4 <= STAGES * 2 * Side::BYTES &&
                 WARPS_N * ROWS * 8 <= STAGES * BLOCK_N * 16);
 };
 
-template <class T, Storage S, int HEAD_DIM, int ROWS, class L = Tile<S, HEAD_DIM, ROWS>>
-struct Attend : Products<T, S, L> {
-  using Base = Products<T, S, L>;
+// Tiled: FewRows or ManyRows.
+template <Storage S, class L, class Tiled>
+struct Attend : Tiled {
+  using Base = Tiled;
   using Base::Base;
   using Base::QUANTISED, Base::tile, Base::c, Base::piece, Base::base, Base::thread, Base::lane, Base::warp_n,
       Base::key_stage, Base::value_stage;
@@ -95,10 +99,8 @@ struct Attend : Products<T, S, L> {
     ptx::copy_async<4>(to + 4 * thread, s.data + offset, own.page < 0 ? 0 : 4);
   }
 
-  DUPLEX_DEVICE void scale_columns(float (&x)[L::KEYS / 2], uint32_t scales_of_block) const {
-#pragma unroll
-    for (int n = 0; n < L::KEYS / 2; ++n)
-      x[n] *= ptx::shared_load_float(scales_of_block + 4 * (warp_n * L::KEYS + column_of(n) + 2 * (lane % 4)));
+  DUPLEX_DEVICE float scale_of(int key, uint32_t scales_of_block) const {
+    return ptx::shared_load_float(scales_of_block + 4 * (warp_n * L::KEYS + key));
   }
 
   DUPLEX_DEVICE void run() {
@@ -115,12 +117,8 @@ struct Attend : Products<T, S, L> {
     Where placed = own[L::STAGES - 1], next = where_of(L::STAGES);
     this->put_queries();
     ptx::block_sync();
-    typename Base::Queries q;
-    this->load_queries(q);
-    const RowPair rows = this->row_pair();
-    Softmax softmax;
-    softmax.start(nullptr, 0, 1, lane % 4);
-    float sum[HEAD_DIM / 2] = {};
+    typename Base::State state;
+    this->start(state);
     for (int t = 0; t < count; ++t) {
       ptx::copy_wait<L::STAGES - 2>();
       ptx::block_sync();
@@ -129,14 +127,14 @@ struct Attend : Products<T, S, L> {
       placed = next;
       next = where_of(t + L::STAGES + 1);
       this->add_block(
-          sum, q, rows, t, t, softmax, [&](auto& x) { scale_columns(x, scales(t)); },
-          [&](auto& x) { scale_columns(x, scales(t) + 4 * L::BLOCK_N); });
+          state, t, tile.block_at(t), t, [&](int key) { return scale_of(key, scales(t)); },
+          [&](int key) { return scale_of(key, scales(t) + 4 * L::BLOCK_N); });
     }
     ptx::copy_wait<0>();
     ptx::block_sync();
-    this->put_sums(softmax, sum);
+    this->put_sums(state);
     ptx::block_sync();
-    for (int m = thread / 32; m < ROWS; m += L::WARPS) this->finish(m);
+    for (int m = thread / 32; m < L::ROWS; m += L::WARPS) this->finish(m);
     ptx::block_sync();
   }
 };
@@ -146,8 +144,15 @@ DUPLEX_KERNEL((Tile<S, HEAD_DIM, ROWS>::THREADS))
 attend_kernel(DUPLEX_PARAMETER Call c, Which which, int32_t units) {
   const Share share(c, ROWS, ptx::block_index());
   if (which != Which::SHARED && ptx::thread_index() < 32) clear_outside<T>(c, share, units);
-  for_each_tile(c, share, which, Tile<S, HEAD_DIM, ROWS>::BLOCK_N,
-                [](const RowTile& tile) { Attend<T, S, HEAD_DIM, ROWS>(tile).run(); });
+  using L = Tile<S, HEAD_DIM, ROWS>;
+  for_each_tile(c, share, which, L::BLOCK_N, [](const RowTile& tile) {
+    if constexpr (ROWS == LARGE_ROWS)
+      Attend<S, L, ManyRows<T, S, L>>(tile).run();
+    else if (tile.rows() <= 8)
+      Attend<S, L, FewRows<T, S, L, 1>>(tile).run();
+    else
+      Attend<S, L, FewRows<T, S, L, 2>>(tile).run();
+  });
 }
 
 }  // namespace duplex::paged

@@ -1,8 +1,9 @@
-// A tile of packed rows against blocks of its keys by mma.sync: what warps do with keys and values that lie in shared
-// memory as numbers or as bytes, whoever brought them there.
+// A tile of packed rows against blocks of its keys by mma.sync, whoever brought these to shared memory, as numbers or
+// as bytes: what tiles of few rows and of many have in common, queries on their way in and sums on their way out.
 #pragma once
 
-#include "cuda/accumulators.cuh"
+#include <type_traits>
+
 #include "cuda/merge_row.cuh"
 #include "cuda/paged/rope.cuh"
 #include "cuda/paged/scores.cuh"
@@ -12,15 +13,15 @@
 
 namespace duplex::paged {
 
-using sm80::Fragments;
-
-// L says how the tile is divided among warps, and where in shared memory queries (Q), stages of keys and values (KV)
-// and the states of softmaxes (STATE) lie.
+// L says how the tile is divided among warps, and where in shared memory queries (Q) and their units (UNITS), stages of
+// keys and values (KV) and the states of softmaxes (STATE) lie.
 template <class T, Storage S, class L>
 struct Products {
   static constexpr bool QUANTISED = S != Storage::AS_QUERIES;
   static constexpr int HEAD_DIM = L::HEAD_DIM, ROWS = L::ROWS;
-  static constexpr int STEPS = HEAD_DIM / 16;  // of products over head_dim, and 16 columns of values each
+  static constexpr int STEPS = HEAD_DIM / 16;                // of products over head_dim, and 16 columns of values each
+  static constexpr int AT_ONCE = QUANTISED ? 2 : 1;          // steps that one load of matrices is for
+  using Factor = std::conditional_t<QUANTISED, Float16, T>;  // type of what is multiplied
 
   const RowTile& tile;
   const Call& c;
@@ -43,29 +44,66 @@ struct Products {
 
   using Queries = uint32_t[L::Q_STAYS ? 1 : STEPS][4];  // a lane's, where they do not stay in shared memory
 
-  // The tile's queries, rotated, in the order in which lanes hold them as A of the products: a warp takes a row. Bytes
-  // of keys come to lanes four at a time, so their columns are taken in another order, the same for both operands.
+  // The tile's queries, rotated, in the order in which lanes hold them as operands of the products: a warp takes a row.
+  // Bytes of keys come to lanes four at a time, so their columns are taken in another order, the same for both
+  // operands; and rows are divided by the unit of their largest number.
   DUPLEX_DEVICE void put_queries() const {
     using Stored = typename T::Stored;
     for (int m = thread / 32; m < ROWS; m += L::WARPS) {
       const RowTile::Row r = tile.row(m);
       const Stored* from = c.q.template at<Stored>(0, r.live ? piece.row + r.i : 0, r.head);
       const int64_t position = tile.position(r);
-      for (int pair = lane; pair < HEAD_DIM / 2; pair += 32) {
-        float x[2][1] = {{0}, {0}};
-        for (int e = 0; e < 2; ++e)
-          if (r.live && 2 * pair + e < c.head_dim) load_rotated<T>(from, 2 * pair + e, position, c.rope, x[e]);
-        const int step = pair / 8, p = pair % 8, column = QUANTISED ? p / 2 : p % 4, half = QUANTISED ? p % 2 : p / 4;
+      float x[HEAD_DIM / 64][2] = {};  // the lane's pairs of numbers, 32 pairs apart
+#pragma unroll
+      for (int n = 0; n < HEAD_DIM / 32; ++n) {
+        const int column = 2 * lane + n / 2 * 64 + n % 2;
+        float one[1] = {0};
+        if (r.live && column < c.head_dim) load_rotated<T>(from, column, position, c.rope, one);
+        x[n / 2][n % 2] = one[0];
+      }
+      if constexpr (QUANTISED) divide_by_unit(x, m);
+#pragma unroll
+      for (int n = 0; n < HEAD_DIM / 64; ++n) {
+        const int pair = lane + 32 * n, step = pair / 8, p = pair % 8;
+        const int column = QUANTISED ? p / 2 : p % 4, half = QUANTISED ? p % 2 : p / 4;
         const int word = m % 16 / 8 + 2 * half, holder = m % 8 * 4 + column;
         ptx::shared_store(base + L::Q + ((m / 16 * STEPS + step) * 32 + holder) * 16 + 4 * word,
-                          int(ptx::pack<T>(x[0][0], x[1][0])));
+                          int(ptx::pack<Factor>(x[n][0], x[n][1])));
       }
     }
   }
+  template <int COUNT>
+  DUPLEX_DEVICE void divide_by_unit(float (&x)[COUNT][2], int m) const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int n = 0; n < 2 * COUNT; ++n) {
+      const uint32_t size = size_bits(x[n / 2][n % 2]);
+      largest = size > largest ? size : largest;
+    }
+    const uint32_t unit = unit_of(ptx::reduce_max(largest));
+    if (lane == 0) ptx::shared_store(base + L::UNITS + 4 * m, ptx::float_of(unit));
+#pragma unroll
+    for (int n = 0; n < 2 * COUNT; ++n) x[n / 2][n % 2] *= inverse(unit);
+  }
+
+  // What products of bytes with row m are to be multiplied by.
+  DUPLEX_DEVICE float query_unit(int m) const { return ptx::shared_load_float(base + L::UNITS + 4 * m); }
+
   DUPLEX_DEVICE Words4 queries(int step) const {
     return ptx::shared_load16(base + L::Q + ((warp_m * STEPS + step) * 32 + lane) * 16);
   }
 
+  // Of one step, from where they are.
+  DUPLEX_DEVICE void take_queries(const Queries& q, int step, uint32_t (&x)[4]) const {
+    if constexpr (L::Q_STAYS) {
+      const Words4 words = queries(step);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) x[n] = words.word[n];
+    } else {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) x[n] = q[step][n];
+    }
+  }
   DUPLEX_DEVICE void load_queries(Queries& q) const {
     if constexpr (!L::Q_STAYS)
 #pragma unroll
@@ -76,136 +114,19 @@ struct Products {
       }
   }
 
-  DUPLEX_DEVICE RowPair row_pair() const {
-    RowPair rows;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const RowTile::Row of = tile.row(16 * warp_m + lane / 4 + 8 * r);
-      rows.i[r] = of.i;
-      rows.head[r] = of.head;
-    }
-    return rows;
-  }
-
-  // The warp's products of a block, as accumulators lie: rows lane / 4 + {0, 8}, columns 8 g + 2 (lane % 4) + {0, 1}.
-  DUPLEX_DEVICE void multiply_keys(float (&x)[L::KEYS / 2], const Queries& q, int n) const {
-#pragma unroll
-    for (int n = 0; n < L::KEYS / 2; ++n) x[n] = 0;
-    constexpr int AT_ONCE = QUANTISED ? 2 : 1;  // steps that one load of matrices is for
-    const auto keys_at = Fragments<typename L::Side>::across(key_stage(n), lane);
-#pragma unroll
-    for (int step = 0; step < STEPS; step += AT_ONCE) {
-      uint32_t a[AT_ONCE][4];
-#pragma unroll
-      for (int s = 0; s < AT_ONCE; ++s) {
-        if constexpr (L::Q_STAYS) {
-          const Words4 words = queries(step + s);
-#pragma unroll
-          for (int n = 0; n < 4; ++n) a[s][n] = words.word[n];
-        } else {
-#pragma unroll
-          for (int n = 0; n < 4; ++n) a[s][n] = q[step + s][n];
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < L::KEYS / 16; ++k) {
-        uint32_t b[4];  // of 8 keys: two units; of the next 8 keys: the same
-        ptx::load_matrices(b, keys_at(warp_n * L::KEYS + 16 * k, step / AT_ONCE));
-        if constexpr (QUANTISED) {
-          uint32_t wide[4][2];
-          widen_words<T, S, 1>(b, wide);
-#pragma unroll
-          for (int s = 0; s < 2; ++s)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-              ptx::mma<T>(x + 8 * k + 4 * half, a[s], wide[2 * half + s][0], wide[2 * half + s][1]);
-        } else {
-          ptx::mma<T>(x + 8 * k, a[0], b[0], b[1]);
-          ptx::mma<T>(x + 8 * k + 4, a[0], b[2], b[3]);
-        }
-      }
-    }
-  }
-
-  // Adds weights times values. Of 16 columns, a lane's accumulators are in two runs of four: columns 2 (lane % 4) + {0,
-  // 1} of 8 each; where values are bytes, even and odd columns of all 16.
-  DUPLEX_DEVICE void multiply_values(float (&sum)[HEAD_DIM / 2], const uint32_t (&p)[L::KEYS / 16][4], int n) const {
-    constexpr int AT_ONCE = QUANTISED ? 2 : 1;
-    const auto values_at = Fragments<typename L::Side>::down(value_stage(n), lane);
-#pragma unroll
-    for (int k = 0; k < L::KEYS / 16; ++k)
-#pragma unroll
-      for (int u = 0; u < STEPS; u += AT_ONCE) {
-        uint32_t b[4];  // of 8 keys and the next 8: a unit; then the next unit
-        ptx::load_matrices_transposed(b, values_at(warp_n * L::KEYS + 16 * k, u / AT_ONCE));
-        if constexpr (QUANTISED) {
-          uint32_t wide[4][2];
-          widen_words<T, S, 2>(b, wide);
-#pragma unroll
-          for (int s = 0; s < 2; ++s)
-#pragma unroll
-            for (int odd = 0; odd < 2; ++odd)
-              ptx::mma<T>(sum + 8 * (u + s) + 4 * odd, p[k], wide[2 * s][odd], wide[2 * s + 1][odd]);
-        } else {
-          ptx::mma<T>(sum + 8 * u, p[k], b[0], b[1]);
-          ptx::mma<T>(sum + 8 * u + 4, p[k], b[2], b[3]);
-        }
-      }
-  }
-
-  // Which column accumulator n of multiply_values is.
-  DUPLEX_DEVICE int column_of_sum(int n) const {
-    const int run = n / 4 % 2, number = n % 2, quad = lane % 4;
-    return n / 8 * 16 + (QUANTISED ? 4 * quad + 2 * number + run : 8 * run + 2 * quad + number);
-  }
-
-  // Products of block t to weights of its values, whose scales are in them; scale_keys(x) and scale_values(x) multiply
-  // columns by the scales.
-  template <class K, class V>
-  DUPLEX_DEVICE void weigh(float (&x)[L::KEYS / 2], uint32_t (&p)[L::KEYS / 16][4], const RowPair& rows, int t,
-                           Softmax& softmax, float (&decay)[2], K&& scale_keys, V&& scale_values) const {
-    if (QUANTISED && c.pages.k_scales) scale_keys(x);
-    const int32_t j = tile.block_at(t) * L::BLOCK_N + warp_n * L::KEYS + 2 * (lane % 4);
-    add_terms(x, c.terms, rows, j, int32_t(piece.span.offset));
-    if (t < tile.edges()) hide(x, piece.span, rows, j);
-    softmax.next<true, true>(x, 0, decay);
-    if (QUANTISED && c.pages.v_scales) scale_values(x);
-    pack_operand<T>(x, p);
-  }
-
-  // One more block, in stage n.
-  template <class K, class V>
-  DUPLEX_DEVICE void add_block(float (&sum)[HEAD_DIM / 2], const Queries& q, const RowPair& rows, int t, int n,
-                               Softmax& softmax, K&& scale_keys, V&& scale_values) const {
-    float x[L::KEYS / 2], decay[2];
-    uint32_t p[L::KEYS / 16][4];
-    multiply_keys(x, q, n);
-    weigh(x, p, rows, t, softmax, decay, scale_keys, scale_values);
-#pragma unroll
-    for (int m = 0; m < HEAD_DIM / 2; ++m) sum[m] *= decay[row_of(m)];
-    multiply_values(sum, p, n);
-  }
-
   // Where a warp's sum of row m and a column lies, spread over banks; and its largest score and sum of weights.
   DUPLEX_DEVICE uint32_t sum_at(int warp, int m, int column) const {
-    return base + L::KV + ((warp * ROWS + m) * HEAD_DIM + (column ^ (m & 3) << 3)) * 4;
+    return base + L::KV + ((warp * ROWS + m) * HEAD_DIM + (column ^ (m >> 1 & 3) << 3)) * 4;
   }
   DUPLEX_DEVICE uint32_t state_at(int warp, int m) const { return base + L::STATE + (warp * ROWS + m) * 8; }
 
-  DUPLEX_DEVICE void put_sums(Softmax& softmax, const float (&sum)[HEAD_DIM / 2]) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      softmax.total[r] += ptx::shuffle_xor(softmax.total[r], 1);
-      softmax.total[r] += ptx::shuffle_xor(softmax.total[r], 2);
-      const int m = 16 * warp_m + lane / 4 + 8 * r;
-      if (lane % 4 == 0) {
-        ptx::shared_store(state_at(warp_n, m), softmax.largest[r]);
-        ptx::shared_store(state_at(warp_n, m) + 4, softmax.total[r]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < HEAD_DIM / 2; ++n)
-      ptx::shared_store(sum_at(warp_n, 16 * warp_m + lane / 4 + 8 * row_of(n), column_of_sum(n)), sum[n]);
+  DUPLEX_DEVICE void put_state(int warp, int m, float largest, float total) const {
+    ptx::shared_store(state_at(warp, m), largest);
+    ptx::shared_store(state_at(warp, m) + 4, total);
+  }
+  // What sums are to be multiplied by.
+  DUPLEX_DEVICE float value_unit(const ValueUnit& values) const {
+    return QUANTISED && c.pages.v_scales ? ptx::float_of(values.unit) : 1;
   }
 
   // A warp joins what the warps have of row m, each its own keys, and writes it where it belongs.

@@ -35,9 +35,14 @@ struct RowTile {
   };
   DUPLEX_DEVICE Row row(int m) const {
     const Packing& p = share.pack;
-    const int32_t i = i0 + m / p.heads, g = share.chunk * p.heads + m % p.heads;
-    return {i, share.kv_head * c.group() + (g < c.group() ? g : 0), i < i1 && m / p.heads < p.rows && g < c.group()};
+    const int32_t i = i0 + m / p.heads, g = m % p.heads;
+    const bool is_head = share.chunk * p.heads + g < c.group();
+    return {i, first_head() + (is_head ? g : 0), i < i1 && m / p.heads < p.rows && is_head};
   }
+  DUPLEX_DEVICE int32_t first_head() const { return share.kv_head * c.group() + share.chunk * share.pack.heads; }
+
+  // Rows from here on are none.
+  DUPLEX_DEVICE int rows() const { return (i1 - i0) * share.pack.heads; }
 
   // Blocks of keys from edge to inside; where bits must not depend on the rows beside, from first to last.
   DUPLEX_DEVICE int block_at(int t) const {

@@ -2,7 +2,7 @@
 // no instructions on what moves; each of these has all rows and 16 keys of a block, by mma.sync.
 #pragma once
 
-#include "cuda/paged/products.cuh"
+#include "cuda/paged/few_rows.cuh"
 #include "cuda/sm90/pages.cuh"
 
 namespace duplex::sm90 {
@@ -16,11 +16,13 @@ struct DecodeShape {
   static constexpr int BLOCKS = HEAD_DIM == 256 ? 1 : 2;  // on a multiprocessor, where registers and memory allow
   using Keys = Tile<BLOCK_N, HEAD_DIM * paged::STORED_BYTES<S> / 2>;  // two bytes a number as if they were one
   using Side = Keys;
+  static constexpr bool CONVERTS = true;            // float8 in hardware
   static constexpr bool Q_STAYS = HEAD_DIM == 256;  // queries are in registers, which the widest have none left for
   static constexpr int FITTING = 192 * 1024 / BLOCKS / (2 * Keys::BYTES), STAGES = FITTING < 6 ? FITTING : 6;
 
   static constexpr int KV = 0, Q = KV + STAGES * 2 * Keys::BYTES, STATE = Q + ROWS * HEAD_DIM * 2;
-  static constexpr int BARRIERS = STATE + WARPS * ROWS * 8, SHARED_BYTES = BARRIERS + 8 * (1 + 2 * STAGES);
+  static constexpr int UNITS = STATE + WARPS * ROWS * 8, BARRIERS = UNITS + ROWS * 4,
+                       SHARED_BYTES = BARRIERS + 8 * (1 + 2 * STAGES);
   static_assert(STAGES >= 2 && BLOCKS * (SHARED_BYTES + 1024) <= 228 * 1024);
   static_assert(WARPS * ROWS * HEAD_DIM * 4 <= STAGES * 2 * Keys::BYTES);  // in the end sums lie where keys did
 };
@@ -55,9 +57,17 @@ struct DecodeStages {
   }
 };
 
-template <class T, Storage S, class L>
-struct Decode : paged::Products<T, S, L> {
-  using Base = paged::Products<T, S, L>;
+// With twice the sums, there are no registers left for queries.
+template <class L>
+struct QueriesStay : L {
+  static constexpr bool Q_STAYS = true;
+};
+template <class T, Storage S, class L, int TILES>
+using Rows = paged::FewRows<T, S, std::conditional_t<TILES == 1, L, QueriesStay<L>>, TILES>;
+
+template <class T, Storage S, class L, int TILES>
+struct Decode : Rows<T, S, L, TILES> {
+  using Base = Rows<T, S, L, TILES>;
   using Base::QUANTISED, Base::tile, Base::c, Base::piece, Base::thread, Base::lane, Base::warp_n;
 
   const DecodeStages<L> shared;
@@ -71,10 +81,8 @@ struct Decode : paged::Products<T, S, L> {
     if (lane == 0) ptx::barrier_arrive(barrier);
   }
 
-  // Of the warp's keys in block t, how many are there, or more.
-  DUPLEX_DEVICE int live(int t) const {
-    return int(piece.span.len_k) - tile.block_at(t) * L::BLOCK_N - warp_n * L::KEYS;
-  }
+  // Of the warp's keys in a block, how many are there, or more.
+  DUPLEX_DEVICE int live(int block) const { return int(piece.span.len_k) - block * L::BLOCK_N - warp_n * L::KEYS; }
 
   // Values of the warp that are none: what lies there may be NaN.
   DUPLEX_DEVICE void clear_strangers(int live) const {
@@ -93,10 +101,11 @@ struct Decode : paged::Products<T, S, L> {
     float k, v;
   };
   using Where = paged::RowTile::Place;
-  DUPLEX_DEVICE Where where_of(int t) const {
-    if (!QUANTISED || t >= tile.keys.count() || lane % L::KEYS >= live(t)) return {-1, 0};
-    return tile.place_of(tile.block_at(t) * L::BLOCK_N + warp_n * L::KEYS + lane % L::KEYS);
+  DUPLEX_DEVICE Where where_of(int block) const {
+    if (!QUANTISED || block < 0 || lane % L::KEYS >= live(block)) return {-1, 0};
+    return tile.place_of(block * L::BLOCK_N + warp_n * L::KEYS + lane % L::KEYS);
   }
+  DUPLEX_DEVICE int block_at(int t) const { return t < tile.keys.count() ? tile.block_at(t) : -1; }
   DUPLEX_DEVICE Scales scales_at(Where at) const {
     if (!QUANTISED || at.page < 0) return {0, 0};
     const auto read = [&](const ScaleView& s) {
@@ -104,41 +113,32 @@ struct Decode : paged::Products<T, S, L> {
     };
     return {read(c.pages.k_scales), read(c.pages.v_scales)};
   }
-  DUPLEX_DEVICE void scale_columns(float (&x)[L::KEYS / 2], float scale) const {
-#pragma unroll
-    for (int n = 0; n < L::KEYS / 2; ++n)
-      if (row_of(n) == 0) {
-        const float of_key = ptx::shuffle(scale, column_of(n) + 2 * (lane % 4));
-        x[n] *= of_key;
-        x[n + 2] *= of_key;
-      }
-  }
 
   DUPLEX_DEVICE void run() {
     const int count = tile.keys.count();
-    Where at = where_of(0), next = where_of(1);
-    Scales scales = scales_at(at);
+    int block = block_at(0), next = block_at(1);  // next: after this one
+    Scales scales = scales_at(where_of(block));
+    Where where = where_of(next);
     this->put_queries();
     meet();
-    typename Base::Queries q;
-    this->load_queries(q);
-    const paged::RowPair rows = this->row_pair();
-    Softmax softmax;
-    softmax.start(nullptr, 0, 1, lane % 4);
-    float sum[L::HEAD_DIM / 2] = {};
+    typename Base::State state;
+    this->start(state);
     for (int t = 0; t < count; ++t, ++step) {
       const Scales now = scales;
-      scales = scales_at(next);
-      next = where_of(t + 2);
+      const int later = block_at(t + 2);
+      scales = scales_at(where);
+      where = where_of(later);
       ptx::barrier_wait(shared.full(step % L::STAGES), step / L::STAGES & 1);
-      clear_strangers(live(t));
+      clear_strangers(live(block));
       this->add_block(
-          sum, q, rows, t, step, softmax, [&](auto& x) { scale_columns(x, now.k); },
-          [&](auto& x) { scale_columns(x, now.v); });
+          state, t, block, step, [&](int key) { return ptx::shuffle(now.k, key); },
+          [&](int key) { return ptx::shuffle(now.v, key); });
       release(shared.empty(step % L::STAGES));
+      block = next;
+      next = later;
     }
     meet();
-    this->put_sums(softmax, sum);
+    this->put_sums(state);
     meet();
     for (int m = thread / 32; m < L::ROWS; m += L::WARPS) this->finish(m);
     ptx::fence_async_proxy();
@@ -159,7 +159,9 @@ decode_kernel(DUPLEX_PARAMETER PagedArguments a) {
       for_each_share<L>(a, [&](const paged::Share& s) { paged::clear_outside<T>(a.call, s, a.units); });
   } else {
     int step = 0;
-    for_each_paged_tile<L>(a, [&](const paged::RowTile& tile) { Decode<T, S, L>(tile, shared, step).run(); });
+    for_each_paged_tile<L>(a, [&](const paged::RowTile& tile) {
+      tile.rows() <= 8 ? Decode<T, S, L, 1>(tile, shared, step).run() : Decode<T, S, L, 2>(tile, shared, step).run();
+    });
   }
 }
 

@@ -69,21 +69,17 @@ struct PagedCompute : Pipeline<T, S> {
 
   DUPLEX_DEVICE void tile(const paged::RowTile& tile) {
     const int count = tile.keys.count();
-    paged::RowPair rows;
+    paged::Rows<paged::RowsDown> rows;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const paged::RowTile::Row of = tile.row(this->row() + 8 * r);
-      rows.i[r] = of.i;
-      rows.head[r] = of.head;
-    }
+    for (int r = 0; r < 2; ++r) rows.put(r, tile, this->row() + 8 * r);
     Softmax softmax;
     softmax.start(nullptr, 0, UNIT, quad_lane());
     float out[Base::OUT];
     if (count > 0) {
       const auto weigh = [&]<bool EDGE>(float (&x)[Base::PRODUCTS], int t, float (&decay)[2]) {
         const int32_t j = tile.block_at(t) * S::BLOCK_N + 2 * quad_lane();
-        if constexpr (TERMS) paged::add_terms(x, a.call.terms, rows, j, int32_t(tile.piece.span.offset));
-        if constexpr (EDGE) paged::hide(x, tile.piece.span, rows, j);
+        if constexpr (TERMS) paged::add_terms(x, tile, rows, j);
+        if constexpr (EDGE) paged::hide(x, tile, rows, j);
         softmax.template next<EDGE || TERMS, TERMS>(x, a.call.terms.scale * LOG2E, decay);
       };
       const auto live = [&](int t) { return int(tile.piece.span.len_k) - tile.block_at(t) * S::BLOCK_N; };

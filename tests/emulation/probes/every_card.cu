@@ -68,6 +68,21 @@ lanes(int mask, const float* x, uint32_t* out) {
   out[4 * thread + 3] = ptx::pack<T>(x[2 * thread], x[2 * thread + 1]);
 }
 
+// (128, 3): the largest x of a warp, whether one of them is odd, and a matrix of 8 x 8 transposed.
+DUPLEX_KERNEL(128) of_a_warp(const uint32_t* x, uint32_t* out) {
+  const int thread = ptx::thread_index();
+  out[3 * thread] = ptx::reduce_max(x[thread]);
+  out[3 * thread + 1] = ptx::any(x[thread] % 2 != 0);
+  out[3 * thread + 2] = ptx::transpose_matrix(x[thread]);
+}
+
+// (128, 2): products and sums of two halves each.
+DUPLEX_KERNEL(128) halves(const uint32_t* x, const uint32_t* y, uint32_t* out) {
+  const int thread = ptx::thread_index();
+  out[2 * thread] = ptx::multiply2(x[thread], y[thread]);
+  out[2 * thread + 1] = ptx::add2(x[thread], y[thread]);
+}
+
 }  // namespace duplex::probes
 
 namespace {
@@ -109,4 +124,12 @@ EXPORTED const char* probe_lanes(int bfloat16, int mask, const float* x, uint32_
     else
       launch<probes::lanes<Float16>>("", 1, 128, SHARED, nullptr, mask, x, out);
   });
+}
+
+EXPORTED const char* probe_of_a_warp(const uint32_t* x, uint32_t* out) {
+  return report([&] { launch<probes::of_a_warp>("", 1, 128, SHARED, nullptr, x, out); });
+}
+
+EXPORTED const char* probe_halves(const uint32_t* x, const uint32_t* y, uint32_t* out) {
+  return report([&] { launch<probes::halves>("", 1, 128, SHARED, nullptr, x, y, out); });
 }

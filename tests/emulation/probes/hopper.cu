@@ -90,6 +90,11 @@ reduction(const int* image, int words, float* to) {
 // Of 128 threads, who is elected.
 DUPLEX_KERNEL(128) elected(uint32_t* out) { out[ptx::thread_index()] = ptx::elect(); }
 
+// Pairs of bytes.
+DUPLEX_KERNEL(128) float8_pairs(const uint16_t* x, int count, uint32_t* out) {
+  for (int n = ptx::thread_index(); n < count; n += 128) out[n] = ptx::float8_pair(x[n]);
+}
+
 }  // namespace duplex::probes
 
 namespace {
@@ -145,4 +150,8 @@ EXPORTED const char* probe_reduction(const int* image, int words, float* to) {
 
 EXPORTED const char* probe_elected(uint32_t* out) {
   return report([&] { launch<probes::elected>("", 1, 128, SHARED, nullptr, out); });
+}
+
+EXPORTED const char* probe_float8_pairs(const uint16_t* x, int count, uint32_t* out) {
+  return report([&] { launch<probes::float8_pairs>("", 1, 128, SHARED, nullptr, x, count, out); });
 }

@@ -64,6 +64,21 @@ inline float shuffle_xor(float x, int mask) {
   return x;
 }
 
+inline uint32_t reduce_max(uint32_t x) {
+  block->meet("redux.max", 0, x, [](auto&& of) {
+    for (int lane = 0; lane < 32; ++lane) of(0) = of(lane) > of(0) ? of(lane) : of(0);
+    for (int lane = 1; lane < 32; ++lane) of(lane) = of(0);
+  });
+  return x;
+}
+inline bool any(bool x) {
+  block->meet("vote.any", 0, x, [](auto&& of) {
+    for (int lane = 0; lane < 32; ++lane) of(0) |= of(lane);
+    for (int lane = 1; lane < 32; ++lane) of(lane) = of(0);
+  });
+  return x;
+}
+
 inline void shared_store(uint32_t address, int x) { block->store(address, &x, 4); }
 inline int shared_load(uint32_t address) {
   int x;
@@ -181,12 +196,25 @@ uint32_t pack(float low, float high) {
   return uint32_t(round_to<T>(low)) | uint32_t(round_to<T>(high)) << 16;
 }
 
-template <class T>
-uint32_t multiply2(uint32_t x, uint32_t y) {
-  const auto wide = [](uint32_t half) {
-    return T::BITS == BFLOAT16_BITS ? float_of(half << 16) : half_to_float(uint16_t(half));
+template <class F>
+uint32_t of_halves(uint32_t x, uint32_t y, F&& f) {
+  const auto half = [](uint32_t bits) { return half_to_float(uint16_t(bits)); };
+  return pack<Float16>(f(half(x), half(y)), f(half(x >> 16), half(y >> 16)));
+}
+inline uint32_t multiply2(uint32_t x, uint32_t y) {
+  return of_halves(x, y, [](float a, float b) { return a * b; });
+}
+inline uint32_t add2(uint32_t x, uint32_t y) {
+  return of_halves(x, y, [](float a, float b) { return a + b; });
+}
+inline uint32_t float8_pair(uint16_t x) {
+  const auto widen = [](int bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    if ((bits & 0x7F) == 0x7F) return float(NAN);
+    const float size = std::ldexp(float(exponent == 0 ? mantissa : 8 + mantissa), (exponent == 0 ? 1 : exponent) - 10);
+    return bits & 0x80 ? -size : size;
   };
-  return pack<T>(wide(x & 0xFFFF) * wide(y & 0xFFFF), wide(x >> 16) * wide(y >> 16));
+  return pack<Float16>(widen(x & 0xFF), widen(x >> 8));
 }
 
 template <class T>
@@ -196,6 +224,16 @@ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 inline void load_matrices(uint32_t (&x)[4], uint32_t row) { block->load_matrices(x, row, false); }
 inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t row) { block->load_matrices(x, row, true); }
 inline void store_matrices(uint32_t row, const uint32_t (&x)[4]) { block->store_matrices(row, x); }
+inline uint32_t transpose_matrix(uint32_t x) {
+  block->meet("movmatrix", 0, x, [](auto&& of) {
+    uint16_t matrix[8][8];
+    for (int lane = 0; lane < 32; ++lane)
+      for (int half = 0; half < 2; ++half) matrix[lane / 4][2 * (lane % 4) + half] = uint16_t(of(lane) >> 16 * half);
+    for (int lane = 0; lane < 32; ++lane)
+      of(lane) = matrix[2 * (lane % 4)][lane / 4] | uint32_t(matrix[2 * (lane % 4) + 1][lane / 4]) << 16;
+  });
+  return x;
+}
 template <int UNIT>
 void copy_async(uint32_t to, const void* from, int bytes) {
   block->copy_async(to, from, UNIT, bytes);
