@@ -54,7 +54,7 @@ DUPLEX_DEVICE void store_matrices(uint32_t row, const uint32_t (&x)[4]) {
 // A matrix of 8 x 8, in registers as load_matrices leaves it, transposed.
 DUPLEX_DEVICE uint32_t transpose_matrix(uint32_t x) {
   uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
 

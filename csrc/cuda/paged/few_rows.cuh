@@ -77,10 +77,10 @@ struct FewRows : Products<T, S, L> {
     }
   }
 
-  // Accumulators: keys lane / 4 + {0, 8}, rows 2 (lane % 4) + {0, 1} of each 8.
+  // Accumulators: keys lane / 4 + {0, 8}, rows 2 (lane % 4) + {0, 1} of each 8. Two products are always under way.
   DUPLEX_DEVICE void multiply_keys(float (&x)[COUNT], const Queries& q, int n) const {
-#pragma unroll
-    for (int n = 0; n < COUNT; ++n) x[n] = 0;
+    constexpr int CHAINS = 2 / TILES;
+    float sum[CHAINS][COUNT] = {};
     const auto keys_at = sm80::Fragments<typename L::Side>::across(this->key_stage(n), lane);
 #pragma unroll
     for (int step = 0; step < STEPS; step += AT_ONCE) {
@@ -89,12 +89,14 @@ struct FewRows : Products<T, S, L> {
       if constexpr (QUANTISED) {
         uint32_t wide[4][2];
         widen_words<S, L::CONVERTS, 1>(a, wide);
-        multiply(x, {wide[0][0], wide[2][0], wide[0][1], wide[2][1]}, q, step);
-        multiply(x, {wide[1][0], wide[3][0], wide[1][1], wide[3][1]}, q, step + 1);
+        multiply(sum[0], {wide[0][0], wide[2][0], wide[0][1], wide[2][1]}, q, step);
+        multiply(sum[CHAINS - 1], {wide[1][0], wide[3][0], wide[1][1], wide[3][1]}, q, step + 1);
       } else {
-        multiply(x, {a[0], a[2], a[1], a[3]}, q, step);
+        multiply(sum[step % CHAINS], {a[0], a[2], a[1], a[3]}, q, step);
       }
     }
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) x[n] = TILES == 1 ? sum[0][n] + sum[CHAINS - 1][n] : sum[0][n];
   }
   DUPLEX_DEVICE void multiply(float (&x)[COUNT], const uint32_t (&keys)[4], const Queries& q, int step) const {
     uint32_t b[4];  // of rows: the first 8, the next 8; in the second half of the step: the same
