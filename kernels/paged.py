@@ -210,6 +210,12 @@ def attend(
     """
     rows = q.data + ((s.row_q + i0 + r).to(tl.int64) * q.row + h.to(tl.int64) * q.head)[:, None]
     tile_q = load_rotated(rows, live, position, rope, HEAD_DIM, BLOCK_D, PAIRS, INTERLEAVED)
+    # float8 is multiplied as float16, which holds all of it; what it meets is kept in range by powers of two.
+    NARROW: tl.constexpr = FLOAT8 != "" and tile_q.dtype != tl.float32
+    if NARROW:
+        unit_q = power_of_two(tl.max(tl.abs(tile_q.to(tl.float32)), 1))[:, None]
+        tile_q = (tile_q.to(tl.float32) * inverse(unit_q)).to(tl.float16)
+    unit_v = power_of_two(0.0)  # of scales so far
     i, head = (i0 + r)[:, None], h[:, None]
     FINITE: tl.constexpr = terms.bias is None and terms.keep is None
     UNIT: tl.constexpr = LN2 if PLAIN else 1.0  # of `largest` and of sums in the exponent
@@ -229,18 +235,41 @@ def attend(
                 k_pages, kv_head, page, slot, inside, BLOCK_D, HEAD_DIM, not EDGE, FLOAT8, tile_q.dtype
             )
             products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            if NARROW:
+                products *= unit_q
             if k_pages.scales is not None:
                 products *= load_scales(k_pages, kv_head, page, slot, inside, not EDGE)[None, :]
             nearest, furthest = j0 - (i1 - 1 + s.offset), j0 + BLOCK_N - 1 - (i0 + s.offset)
             x, _ = scores(products, terms, s, b, head, i, j[None, :], nearest, furthest, (0, first), PLAIN, EDGE)
             p, largest, total, decay = softmax_step(x, largest, total, terms, PLAIN, EDGE or not FINITE)
             if v_pages.scales is not None:
-                p *= load_scales(v_pages, kv_head, page, slot, inside, not EDGE)[None, :]
+                worth = load_scales(v_pages, kv_head, page, slot, inside, not EDGE)
+                if NARROW:
+                    unit = tl.maximum(unit_v, power_of_two(tl.max(tl.abs(worth), 0)))
+                    decay *= unit_v * inverse(unit)
+                    worth *= inverse(unit)
+                    unit_v = unit
+                p *= worth[None, :]
             tile_v = load_stored(
                 v_pages, kv_head, page, slot, inside, BLOCK_DV, HEAD_DIM_V, not EDGE, FLOAT8, tile_q.dtype
             )
             acc = dot(p.to(tile_v.dtype), tile_v, acc * decay[:, None])
+    if NARROW and v_pages.scales is not None:
+        acc *= unit_v
     return acc, total, largest * UNIT
+
+
+@triton.jit
+def power_of_two(x):
+    """The one at or below x, which is not negative, within [2^-126, 2^126]."""
+    bits = tl.cast(x, tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse(power):
+    """Of such a power of two, exactly."""
+    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

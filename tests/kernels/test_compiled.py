@@ -49,6 +49,7 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
             few_rows = row["kernel"] == "paged" and row["call"] in ("plain", "float8")  # less than a wgmma has
             assert row["mma" if few_rows else TENSOR_CORES[base]] > 0, what
         assert (row["bulk"] > 0) == row["descriptors"], what
+        assert row["slow"] == 0, what
     compiled = {tuple(row[name] for name in ("kernel", "bits", "head_dim")) for row in rows}
     names = {"forward", "dq", "dkdv", "dbias", "diagonals", "table", "delta", "dsink", "merge"}
     names |= {"paged", "parts", "append", "copy"}
