@@ -118,7 +118,7 @@ struct Attend : Tiled {
     this->put_queries();
     ptx::block_sync();
     typename Base::State state;
-    this->start(state);
+    start(*this, state);
     for (int t = 0; t < count; ++t) {
       ptx::copy_wait<L::STAGES - 2>();
       ptx::block_sync();
@@ -126,8 +126,8 @@ struct Attend : Tiled {
       put_place(t + L::STAGES, next);
       placed = next;
       next = where_of(t + L::STAGES + 1);
-      this->add_block(
-          state, t, tile.block_at(t), t, [&](int key) { return scale_of(key, scales(t)); },
+      add_block(
+          *this, state, t, tile.block_at(t), t, [&](int key) { return scale_of(key, scales(t)); },
           [&](int key) { return scale_of(key, scales(t) + 4 * L::BLOCK_N); });
     }
     ptx::copy_wait<0>();

@@ -11,7 +11,7 @@ template <class Layout>
 struct ColumnSoftmax {
   float largest[Layout::ROWS], total[Layout::ROWS];  // total: of this lane's keys alone
 
-  DUPLEX_DEVICE void start() {
+  DUPLEX_DEVICE ColumnSoftmax() {
 #pragma unroll
     for (int r = 0; r < Layout::ROWS; ++r) {
       largest[r] = -INFINITY;
@@ -66,17 +66,8 @@ struct FewRows : Products<T, S, L> {
     ValueUnit values;
     float sum[STEPS][COUNT] = {};
   };
+  DUPLEX_DEVICE int first_key() const { return 16 * warp_n + lane / 4; }  // of the lane's in a block
   DUPLEX_DEVICE static int row(int lane, int r) { return r / 2 * 8 + 2 * (lane % 4) + r % 2; }
-  DUPLEX_DEVICE void start(State& s) const {
-    this->load_queries(s.q);
-    s.softmax.start();
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      s.rows.put(r, tile, row(lane, r));
-      if constexpr (QUANTISED) s.units.put(r, this->query_unit(row(lane, r)));
-    }
-  }
-
   // Accumulators: keys lane / 4 + {0, 8}, rows 2 (lane % 4) + {0, 1} of each 8. Two products are always under way.
   DUPLEX_DEVICE void multiply_keys(float (&x)[COUNT], const Queries& q, int n) const {
     constexpr int CHAINS = 2 / TILES;
@@ -139,28 +130,9 @@ struct FewRows : Products<T, S, L> {
     return size[0] > size[1] ? size[0] : size[1];
   }
 
-  // One more block of keys, the t-th of the tile's, in stage n. key_scale(k) and value_scale(k) are what the warp's key
-  // k and its value are worth.
-  template <class K, class V>
-  DUPLEX_DEVICE void add_block(State& s, int t, int block, int n, K&& key_scale, V&& value_scale) const {
-    float x[COUNT], decay[ROWS];
-    multiply_keys(x, s.q, n);
-    if constexpr (QUANTISED) {
-      if (c.pages.k_scales) scale_keys(x, key_scale);
-#pragma unroll
-      for (int n = 0; n < COUNT; ++n) x[n] *= s.units.of(Layout::row(n));
-    }
-    const int32_t j = block * L::BLOCK_N + 16 * warp_n + lane / 4;
-    add_terms(x, tile, s.rows, j);
-    if (t < tile.edges()) hide(x, tile, s.rows, j);
-    s.softmax.next(x, decay);
-    if (QUANTISED && c.pages.v_scales) {
-      const float grow = s.values.grow(scale_keys(x, value_scale)), shrunk = inverse(s.values.unit);
-#pragma unroll
-      for (int n = 0; n < COUNT; ++n) x[n] *= shrunk;
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) decay[r] *= grow;
-    }
+  DUPLEX_DEVICE static void weigh(State& s, float (&x)[COUNT], float (&decay)[ROWS]) { s.softmax.next(x, decay); }
+
+  DUPLEX_DEVICE void add_values(State& s, const float (&x)[COUNT], const float (&decay)[ROWS], int n) const {
     uint32_t p[TILES][2];
 #pragma unroll
     for (int n = 0; n < 2 * TILES; ++n)

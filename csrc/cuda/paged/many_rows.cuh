@@ -13,28 +13,20 @@ struct ManyRows : Products<T, S, L> {
   using Base::QUANTISED, Base::HEAD_DIM, Base::STEPS, Base::AT_ONCE, Base::tile, Base::c, Base::piece, Base::lane,
       Base::warp_m;
   using typename Base::Factor, typename Base::Queries;
-  static constexpr int COUNT = L::KEYS / 2;
+  using Layout = RowsDown;
+  static constexpr int COUNT = L::KEYS / 2;  // of a lane's numbers of a block
   static_assert(L::WARPS_N == 1);
 
   struct State {
     Queries q;
-    Rows<RowsDown> rows;
+    Rows<Layout> rows;
     RowUnits units;
-    Softmax softmax;
+    Softmax softmax{{-INFINITY, -INFINITY}, {0, 0}};
     ValueUnit values;
     float sum[HEAD_DIM / 2] = {};
   };
+  DUPLEX_DEVICE int first_key() const { return 2 * (lane % 4); }  // of the lane's in a block
   DUPLEX_DEVICE int row(int lane, int r) const { return 16 * warp_m + lane / 4 + 8 * r; }
-  DUPLEX_DEVICE void start(State& s) const {
-    this->load_queries(s.q);
-    s.softmax.start(nullptr, 0, 1, lane % 4);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      s.rows.put(r, tile, row(lane, r));
-      if constexpr (QUANTISED) s.units.put(r, this->query_unit(row(lane, r)));
-    }
-  }
-
   // Accumulators: rows lane / 4 + {0, 8}, columns 8 g + 2 (lane % 4) + {0, 1}.
   DUPLEX_DEVICE void multiply_keys(float (&x)[COUNT], const Queries& q, int n) const {
 #pragma unroll
@@ -98,7 +90,7 @@ struct ManyRows : Products<T, S, L> {
 
   // x[n] times f(key) of its column; and the largest of these, as its bits.
   template <class F>
-  DUPLEX_DEVICE uint32_t scale_columns(float (&x)[COUNT], F&& f) const {
+  DUPLEX_DEVICE uint32_t scale_keys(float (&x)[COUNT], F&& f) const {
     uint32_t largest = 0;
 #pragma unroll
     for (int n = 0; n < COUNT; ++n)
@@ -111,29 +103,12 @@ struct ManyRows : Products<T, S, L> {
     return largest;
   }
 
-  // One more block of keys, the t-th of the tile's, in stage n. key_scale(k) and value_scale(k) are what the warp's key
-  // k and its value are worth.
-  template <class K, class V>
-  DUPLEX_DEVICE void add_block(State& s, int t, int block, int n, K&& key_scale, V&& value_scale) const {
-    float x[COUNT], decay[2];
-    uint32_t p[L::KEYS / 16][4];
-    multiply_keys(x, s.q, n);
-    if constexpr (QUANTISED) {
-      if (c.pages.k_scales) scale_columns(x, key_scale);
-#pragma unroll
-      for (int n = 0; n < COUNT; ++n) x[n] *= s.units.of(row_of(n));
-    }
-    const int32_t j = block * L::BLOCK_N + 2 * (lane % 4);
-    add_terms(x, tile, s.rows, j);
-    if (t < tile.edges()) hide(x, tile, s.rows, j);
+  DUPLEX_DEVICE static void weigh(State& s, float (&x)[COUNT], float (&decay)[2]) {
     s.softmax.template next<true, true>(x, 0, decay);
-    if (QUANTISED && c.pages.v_scales) {
-      const float grow = s.values.grow(scale_columns(x, value_scale)), shrunk = inverse(s.values.unit);
-#pragma unroll
-      for (int n = 0; n < COUNT; ++n) x[n] *= shrunk;
-      decay[0] *= grow;
-      decay[1] *= grow;
-    }
+  }
+
+  DUPLEX_DEVICE void add_values(State& s, const float (&x)[COUNT], const float (&decay)[2], int n) const {
+    uint32_t p[L::KEYS / 16][4];
     pack_operand<Factor>(x, p);
 #pragma unroll
     for (int m = 0; m < HEAD_DIM / 2; ++m) s.sum[m] *= decay[row_of(m)];

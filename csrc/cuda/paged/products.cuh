@@ -18,7 +18,7 @@ namespace duplex::paged {
 template <class T, Storage S, class L>
 struct Products {
   static constexpr bool QUANTISED = S != Storage::AS_QUERIES;
-  static constexpr int HEAD_DIM = L::HEAD_DIM, ROWS = L::ROWS;
+  static constexpr int HEAD_DIM = L::HEAD_DIM, ROWS = L::ROWS, BLOCK_N = L::BLOCK_N;
   static constexpr int STEPS = HEAD_DIM / 16;                // of products over head_dim, and 16 columns of values each
   static constexpr int AT_ONCE = QUANTISED ? 2 : 1;          // steps that one load of matrices is for
   using Factor = std::conditional_t<QUANTISED, Float16, T>;  // type of what is multiplied
@@ -166,5 +166,45 @@ struct Products {
     if (lane == 0) c.lse[int64_t(r.head) * c.batch.rows_q + row] = whole;
   }
 };
+
+// What follows is alike for both ways W that products lie: W::State is what a lane keeps from block to block.
+
+template <class W>
+DUPLEX_DEVICE void start(const W& w, typename W::State& s) {
+  w.load_queries(s.q);
+#pragma unroll
+  for (int r = 0; r < W::Layout::ROWS; ++r) {
+    const int m = w.row(w.lane, r);
+    s.rows.put(r, w.tile, m);
+    if constexpr (W::QUANTISED) s.units.put(r, w.query_unit(m));
+  }
+}
+
+// One more block of keys, the t-th of the tile's, in stage n. key_scale(k) and value_scale(k) are what the warp's key k
+// and its value are worth.
+template <class W, class K, class V>
+DUPLEX_DEVICE void add_block(const W& w, typename W::State& s, int t, int block, int n, K&& key_scale,
+                             V&& value_scale) {
+  using Layout = typename W::Layout;
+  float x[W::COUNT], decay[Layout::ROWS];
+  w.multiply_keys(x, s.q, n);
+  if constexpr (W::QUANTISED) {
+    if (w.c.pages.k_scales) w.scale_keys(x, key_scale);
+#pragma unroll
+    for (int n = 0; n < W::COUNT; ++n) x[n] *= s.units.of(Layout::row(n));
+  }
+  const int32_t j = block * W::BLOCK_N + w.first_key();
+  add_terms(x, w.tile, s.rows, j);
+  if (t < w.tile.edges()) hide(x, w.tile, s.rows, j);
+  w.weigh(s, x, decay);
+  if (W::QUANTISED && w.c.pages.v_scales) {
+    const float grow = s.values.grow(w.scale_keys(x, value_scale)), shrunk = inverse(s.values.unit);
+#pragma unroll
+    for (int n = 0; n < W::COUNT; ++n) x[n] *= shrunk;
+#pragma unroll
+    for (int r = 0; r < Layout::ROWS; ++r) decay[r] *= grow;
+  }
+  w.add_values(s, x, decay, n);
+}
 
 }  // namespace duplex::paged

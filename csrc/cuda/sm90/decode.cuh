@@ -122,7 +122,7 @@ struct Decode : Rows<T, S, L, TILES> {
     this->put_queries();
     meet();
     typename Base::State state;
-    this->start(state);
+    paged::start(*this, state);
     for (int t = 0; t < count; ++t, ++step) {
       const Scales now = scales;
       const int later = block_at(t + 2);
@@ -130,8 +130,8 @@ struct Decode : Rows<T, S, L, TILES> {
       where = where_of(later);
       ptx::barrier_wait(shared.full(step % L::STAGES), step / L::STAGES & 1);
       clear_strangers(live(block));
-      this->add_block(
-          state, t, block, step, [&](int key) { return ptx::shuffle(now.k, key); },
+      paged::add_block(
+          *this, state, t, block, step, [&](int key) { return ptx::shuffle(now.k, key); },
           [&](int key) { return ptx::shuffle(now.v, key); });
       release(shared.empty(step % L::STAGES));
       block = next;
