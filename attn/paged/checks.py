@@ -112,6 +112,11 @@ def check_copy(
     check_per_sequence("dst", dst, src.shape[0], k_pages.device, "n")
 
 
+def on_host(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As the operators that make and check a plan read them."""
+    return [None if x is None else x.cpu().contiguous() for x in tensors]
+
+
 def check_attention_contents(call: PagedCall) -> None:
     """What lengths and tables hold; reads them."""
     lengths = call.seqlens_k
@@ -120,10 +125,7 @@ def check_attention_contents(call: PagedCall) -> None:
         _check_cu("cu_seqlens_q", call.cu_seqlens_q, call.q.shape[0], call.max_seqlen_q)
     _check_pages_named(call.block_table, lengths, call.k_pages)
     if call.plan is not None and hasattr(torch.ops.duplex_attn_cpu, "check_plan"):
-        host = [
-            None if x is None else x.cpu().contiguous()
-            for x in (call.plan, call.block_table, lengths, call.cu_seqlens_q, call.prefix)
-        ]
+        host = on_host(call.plan, call.block_table, lengths, call.cu_seqlens_q, call.prefix)
         torch.ops.duplex_attn_cpu.check_plan(
             *host, call.k_pages.shape[1], call.left, call.right, call.top_left, call.batch_invariant
         )

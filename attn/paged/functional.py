@@ -11,6 +11,7 @@ from ..backends import BACKENDS, Workers
 from ..checks import wrong_type, wrong_value
 from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, run_operator, table
 from ..mask import Mask, causal
+from .checks import on_host
 from .ops import copy_pages as _copy
 from .ops import paged_append as _append
 from .ops import paged_attention as _operator
@@ -111,7 +112,7 @@ def plan(
         return None
     if not isinstance(prefix, Tensor):
         prefix = prefix_tensor(prefix, block_table.shape[0], seqlens_k) if prefix else None
-    lengths = [None if x is None else x.cpu().contiguous() for x in (seqlens_k, cu_seqlens_q, prefix)]
+    lengths = on_host(seqlens_k, cu_seqlens_q, prefix)
     return torch.ops.duplex_attn_cpu.plan(
         block_table, *lengths, page_size, left, right, top_left, batch_invariant, *(workers or (0, 0))
     )

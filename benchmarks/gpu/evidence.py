@@ -53,8 +53,9 @@ def class_of(w: Workload) -> str | None:
 
 
 def failing(results: Results) -> list[str]:
-    """Backends of which a test failed, told by the lane in the test's name, or which gave a workload wrong numbers. On a card,
-    what else is tested on emulated ones are the CUDA kernels too; that they rest on its primitives tells nothing of the kernels.
+    """Backends of which a test failed, told by the lane in the test's name, or which gave a workload wrong numbers.
+
+    What ran on a card in tests/emulation are the CUDA kernels, save in the tests of primitives alone.
     """
     test = results["stages"].get("test", {})
     failed = [one["test"] for one in (*test.get("failures", ()), *test.get("others", {}).get("failures", ()))]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..lanes import Lane
 from .devices import load, sized
 
-SECONDS = 15  # within which the thousand end, or fewer do where other processes have the card too
+SECONDS = 15  # within which the thousand end; where other processes have the card too, fewer, and the test says so
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -37,11 +37,13 @@ def test_the_same_bits_in_every_repeat(card: Lane, what: str, dtype: torch.dtype
     first = [x.clone() for x in step()]
     different = torch.zeros((), dtype=torch.int64, device=card.device)  # counted there: no repeat waits for the host
     end = time.monotonic() + SECONDS
+    wanted, done = sized(card, 1000, 1 if card.slow else 20), 0
     with load(card):
-        for n in range(sized(card, 1000, 1 if card.slow else 20)):
-            if n and time.monotonic() > end:
-                break
+        while done < wanted and (done == 0 or time.monotonic() < end):
+            done += 1
             for before, now in zip(first, step(), strict=True):
                 different += (before != now).sum()
     assert all(x.isfinite().all() for x in first)
     assert int(different) == 0
+    if done < wanted:
+        pytest.skip(f"{done} of {wanted} repeats in {SECONDS} s, all with the same bits")

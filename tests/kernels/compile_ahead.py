@@ -211,7 +211,7 @@ def report(job: tuple[str, str, int, int, int]) -> dict:
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
         "bulk": ptx.count("cp.async.bulk.tensor"),
-        "slow": len(re.findall(r"cvt\.(?:rn\.)?bf16\.f16", ptx)),  # a number each, at an eighth of the rate
+        "slow": len(re.findall(r"cvt\.(?:rn\.)?bf16\.f16", ptx)),  # of one number each
         "descriptors": any(hasattr(x, "block_shape") for x in launch.arguments),
         "products": "HEAD_DIM_V" in launch.constants and "BLOCK_D" in launch.constants,
         "seconds": round(seconds, 1),

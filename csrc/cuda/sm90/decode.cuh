@@ -63,11 +63,11 @@ struct QueriesStay : L {
   static constexpr bool Q_STAYS = true;
 };
 template <class T, Storage S, class L, int TILES>
-using Rows = paged::FewRows<T, S, std::conditional_t<TILES == 1, L, QueriesStay<L>>, TILES>;
+using DecodeRows = paged::FewRows<T, S, std::conditional_t<TILES == 1, L, QueriesStay<L>>, TILES>;
 
 template <class T, Storage S, class L, int TILES>
-struct Decode : Rows<T, S, L, TILES> {
-  using Base = Rows<T, S, L, TILES>;
+struct Decode : DecodeRows<T, S, L, TILES> {
+  using Base = DecodeRows<T, S, L, TILES>;
   using Base::QUANTISED, Base::tile, Base::c, Base::piece, Base::thread, Base::lane, Base::warp_n;
 
   const DecodeStages<L> shared;
