@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,11 @@ X86_ISAS = {
     "avx512": ["-march=skylake-avx512", "-mprefer-vector-width=512"],
     "avx512_bf16": ["-march=cooperlake", "-mprefer-vector-width=512"],
 }
-ISAS = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
+# Where products go to the matrix unit: only bfloat16, so only these sources.
+MATRIX_ISAS = {isa: [*X86_ISAS["avx512_bf16"], "-DDUPLEX_MATRIX_UNIT"] for isa in ("amx", "amx_emulated")}
+MATRIX_SOURCES = ("forward.cpp", "backward.cpp")
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISAS = X86_ISAS | (MATRIX_ISAS if sys.platform == "linux" else {}) if IS_X86 else {"portable": []}
 KERNEL_SOURCES = sorted((CPU / "kernels").glob("*.cpp"))
 HOST_SOURCES = sorted(CPU.glob("*.cpp"))
 
@@ -109,6 +114,7 @@ def cpu_jobs(torch: Path) -> list[Job]:
         Job(s, isa, [*flags, *march, f"-DDUPLEX_ISA={isa}", f"-DDUPLEX_ISA_{isa.upper()}"])
         for s in KERNEL_SOURCES
         for isa, march in ISAS.items()
+        if isa not in MATRIX_ISAS or s.name in MATRIX_SOURCES
     ]
     return kernels + [Job(s, "host", flags + [f"-DDUPLEX_HAVE_{isa.upper()}" for isa in ISAS]) for s in HOST_SOURCES]
 

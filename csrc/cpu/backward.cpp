@@ -103,7 +103,7 @@ GradientTensors attention_backward(Tensor dout, OptionalTensor dlse, Tensor out,
   const CallArguments call DUPLEX_CALL_ARGUMENTS;
   const auto wanted = [&](int n) { return (output_mask >> n & 1) != 0; };
   const Problem p = problem_of(call, out, lse);
-  const Isa& isa = current_isa();
+  const Isa& isa = isa_for(p.dtype);
   const bool padded = has_padding(p, call), keys = wanted(1) || wanted(2), queries = wanted(0);
   if (!last_is_contiguous(dout)) dout = torch::stable::contiguous(dout);
   if (dlse) dlse = torch::stable::contiguous(*dlse);

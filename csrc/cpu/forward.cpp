@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   Tensor lse = packed ? new_float({heads, q.size(0)}) : new_float({q.size(0), heads, q.size(1)});
   if (heads == 0) return {std::move(out), std::move(lse)};
   const Problem p = problem_of(call, out, lse);
-  const Isa& isa = current_isa();
+  const Isa& isa = isa_for(p.dtype);
   const ForwardKernel& kernel = *isa.forward;
   clear_padding(p, packed ? q.size(0) : q.size(1));
   if (is_decoding(p, call, *isa.decode)) {

@@ -18,6 +18,7 @@ struct Isa {
   const DecodeKernel* decode;
   const PartsKernel* parts;
   const AppendKernel* append;
+  const Isa* others = nullptr;  // for dtypes other than bfloat16; null: itself
 };
 
 // Those this CPU can run, narrowest first.
@@ -25,5 +26,8 @@ std::vector<std::string> supported_isas();
 
 // Reads DUPLEX_ATTN_ISA at every call. Throws std::invalid_argument for a name that is unknown or cannot run here.
 const Isa& current_isa();
+
+// That, or what it leaves tensors of this dtype to.
+const Isa& isa_for(DType dtype);
 
 }  // namespace duplex

@@ -181,7 +181,7 @@ Tensor rotated(const Tensor& q, const PlanBatch& batch, const Rope& rope, const 
 void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   if (row_distance_bias || col_distance_bias)
     throw std::invalid_argument("row_distance_bias, col_distance_bias: not in the CPU kernels");
-  const Isa& isa = current_isa();
+  const Isa& isa = isa_for(dtype_of(q));
   block_table = table_of(block_table);
   const PlanBatch batch =
       plan_batch(block_table, seqlens_k, cu_seqlens_q, prefix, k_pages.size(1), left, right, top_left);

@@ -23,7 +23,8 @@ struct Scratch {
   Carver carver;
   Widths<P> w;
   unit *keys, *key_pairs, *values;         // [BLOCK][units], [BLOCK / STEP][floats], [BLOCK][units_v]
-  float *dk, *dv, *dq;                     // [BLOCK][floats], [BLOCK][floats_v], [TILE][floats]
+  unit* key_pairs_t;                       // [floats][BLOCK / STEP], for the matrix unit
+  float *dk, *dv, *dq, *dq_t;              // [BLOCK][floats], [BLOCK][floats_v], [TILE][floats], [floats][TILE]
   unit *weights, *dscores, *dscore_pairs;  // of the products: [KEYS][TILE / STEP] twice, [KEYS / STEP][TILE]
   float* diagonals;
   QueryTile<P> queries;
@@ -35,9 +36,11 @@ struct Scratch {
         keys(carver.take<unit>(BLOCK * w.units)),
         key_pairs(carver.take<unit>(BLOCK / P::STEP * w.floats)),
         values(carver.take<unit>(BLOCK * w.units_v)),
+        key_pairs_t(carver.take<unit>(P::MATRIX ? BLOCK / P::STEP * w.floats : 0)),
         dk(carver.take<float>(BLOCK * w.floats)),
         dv(carver.take<float>(BLOCK * w.floats_v)),
         dq(carver.take<float>(TILE * w.floats)),
+        dq_t(carver.take<float>(P::MATRIX ? TILE * w.floats : 0)),
         weights(carver.take<unit>(KEYS * TILE / P::STEP)),
         dscores(carver.take<unit>(KEYS * TILE / P::STEP)),
         dscore_pairs(carver.take<unit>(KEYS * TILE / P::STEP)),
@@ -110,6 +113,9 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
   Pack<P>::rows(s.keys, w.units, k, p.k.row, count, padded, int(d));
   Pack<P>::rows(s.values, w.units_v, v, p.v.row, count, padded, int(dv));
   if (task.queries) Pack<P>::pairs(s.key_pairs, w.floats, k, p.k.row, count, padded, int(d));
+  if constexpr (P::MATRIX)
+    if (task.queries)
+      transpose_units(s.key_pairs_t, BLOCK / P::STEP, s.key_pairs, w.floats, padded / P::STEP, w.floats);
   if (task.keys) {
     memset(s.dk, 0, padded * w.floats * sizeof(float));
     memset(s.dv, 0, padded * w.floats_v * sizeof(float));
@@ -123,7 +129,7 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
       bool first = true;
       for (int at = 0; at < count; at += KEYS) {
         const TileRange t{i0, begin + at, rows, int(clamp(count - at, 0, KEYS))};
-        const int keys = int(round_up(t.keys, ROWS));
+        const int keys = int(round_up(t.keys, P::ROW_STEP));
         Cover cover = seq.span.cover(i0, i0 + rows, t.j0, t.j0 + t.keys);
         if (cover == Cover::NONE) continue;
         if (keys > t.keys) cover = Cover::SOME;
@@ -144,17 +150,21 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
                                  s.dk + at * w.floats, w.floats);
         }
         if (task.queries) {
-          const unit* pairs = s.key_pairs + at / P::STEP * w.floats;
-          if (first)
-            product<P, Start::ZERO>(t.lanes(), w.floats / LANES, keys / P::STEP, dscore_pairs, 1, TILE, pairs, w.floats,
-                                    s.dq, w.floats);
-          else
-            product<P, Start::ADD>(t.lanes(), w.floats / LANES, keys / P::STEP, dscore_pairs, 1, TILE, pairs, w.floats,
-                                   s.dq, w.floats);
+          const auto add = [&]<Start START> {
+            if constexpr (P::MATRIX)  // dq^T: its pairs of keys lie side by side only in the keys' transpose
+              product<P, START>(w.floats, t.vectors(), keys / P::STEP, s.key_pairs_t + at / P::STEP, BLOCK / P::STEP, 1,
+                                dscore_pairs, TILE, s.dq_t, TILE);
+            else
+              product<P, START>(t.lanes(), w.floats / LANES, keys / P::STEP, dscore_pairs, 1, TILE,
+                                s.key_pairs + at / P::STEP * w.floats, w.floats, s.dq, w.floats);
+          };
+          first ? add.template operator()<Start::ZERO>() : add.template operator()<Start::ADD>();
         }
         first = false;
       }
       if (task.queries && !first) {
+        if constexpr (P::MATRIX)
+          transpose_units((uint32_t*)s.dq, w.floats, (const uint32_t*)s.dq_t, TILE, w.floats, s.queries.lanes());
         if (g.dq_sum)
           add_rows(g.dq_sum + (x * (task.row_end - task.row_begin) + i0 - task.row_begin) * d, d, s.dq, w.floats, rows,
                    int(d));
@@ -171,6 +181,7 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
 
 template <class P, class E>
 void backward_task(const Problem& p, const Gradients& given, const BackwardTask& task, void* memory) {
+  [[maybe_unused]] const typename P::Hold hold;
   Scratch<P> s(p, memory);
   const Sequence seq = sequence(p, task.b);
   const int64_t rows = task.row_end - task.row_begin, group = p.group(), d = p.head_dim;
@@ -225,10 +236,12 @@ const BackwardKernel backward = {
     },
     [](const Problem& p, const Gradients& g, const BackwardTask& task, void* scratch) {
       switch (p.dtype) {
+        case DType::BFLOAT16: return backward_task<Bf16Product, bf16>(p, g, task, scratch);
+#if !defined(DUPLEX_MATRIX_UNIT)
         case DType::FLOAT32: return backward_task<Float32, float>(p, g, task, scratch);
         case DType::FLOAT16: return backward_task<Float32, f16>(p, g, task, scratch);
-        case DType::BFLOAT16: return backward_task<Bf16Product, bf16>(p, g, task, scratch);
-        case DType::BOOL: return;
+#endif
+        default: return;
       }
     }};
 

@@ -42,7 +42,7 @@ void add_head(const HeadScores& head, const Gradients& g, const BiasTask& task, 
     s.queries.template load_rows<E>(head, g, i0, rows, false);
     for (int64_t j0 = j_begin / KEYS * KEYS; j0 < j_end; j0 += KEYS) {
       const TileRange t{i0, j0, rows, int(clamp(seq.len_k - j0, 0, KEYS))};
-      const int keys = int(round_up(t.keys, ROWS));
+      const int keys = int(round_up(t.keys, P::ROW_STEP));
       Cover cover = seq.span.cover(i0, i0 + rows, j0, j0 + t.keys);
       if (cover == Cover::NONE) continue;
       if (keys > t.keys) cover = Cover::SOME;

@@ -18,8 +18,8 @@ struct Layout {
   int64_t query_tile, out_tile;
 
   explicit Layout(const Problem& p)
-      : units(round_up(p.head_dim, P::STEP) / P::STEP),
-        units_v(round_up(p.head_dim_v, ROWS)),
+      : units(round_up(p.head_dim, P::STEP * P::DEPTH) / P::STEP),
+        units_v(round_up(p.head_dim_v, P::ROW_STEP)),
         query_tile(units * TILE),
         out_tile(units_v * TILE) {}
 };
@@ -27,7 +27,7 @@ struct Layout {
 template <class P>
 struct Scratch {
   Carver carver;
-  typename P::unit *queries, *keys, *values, *weights;
+  typename P::unit *queries, *keys, *values, *values_t, *weights;
   float *out, *scores, *peak, *total, *rescale, *k_scales, *v_scales;
   ScoreScratch* score;
   void* stage;
@@ -40,6 +40,7 @@ struct Scratch {
     const int64_t packed = heads_kv * KEYS;
     keys = carver.take<typename P::unit>((taller > packed ? taller : packed) * at.units);
     values = carver.take<typename P::unit>(packed / P::STEP * at.units_v + LANES);
+    values_t = carver.take<typename P::unit>(P::MATRIX ? packed / P::STEP * at.units_v : 0);
     weights = carver.take<typename P::unit>(P::STEP > 1 ? KEYS / P::STEP * TILE : 0);
     out = carver.take<float>(TILES * at.out_tile);
     scores = carver.take<float>(KEYS * TILE);
@@ -131,7 +132,7 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
     factor[m] = sum == 0 ? 0 : shrink / sum * p.keep_scale;
     lse[m] = sum == 0 ? -INF : top + __builtin_logf(sum);
   }
-  transpose_units((uint32_t*)rows, dims, (const uint32_t*)out_t, TILE, int(units_v), t.lanes());
+  transpose_units((uint32_t*)rows, dims, (const uint32_t*)out_t, TILE, int(units_v < dims ? units_v : dims), t.lanes());
   for (int m = 0; m < t.rows; ++m) {
     O* to = out.at<O>(head.b, out_row + m, head.h);
     const float* from = rows + m * dims;
@@ -166,9 +167,14 @@ void forward_rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, cons
   for (int64_t j = next(task.key_begin); j < key_end; j = next(j)) {
     const int64_t j0 = j / KEYS * KEYS;
     j = j0 + KEYS;
-    const int count = int(clamp(key_end - j0, 0, KEYS)), keys = int(round_up(count, ROWS));
+    const int count = int(clamp(key_end - j0, 0, KEYS)), keys = int(round_up(count, P::ROW_STEP));
     source.pack_keys(s.keys, at.units, j0, count, keys);
     source.pack_values(s.values, at.units_v, j0, count, keys);
+    if constexpr (P::MATRIX)
+      for (int n = 0; n < source.kv_heads(); ++n) {
+        const int64_t head = n * KEYS / P::STEP * at.units_v;
+        transpose_units(s.values_t + head, KEYS / P::STEP, s.values + head, at.units_v, keys / P::STEP, int(at.units_v));
+      }
     if constexpr (Keys::SCALED)
       for (int n = 0; n < source.kv_heads(); ++n) {
         source.scales(source.pages.k_scales, source.kv + n, s.k_scales + n * KEYS, j0, count, keys);
@@ -193,14 +199,15 @@ void forward_rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, cons
       softmax<P>(head, range, keys, s, s.peak + t * TILE, s.total + t * TILE, empty[t],
                  Keys::SCALED ? s.v_scales + kv * KEYS : nullptr);
       const typename P::unit* weights = P::STEP > 1 ? s.weights : (typename P::unit*)s.scores;
-      const typename P::unit* values = s.values + kv * KEYS / P::STEP * at.units_v;
+      const typename P::unit* values = (P::MATRIX ? s.values_t : s.values) + kv * KEYS / P::STEP * at.units_v;
+      const int64_t value_row = P::MATRIX ? KEYS / P::STEP : 1, value_step = P::MATRIX ? 1 : at.units_v;
       float* out = s.out + t * at.out_tile;
       if (empty[t])
-        product<P, Start::ZERO>(int(at.units_v), range.vectors(), keys / P::STEP, values, 1, at.units_v, weights, TILE,
-                                out, TILE);
+        product<P, Start::ZERO>(int(at.units_v), range.vectors(), keys / P::STEP, values, value_row, value_step,
+                                weights, TILE, out, TILE);
       else
-        product<P, Start::SCALE>(int(at.units_v), range.vectors(), keys / P::STEP, values, 1, at.units_v, weights, TILE,
-                                 out, TILE, s.rescale);
+        product<P, Start::SCALE>(int(at.units_v), range.vectors(), keys / P::STEP, values, value_row, value_step,
+                                 weights, TILE, out, TILE, s.rescale);
       empty[t] = false;
     }
   }
@@ -219,6 +226,7 @@ void forward_rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, cons
 
 template <class P, class E>
 void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task, void* memory) {
+  [[maybe_unused]] const typename P::Hold hold;
   const int64_t kv = task.h / p.group(), heads_kv = (task.heads + p.group() - 1) / p.group();
   Scratch<P> s(p, heads_kv, memory);
   if (!pages) return forward_rows<P, E>(p, task, s, DenseKeys<P, E>{p, task.b, task.seq.row_k, kv});
@@ -245,20 +253,21 @@ void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task,
 
 }  // namespace
 
-const ForwardKernel forward = {TILE, TILES,
-                               [](const Problem& p, int64_t heads_kv) {
-                                 const size_t narrow = Scratch<Bf16Product>(p, heads_kv, nullptr).carver.bytes,
-                                              wide = Scratch<Float32>(p, heads_kv, nullptr).carver.bytes;
-                                 return narrow > wide ? narrow : wide;
-                               },
-                               [](const Problem& p, const Pages* pages, const ForwardTask& task, void* scratch) {
-                                 switch (p.dtype) {
-                                   case DType::FLOAT32: return forward_task<Float32, float>(p, pages, task, scratch);
-                                   case DType::FLOAT16: return forward_task<Float32, f16>(p, pages, task, scratch);
-                                   case DType::BFLOAT16:
-                                     return forward_task<Bf16Product, bf16>(p, pages, task, scratch);
-                                   case DType::BOOL: return;
-                                 }
-                               }};
+const ForwardKernel forward = {
+    TILE, TILES,
+    [](const Problem& p, int64_t heads_kv) {
+      return p.dtype == DType::BFLOAT16 ? Scratch<Bf16Product>(p, heads_kv, nullptr).carver.bytes
+                                        : Scratch<Float32>(p, heads_kv, nullptr).carver.bytes;
+    },
+    [](const Problem& p, const Pages* pages, const ForwardTask& task, void* scratch) {
+      switch (p.dtype) {
+        case DType::BFLOAT16: return forward_task<Bf16Product, bf16>(p, pages, task, scratch);
+#if !defined(DUPLEX_MATRIX_UNIT)
+        case DType::FLOAT32: return forward_task<Float32, float>(p, pages, task, scratch);
+        case DType::FLOAT16: return forward_task<Float32, f16>(p, pages, task, scratch);
+#endif
+        default: return;
+      }
+    }};
 
 }  // namespace duplex::DUPLEX_ISA

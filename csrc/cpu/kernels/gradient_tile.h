@@ -12,10 +12,10 @@ struct Widths {
   int units, units_v, floats, floats_v;
 
   explicit Widths(const Problem& p)
-      : units(int(round_up(p.head_dim, P::STEP) / P::STEP)),
-        units_v(int(round_up(p.head_dim_v, P::STEP) / P::STEP)),
-        floats(int(round_up(p.head_dim, LANES))),
-        floats_v(int(round_up(p.head_dim_v, LANES))) {}
+      : units(int(round_up(p.head_dim, P::STEP * P::DEPTH) / P::STEP)),
+        units_v(int(round_up(p.head_dim_v, P::STEP * P::DEPTH) / P::STEP)),
+        floats(int(round_up(p.head_dim, VECTORS_STEP * LANES))),
+        floats_v(int(round_up(p.head_dim_v, VECTORS_STEP * LANES))) {}
 };
 
 // A tile of queries with what its gradient needs: transposes for the scores, pairs along the rows for dK and dV.
@@ -37,15 +37,17 @@ struct QueryTile {
     delta = carver.take<float>(TILE);
   }
 
+  int lanes() const { return TileRange{i0, 0, rows, 0}.lanes(); }
+
   template <class E>
   void load_rows(const HeadScores& head, const Gradients& g, int64_t first, int count, bool for_keys) {
     const Problem& p = head.problem;
     const Widths<P> w(p);
     const int64_t row = head.seq.row_q + first;
     const E *q = p.q.at<E>(head.b, row, head.h), *dout = g.dout.at<E>(head.b, row, head.h);
-    const int lanes = int(round_up(count, LANES));
     i0 = first;
     rows = count;
+    const int lanes = this->lanes();
     pack_transposed<P>(q_t, TILE, q, p.q.row, rows, lanes, int(p.head_dim), w.units, staging);
     pack_transposed<P>(dout_t, TILE, dout, g.dout.row, rows, lanes, int(p.head_dim_v), w.units_v, staging);
     if (for_keys) {
@@ -72,7 +74,7 @@ struct GradientTile {
         slopes(carver.take<float>(KEYS * TILE)),
         score(carver.take<ScoreScratch>(1)) {}
 
-  // keys_rows, values_rows: KEYS rows of units as stored. keys: t.keys rounded up to ROWS.
+  // keys_rows, values_rows: KEYS rows of units as stored. keys: t.keys rounded up to P::ROW_STEP.
   void compute(const HeadScores& head, const QueryTile<P>& queries, const TileRange& t, int keys, Cover cover,
                const typename P::unit* keys_rows, const typename P::unit* values_rows) {
     const Problem& p = head.problem;

@@ -122,4 +122,14 @@ DUPLEX_DECLARE_ISA(avx512)
 DUPLEX_DECLARE_ISA(avx512_bf16)
 #undef DUPLEX_DECLARE_ISA
 
+// By the matrix unit, bfloat16 alone; the rest is avx512_bf16's.
+#define DUPLEX_DECLARE_MATRIX_ISA(isa)  \
+  namespace isa {                       \
+  extern const ForwardKernel forward;   \
+  extern const BackwardKernel backward; \
+  }
+DUPLEX_DECLARE_MATRIX_ISA(amx)
+DUPLEX_DECLARE_MATRIX_ISA(amx_emulated)
+#undef DUPLEX_DECLARE_MATRIX_ISA
+
 }  // namespace duplex

@@ -158,6 +158,11 @@ struct Pack<BFloat16> {
 };
 #endif
 
+#if defined(DUPLEX_MATRIX_UNIT)
+template <>
+struct Pack<MatrixBFloat16> : Pack<BFloat16> {};
+#endif
+
 #if defined(__AVX512BF16__)
 // Two vectors of floats as bfloat16 pairs, one pair a lane.
 inline void store_pairs(uint32_t* to, vfloat low, vfloat high) {

@@ -14,7 +14,7 @@ struct TileRange {
   int64_t i0, j0;
   int rows, keys;
 
-  int vectors() const { return (rows + LANES - 1) / LANES; }
+  int vectors() const { return (rows + VECTORS_STEP * LANES - 1) / (VECTORS_STEP * LANES) * VECTORS_STEP; }
   int lanes() const { return vectors() * LANES; }  // of TILE, those that hold queries
 };
 

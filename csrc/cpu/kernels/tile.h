@@ -3,14 +3,19 @@
 
 #include <stddef.h>
 
+#include "cpu/kernels/matrix.h"
 #include "cpu/kernels/vec.h"
 
 namespace duplex::DUPLEX_ISA {
 
 // How products are formed. A unit is four bytes: one float, or two bfloat16 neighbours along the summed dimension.
+// A product has a multiple of ROW_STEP rows, sums over a multiple of DEPTH units.
 struct Float32 {
   typedef float unit;
   typedef vfloat vector;
+  static constexpr bool MATRIX = false;
+  struct Hold {};  // of whatever products need, for as long as a task runs
+  static constexpr int ROW_STEP = ROWS, DEPTH = 1;
   static constexpr int STEP = 1;  // elements of the summed dimension in a unit
   static constexpr bool EXACT = true;
   static vector splat_unit(unit a) { return splat(a); }
@@ -21,6 +26,9 @@ struct Float32 {
 struct BFloat16 {
   typedef uint32_t unit;
   typedef vuint vector;
+  static constexpr bool MATRIX = false;
+  struct Hold {};
+  static constexpr int ROW_STEP = ROWS, DEPTH = 1;
   static constexpr int STEP = 2;
   static constexpr bool EXACT = false;
   static vector splat_unit(unit a) { return (vuint)_mm512_set1_epi32(int(a)); }
@@ -30,8 +38,19 @@ struct BFloat16 {
 };
 #endif
 
+#if defined(DUPLEX_MATRIX_UNIT)
+// By the matrix unit: the left operand's units lie side by side, a row after the other.
+struct MatrixBFloat16 : BFloat16 {
+  static constexpr bool MATRIX = true;
+  typedef MatrixUnit Hold;
+  static constexpr int ROW_STEP = 2 * SIDE, DEPTH = SIDE;
+};
+#endif
+
 // What bfloat16 tensors are multiplied as.
-#if defined(__AVX512BF16__)
+#if defined(DUPLEX_MATRIX_UNIT)
+typedef MatrixBFloat16 Bf16Product;
+#elif defined(__AVX512BF16__)
 typedef BFloat16 Bf16Product;
 #else
 typedef Float32 Bf16Product;
@@ -77,11 +96,73 @@ constexpr int CHAIN = 64;
 constexpr int CHAIN = 32;
 #endif
 
-// The same for any multiple of ROWS rows and any number of vectors.
+#if defined(DUPLEX_MATRIX_UNIT)
+// c[r][x] *= factor[x]
+inline void scale_columns(int rows, int vectors, float* c, ptrdiff_t c_row, const float* factor) {
+  for (int x = 0; x < vectors; ++x) {
+    const vfloat by = load<vfloat>(factor + x * LANES);
+    bool changes = false;
+    for (int n = 0; n < LANES; ++n) changes |= by[n] != 1.0f;
+    for (int r = 0; changes && r < rows; ++r) {
+      float* at = c + r * c_row + x * LANES;
+      store(at, load<vfloat>(at) * by);
+    }
+  }
+}
+
+// 32 rows and 32 columns: four tiles of sums (0 to 3), two of a (4, 5), two of b (6, 7).
+// Start as above, but sums go on from what is there.
+template <Start START>
+inline void product_block(int steps, const uint32_t* a, ptrdiff_t a_row, const uint32_t* b, ptrdiff_t b_step, float* c,
+                          ptrdiff_t c_row) {
+  float* const low = c + SIDE * c_row;
+  if (START == Start::ZERO) {
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+  } else {
+    load_tile<0>(c, c_row);
+    load_tile<1>(c + SIDE, c_row);
+    load_tile<2>(low, c_row);
+    load_tile<3>(low + SIDE, c_row);
+  }
+  for (int t = 0; t < steps; t += SIDE) {
+    load_tile<4>(a + t, a_row);
+    load_tile<6>(b + t * b_step, b_step);
+    multiply_tiles<0, 4, 6>();
+    load_tile<7>(b + t * b_step + SIDE, b_step);
+    multiply_tiles<1, 4, 7>();
+    load_tile<5>(a + SIDE * a_row + t, a_row);
+    multiply_tiles<2, 5, 6>();
+    multiply_tiles<3, 5, 7>();
+  }
+  store_tile<0>(c, c_row);
+  store_tile<1>(c + SIDE, c_row);
+  store_tile<2>(low, c_row);
+  store_tile<3>(low + SIDE, c_row);
+}
+
+// The same for any multiple of 32 rows and an even number of vectors.
+template <Start START>
+inline void matrix_product(int rows, int vectors, int steps, const uint32_t* a, ptrdiff_t a_row, const uint32_t* b,
+                           ptrdiff_t b_step, float* c, ptrdiff_t c_row, const float* factor) {
+  if (START == Start::SCALE) scale_columns(rows, vectors, c, c_row, factor);
+  constexpr Start FROM = START == Start::ZERO ? Start::ZERO : Start::ADD;
+  for (int r = 0; r < rows; r += 2 * SIDE)
+    for (int x = 0; x < vectors * LANES; x += 2 * SIDE)
+      product_block<FROM>(steps, a + r * a_row, a_row, b + x, b_step, c + r * c_row + x, c_row);
+}
+#endif
+
+// The same for any multiple of P::ROW_STEP rows and any number of vectors.
 template <class P, Start START>
 inline void product(int rows, int vectors, int steps, const typename P::unit* a, ptrdiff_t a_row, ptrdiff_t a_step,
                     const typename P::unit* b, ptrdiff_t b_step, float* c, ptrdiff_t c_row,
                     const float* factor = nullptr) {
+#if defined(DUPLEX_MATRIX_UNIT)
+  if constexpr (P::MATRIX) return matrix_product<START>(rows, vectors, steps, a, a_row, b, b_step, c, c_row, factor);
+#endif
   for (int x = 0; x < vectors;) {
     const int left = vectors - x;
     const int take = left >= VECS && left != VECS + 1 ? VECS : left >= 2 ? 2 : 1;  // 4 = 2 + 2, never 3 + 1

@@ -25,7 +25,13 @@ namespace duplex::DUPLEX_ISA {
 
 constexpr int LANES = DUPLEX_LANES;  // floats in a vector
 constexpr int ROWS = DUPLEX_ROWS;    // rows of a register tile
-constexpr int VECS = 3;              // vectors in a row of a register tile
+#if defined(DUPLEX_MATRIX_UNIT)
+constexpr int VECS = 4;          // vectors of queries in a tile
+constexpr int VECTORS_STEP = 2;  // a multiple of them are filled
+#else
+constexpr int VECS = 3;  // vectors in a row of a register tile
+constexpr int VECTORS_STEP = 1;
+#endif
 constexpr int TILE = VECS * LANES;   // queries in a tile
 
 typedef float vfloat __attribute__((vector_size(4 * DUPLEX_LANES)));
