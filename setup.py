@@ -63,7 +63,7 @@ def torch_folder() -> Path | None:
 
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{CSRC}"]
 # Of kernels alone: what lets them vectorise.
-CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 # One object per head_dim from the same source. What is in a generation's folder is compiled for it (wgmma is in no

@@ -10,7 +10,11 @@
 namespace duplex::DUPLEX_ISA {
 namespace {
 
-constexpr int TILES = 8;  // tiles of queries, of one head or several, that share one packed block of keys
+constexpr int TILES = PACKED > KEYS ? 16 : 8;  // of queries, of one head or several, that share one packed block of keys
+
+// Keys of a tile of scores: on the matrix unit few, so that they stay in the nearest cache between products and softmax.
+template <class P>
+constexpr int STRIP = P::MATRIX ? 32 : KEYS;
 
 template <class P>
 struct Layout {
@@ -37,13 +41,13 @@ struct Scratch {
     const int64_t taller = TILE > KEYS ? TILE : KEYS;
     const int64_t rows = round_up(p.head_dim_v, LANES) * TILE;  // of the output, on their way out
     queries = carver.take<typename P::unit>(TILES * at.query_tile > rows ? TILES * at.query_tile : rows);
-    const int64_t packed = heads_kv * KEYS;
+    const int64_t packed = heads_kv * PACKED;
     keys = carver.take<typename P::unit>((taller > packed ? taller : packed) * at.units);
     values = carver.take<typename P::unit>(packed / P::STEP * at.units_v + LANES);
     values_t = carver.take<typename P::unit>(P::MATRIX ? packed / P::STEP * at.units_v : 0);
-    weights = carver.take<typename P::unit>(P::STEP > 1 ? KEYS / P::STEP * TILE : 0);
+    weights = carver.take<typename P::unit>(P::STEP > 1 ? PACKED / P::STEP * TILE : 0);
     out = carver.take<float>(TILES * at.out_tile);
-    scores = carver.take<float>(KEYS * TILE);
+    scores = carver.take<float>(STRIP<P> * TILE);
     peak = carver.take<float>(TILES * TILE);
     total = carver.take<float>(TILES * TILE);
     rescale = carver.take<float>(TILE);
@@ -63,49 +67,81 @@ void rescale_keys(float* scores, const TileRange& t, const float* scales, int ke
     }
 }
 
-// Exponentials of one tile against the running peak; the sums go to `total`, the weights to the units of the product.
-template <class P>
-void softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s, float* peak, float* total, bool first,
-             const float* v_scales) {
-  const float unit = head.unit() * LOG2E;
-  const int vectors = t.vectors();
-  vfloat base[VECS], sum[VECS];
-  for (int x = 0; x < vectors; ++x) {
+// Exponentials of V vectors of queries against the running peak; the sums go to `total`, the weights to the units of the
+// product, or to the scores' place where they change LATER.
+template <class P, int V, bool LATER>
+bool exponentials(float natural, int keys, Scratch<P>& s, typename P::unit* weights, float* peak, float* total,
+                  bool first) {
+  const float unit = natural * LOG2E;
+  vfloat top[V], base[V], sum[V];
+  vint grown{};
+#pragma GCC unroll 4
+  for (int x = 0; x < V; ++x) top[x] = first ? splat(-INF) : load<vfloat>(peak + x * LANES);
+  for (int n = 0; n < keys; ++n)
+#pragma GCC unroll 4
+    for (int x = 0; x < V; ++x) top[x] = max(load<vfloat>(s.scores + n * TILE + x * LANES), top[x]);
+#pragma GCC unroll 4
+  for (int x = 0; x < V; ++x) {
     const vfloat before = first ? splat(-INF) : load<vfloat>(peak + x * LANES);
-    vfloat now = before;
-    for (int n = 0; n < keys; ++n) now = max(load<vfloat>(s.scores + n * TILE + x * LANES), now);
+    // Where old sums are costly to rescale, they stay relative to an earlier peak, as long as weights are small.
+    const vfloat now = P::MATRIX ? select((top[x] - before) * unit > 8.0f, top[x], before) : top[x];
     store(peak + x * LANES, now);
     base[x] = select(now == -INF, splat(0.0f), now);
     const vfloat factor =
         exp2<true>((before - base[x]) * unit);  // the difference first: its rounding is relative to it
     store(s.rescale + x * LANES, factor);
+    grown |= factor != 1.0f;
     sum[x] = first ? vfloat{} : load<vfloat>(total + x * LANES) * factor;
+    if (!P::EXACT) base[x] *= unit;
   }
-  const bool dropout = head.problem.dropout, later = dropout || v_scales;  // weights change once more
-  for (int n = 0; n < keys; n += 2)
-    for (int x = 0; x < vectors; ++x) {
+  const auto weight = [&](const float* at, int x) {
+    const vfloat score = load<vfloat>(at);
+    return exp2<P::EXACT>(P::EXACT ? (score - base[x]) * unit : score * unit - base[x]);
+  };
+  for (int n = 0; n < keys; n += 2) {
+#pragma GCC unroll 4
+    for (int x = 0; x < V; ++x) {
       float* at = s.scores + n * TILE + x * LANES;
-      const vfloat even = exp2<P::EXACT>((load<vfloat>(at) - base[x]) * unit);
-      const vfloat odd = exp2<P::EXACT>((load<vfloat>(at + TILE) - base[x]) * unit);
+      const vfloat even = weight(at, x), odd = weight(at + TILE, x);
       sum[x] += even + odd;
-      if constexpr (P::STEP == 2) {
-        if (!later) {
-          store_pairs(s.weights + n / 2 * TILE + x * LANES, even, odd);
-          continue;
-        }
+      if constexpr (P::STEP == 2 && !LATER) {
+        store_pairs(weights + n / 2 * TILE + x * LANES, even, odd);
+      } else {
+        store(at, even);
+        store(at + TILE, odd);
       }
-      store(at, even);
-      store(at + TILE, odd);
     }
-  for (int x = 0; x < vectors; ++x) store(total + x * LANES, sum[x]);
-  if (!later) return;
+  }
+#pragma GCC unroll 4
+  for (int x = 0; x < V; ++x) store(total + x * LANES, sum[x]);
+  return any(grown);
+}
+
+// Whether some peak has moved, so that old sums are to be multiplied by `rescale`.
+template <class P>
+bool softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s, typename P::unit* weights,
+             float* peak, float* total, bool first, const float* v_scales) {
+  const bool dropout = head.problem.dropout, later = dropout || v_scales;
+  const auto run = [&]<int V> {
+    return later ? exponentials<P, V, true>(head.unit(), keys, s, weights, peak, total, first)
+                 : exponentials<P, V, false>(head.unit(), keys, s, weights, peak, total, first);
+  };
+  bool grown = false;
+  switch (t.vectors()) {
+    case 1: grown = run.template operator()<1>(); break;
+    case 2: grown = run.template operator()<2>(); break;
+    case 3: grown = run.template operator()<3>(); break;
+    case 4: grown = run.template operator()<4>(); break;
+  }
+  if (!later) return grown;
   if (dropout) head.drop(t, s.scores);
   if (v_scales) rescale_keys(s.scores, t, v_scales, keys);
   if constexpr (P::STEP == 2)
     for (int n = 0; n < keys; n += 2)
       for (int m = 0; m < t.lanes(); m += LANES)
-        store_pairs(s.weights + n / 2 * TILE + m, load<vfloat>(s.scores + n * TILE + m),
+        store_pairs(weights + n / 2 * TILE + m, load<vfloat>(s.scores + n * TILE + m),
                     load<vfloat>(s.scores + (n + 1) * TILE + m));
+  return grown;
 }
 
 // Divides by the sums and writes rows from `out_row` on; a row that saw nothing is 0 with lse -inf.
@@ -146,90 +182,194 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
   }
 }
 
+// The tiles of one task against the keys that they see.
 template <class P, class E, class Keys>
-void forward_rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, const Keys& source) {
-  const Layout<P> at(p);
-  const Span& span = task.seq.span;
-  const int blocks = (task.rows + TILE - 1) / TILE, tiles = blocks * task.heads;
-  bool empty[TILES];
-  TileRange ranges[TILES];
-  const auto head_of = [&](int t) { return HeadScores{p, task.seq, task.b, task.h + t / blocks}; };
-  for (int t = 0; t < tiles; ++t) {
-    const int64_t first = t % blocks * TILE, i0 = task.row + first;
-    ranges[t] = {i0, 0, int(clamp(task.rows - first, 0, TILE)), 0};
-    empty[t] = true;
-    pack_transposed<P>(s.queries + t * at.query_tile, TILE, p.q.at<E>(task.b, task.seq.row_q + i0, task.h + t / blocks),
-                       p.q.row, ranges[t].rows, ranges[t].lanes(), int(p.head_dim), int(at.units), s.keys);
-  }
-
-  const int64_t row_end = task.row + task.rows, key_end = clamp(task.key_end, 0, span.len_k);
-  const auto next = [&](int64_t j) { return span.next(task.row, row_end, j); };
-  for (int64_t j = next(task.key_begin); j < key_end; j = next(j)) {
-    const int64_t j0 = j / KEYS * KEYS;
-    j = j0 + KEYS;
-    const int count = int(clamp(key_end - j0, 0, KEYS)), keys = int(round_up(count, P::ROW_STEP));
-    source.pack_keys(s.keys, at.units, j0, count, keys);
-    source.pack_values(s.values, at.units_v, j0, count, keys);
-    if constexpr (P::MATRIX)
-      for (int n = 0; n < source.kv_heads(); ++n) {
-        const int64_t head = n * KEYS / P::STEP * at.units_v;
-        transpose_units(s.values_t + head, KEYS / P::STEP, s.values + head, at.units_v, keys / P::STEP, int(at.units_v));
-      }
-    if constexpr (Keys::SCALED)
-      for (int n = 0; n < source.kv_heads(); ++n) {
-        source.scales(source.pages.k_scales, source.kv + n, s.k_scales + n * KEYS, j0, count, keys);
-        source.scales(source.pages.v_scales, source.kv + n, s.v_scales + n * KEYS, j0, count, keys);
-      }
+class Rows {
+ public:
+  Rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, const Keys& source)
+      : p(p), task(task), s(s), source(source), at(p), blocks((task.rows + TILE - 1) / TILE), tiles(blocks * task.heads) {
     for (int t = 0; t < tiles; ++t) {
-      const int64_t soon = j0 + KEYS + int64_t(t) * KEYS / tiles, until = j0 + KEYS + int64_t(t + 1) * KEYS / tiles;
-      source.prefetch(soon, int(clamp((until < key_end ? until : key_end) - soon, 0, KEYS)));
-      TileRange& range = ranges[t];
-      range.j0 = j0;
-      range.keys = count;
-      Cover cover = span.cover(range.i0, range.i0 + range.rows, j0, j0 + count);
-      if (cover == Cover::NONE) continue;
-      const HeadScores head = head_of(t);
-      const int64_t kv = source.kv_heads() == 1 ? 0 : t / blocks / p.group();
-      if (keys > count || j0 < task.key_begin) cover = Cover::SOME;
-      product<P, Start::ZERO>(keys, range.vectors(), int(at.units), s.keys + kv * KEYS * at.units, at.units, 1,
-                              s.queries + t * at.query_tile, TILE, s.scores, TILE);
-      if constexpr (Keys::SCALED) rescale_keys(s.scores, range, s.k_scales + kv * KEYS, keys);
-      if (!head.is_scaled_product()) head.finish(range, s.scores, *s.score);
-      if (cover == Cover::SOME) head.hide(range, s.scores, keys, task.key_begin);
-      softmax<P>(head, range, keys, s, s.peak + t * TILE, s.total + t * TILE, empty[t],
-                 Keys::SCALED ? s.v_scales + kv * KEYS : nullptr);
-      const typename P::unit* weights = P::STEP > 1 ? s.weights : (typename P::unit*)s.scores;
-      const typename P::unit* values = (P::MATRIX ? s.values_t : s.values) + kv * KEYS / P::STEP * at.units_v;
-      const int64_t value_row = P::MATRIX ? KEYS / P::STEP : 1, value_step = P::MATRIX ? 1 : at.units_v;
-      float* out = s.out + t * at.out_tile;
-      if (empty[t])
-        product<P, Start::ZERO>(int(at.units_v), range.vectors(), keys / P::STEP, values, value_row, value_step,
-                                weights, TILE, out, TILE);
-      else
-        product<P, Start::SCALE>(int(at.units_v), range.vectors(), keys / P::STEP, values, value_row, value_step,
-                                 weights, TILE, out, TILE, s.rescale);
-      empty[t] = false;
+      const int64_t first = t % blocks * TILE, i0 = task.row + first;
+      ranges[t] = {i0, 0, int(clamp(task.rows - first, 0, TILE)), 0};
+      begun[t] = summed[t] = false;
+      pack_transposed<P>(s.queries + t * at.query_tile, TILE,
+                         p.q.at<E>(task.b, task.seq.row_q + i0, task.h + t / blocks), p.q.row, ranges[t].rows,
+                         ranges[t].lanes(), int(p.head_dim), int(at.units), s.keys);
     }
   }
-  for (int t = 0; t < tiles; ++t) {
-    const HeadScores head = head_of(t);
-    float *out = s.out + t * at.out_tile, *peak = s.peak + t * TILE, *total = s.total + t * TILE;
-    const int64_t first = t % blocks * TILE, row = task.seq.row_q + task.row + first;
-    if (task.slot < 0)
-      finish_tile<P, E>(head, ranges[t], out, peak, total, empty[t], (float*)s.queries, p.out, row,
-                        p.lse + task.b * p.lse_batch + head.h * p.lse_head + row, p.sink ? p.sink + head.h : nullptr);
-    else
-      finish_tile<P, float>(head, ranges[t], out, peak, total, empty[t], (float*)s.queries, p.parts, task.slot + first,
-                            p.parts_lse + head.h * p.parts_lse_head + task.slot + first, nullptr);
+
+  void run() {
+    const Span& span = task.seq.span;
+    const int64_t row_end = task.row + task.rows;
+    const auto next = [&](int64_t j) { return span.next(task.row, row_end, j); };
+    key_end = clamp(task.key_end, 0, span.len_k);
+    for (int64_t j = next(task.key_begin); j < key_end; j = next(j)) {
+      const int64_t j0 = j / PACKED * PACKED;
+      j = j0 + PACKED;
+      pack(j0, int(clamp(key_end - j0, 0, PACKED)));
+      attend(j0, int(clamp(key_end - j0, 0, PACKED)));
+    }
+    finish();
   }
-}
+
+ private:
+  const Problem& p;
+  const ForwardTask& task;
+  Scratch<P>& s;
+  const Keys& source;
+  const Layout<P> at;
+  const int blocks, tiles;
+  int64_t key_end = 0;
+  TileRange ranges[TILES];
+  bool begun[TILES], summed[TILES];  // whether there is a peak and a total; an output
+
+  HeadScores head_of(int t) const { return HeadScores{p, task.seq, task.b, task.h + t / blocks}; }
+  int64_t kv_of(int t) const { return source.kv_heads() == 1 ? 0 : t / blocks / p.group(); }
+
+  void pack(int64_t j0, int count) {
+    const int padded = int(round_up(count, P::ROW_STEP));
+    source.pack_keys(s.keys, at.units, j0, count, padded);
+    source.pack_values(s.values, at.units_v, j0, count, padded);
+    for (int n = 0; n < source.kv_heads(); ++n) {
+      if constexpr (P::MATRIX) {
+        const int64_t head = n * PACKED / P::STEP * at.units_v;
+        transpose_units(s.values_t + head, PACKED / P::STEP, s.values + head, at.units_v, padded / P::STEP,
+                        int(at.units_v));
+      }
+      if constexpr (Keys::SCALED) {
+        source.scales(source.pages.k_scales, source.kv + n, s.k_scales + n * PACKED, j0, count, padded);
+        source.scales(source.pages.v_scales, source.kv + n, s.v_scales + n * PACKED, j0, count, padded);
+      }
+    }
+  }
+
+  // A tile of queries and the keys from place `first` of the packed block on.
+  struct Work {
+    int tile, first, keys, padded;
+    Cover cover;
+  };
+
+  // Of a block, in order; those where nothing is seen are left out.
+  int works_of(int64_t j0, int count, Work* works) {
+    const Span& span = task.seq.span;
+    int n = 0;
+    for (int t = 0; t < tiles; ++t)
+      for (int first = 0; first < count; first += STRIP<P>) {
+        const int keys = count - first < STRIP<P> ? count - first : STRIP<P>;
+        const int64_t j = j0 + first, i0 = ranges[t].i0;
+        Cover cover = j + keys <= task.key_begin ? Cover::NONE : span.cover(i0, i0 + ranges[t].rows, j, j + keys);
+        if (cover == Cover::NONE) continue;
+        const int padded = int(round_up(keys, P::ROW_STEP));
+        if (padded > keys || j < task.key_begin) cover = Cover::SOME;
+        works[n++] = {t, first, keys, padded, cover};
+      }
+    return n;
+  }
+
+  // Scores of one tile of queries and keys.
+  void multiply_keys(const Work& w) const {
+    product<P, Start::ZERO>(w.padded, ranges[w.tile].vectors(), int(at.units),
+                            s.keys + (kv_of(w.tile) * PACKED + w.first) * at.units, at.units, 1,
+                            s.queries + w.tile * at.query_tile, TILE, s.scores, TILE);
+  }
+
+  // Adds the values of keys [first, end) of the packed block.
+  void multiply_values(int t, int first, int end, const typename P::unit* weights) {
+    const int64_t head = kv_of(t) * PACKED / P::STEP * at.units_v, pair = first / P::STEP;
+    const auto add = [&]<Start START> {
+      product<P, START>(int(at.units_v), ranges[t].vectors(), (end - first) / P::STEP,
+                        P::MATRIX ? s.values_t + head + pair : s.values + head + pair * at.units_v,
+                        P::MATRIX ? PACKED / P::STEP : 1, P::MATRIX ? 1 : at.units_v, weights, TILE,
+                        s.out + t * at.out_tile, TILE, s.rescale);
+    };
+    if (!summed[t])
+      add.template operator()<Start::ZERO>();
+    else if constexpr (P::MATRIX)
+      add.template operator()<Start::ADD>();
+    else
+      add.template operator()<Start::SCALE>();
+    summed[t] = true;
+  }
+
+  // From scores to weights. Whether some peak has moved, so that old sums are to be multiplied by s.rescale.
+  bool weigh(const Work& w, int64_t j0, typename P::unit* weights) {
+    const int t = w.tile;
+    const HeadScores head = head_of(t);
+    const int64_t scale = kv_of(t) * PACKED + w.first;
+    TileRange range = ranges[t];
+    range.j0 = j0 + w.first;
+    range.keys = w.keys;
+    if constexpr (Keys::SCALED) rescale_keys(s.scores, range, s.k_scales + scale, w.padded);
+    if (!head.is_scaled_product()) head.finish(range, s.scores, *s.score);
+    if (w.cover == Cover::SOME) head.hide(range, s.scores, w.padded, task.key_begin);
+    const bool first = !begun[t];
+    begun[t] = true;
+    return softmax<P>(head, range, w.padded, s, weights, s.peak + t * TILE, s.total + t * TILE, first,
+                      Keys::SCALED ? s.v_scales + scale : nullptr);
+  }
+
+  // Asks for a share of the rows of the next block.
+  void prefetch(int64_t j0, int n, int count) const {
+    const int64_t from = j0 + PACKED + int64_t(n) * PACKED / count, to = j0 + PACKED + int64_t(n + 1) * PACKED / count;
+    source.prefetch(from, int(clamp((to < key_end ? to : key_end) - from, 0, PACKED)));
+  }
+
+  void attend(int64_t j0, int count) {
+    Work works[TILES * PACKED / STRIP<P>];
+    const int n = works_of(j0, count, works);
+    for (int x = 0, from = 0; x < n; ++x) {
+      prefetch(j0, x, n);
+      const Work& w = works[x];
+      const int t = w.tile;
+      multiply_keys(w);
+      if constexpr (!P::MATRIX) {
+        typename P::unit* weights = P::STEP > 1 ? s.weights : (typename P::unit*)s.scores;
+        weigh(w, j0, weights);
+        multiply_values(t, w.first, w.first + w.padded, weights);
+      } else {
+        // Weights wait for those of the tile's other keys of the block, while they are relative to the same peaks.
+        const auto weights_of = [&](int key) { return s.weights + key / P::STEP * TILE; };
+        const bool begins = x == 0 || works[x - 1].tile != t, ends = x + 1 == n || works[x + 1].tile != t;
+        if (begins) from = w.first;
+        if (!begins && works[x - 1].first + STRIP<P> != w.first) {
+          multiply_values(t, from, works[x - 1].first + STRIP<P>, weights_of(from));
+          from = w.first;
+        }
+        if (weigh(w, j0, weights_of(w.first))) {
+          if (from < w.first) multiply_values(t, from, w.first, weights_of(from));
+          from = w.first;
+          if (summed[t])
+            scale_columns(int(at.units_v), ranges[t].vectors(), s.out + t * at.out_tile, TILE, s.rescale);
+        }
+        if (ends) multiply_values(t, from, w.first + w.padded, weights_of(from));
+      }
+    }
+  }
+
+  void finish() {
+    for (int t = 0; t < tiles; ++t) {
+      const HeadScores head = head_of(t);
+      float *out = s.out + t * at.out_tile, *peak = s.peak + t * TILE, *total = s.total + t * TILE;
+      const int64_t first = t % blocks * TILE, row = task.seq.row_q + task.row + first;
+      if (task.slot < 0)
+        finish_tile<P, E>(head, ranges[t], out, peak, total, !begun[t], (float*)s.queries, p.out, row,
+                          p.lse + task.b * p.lse_batch + head.h * p.lse_head + row, p.sink ? p.sink + head.h : nullptr);
+      else
+        finish_tile<P, float>(head, ranges[t], out, peak, total, !begun[t], (float*)s.queries, p.parts,
+                              task.slot + first, p.parts_lse + head.h * p.parts_lse_head + task.slot + first, nullptr);
+    }
+  }
+};
 
 template <class P, class E>
 void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task, void* memory) {
   [[maybe_unused]] const typename P::Hold hold;
   const int64_t kv = task.h / p.group(), heads_kv = (task.heads + p.group() - 1) / p.group();
   Scratch<P> s(p, heads_kv, memory);
-  if (!pages) return forward_rows<P, E>(p, task, s, DenseKeys<P, E>{p, task.b, task.seq.row_k, kv});
+  if (!pages) {
+    const DenseKeys<P, E> keys{p, task.b, task.seq.row_k, kv};
+    return Rows<P, E, DenseKeys<P, E>>(p, task, s, keys).run();
+  }
   const Span& span = task.seq.span;
   const auto run = [&]<class S>(S) {
     const int32_t* table = pages->table + task.b * pages->table_row;
@@ -242,7 +382,7 @@ void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task,
                                   span.prefix,
                                   span.first(task.row),
                                   span.last(task.row + task.rows - 1) + 1};
-    forward_rows<P, E>(p, task, s, keys);
+    Rows<P, E, PagedKeys<P, E, S>>(p, task, s, keys).run();
   };
   switch (pages->storage) {
     case Storage::AS_QUERIES: return run(E{});

@@ -9,7 +9,13 @@ namespace duplex::DUPLEX_ISA {
 template <class E>
 constexpr bool QUANTISED = sizeof(E) == 1;
 
-// Keys are packed in blocks of KEYS rows, one for each kv head.
+// Keys are packed in blocks of so many rows, one for each kv head.
+#if defined(DUPLEX_MATRIX_UNIT)
+constexpr int PACKED = 256;
+#else
+constexpr int PACKED = KEYS;
+#endif
+
 
 // The keys of one head of one sequence, as rows of a tensor.
 template <class P, class E>
@@ -77,11 +83,11 @@ struct PagedKeys {
     const int dim = int(p.head_dim);
     each_row(pages.k, j0, count, [&](int n, const S* from) {
       for (int64_t h = 0; h < heads; ++h)
-        Pack<P>::rows(to + (h * KEYS + n) * units, units, converted(from + h * pages.k.head, j0 + n, 0, dim), 0, 1, 1,
+        Pack<P>::rows(to + (h * PACKED + n) * units, units, converted(from + h * pages.k.head, j0 + n, 0, dim), 0, 1, 1,
                       dim);
     });
     for (int64_t h = 0; h < heads; ++h)
-      memset(to + (h * KEYS + count) * units, 0, (padded - count) * units * sizeof(*to));
+      memset(to + (h * PACKED + count) * units, 0, (padded - count) * units * sizeof(*to));
   }
   void pack_values(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
     const int dim = int(p.head_dim_v);
@@ -90,7 +96,7 @@ struct PagedKeys {
       for (int64_t h = 0; h < heads; ++h) {
         const E* of_head[P::STEP] = {};
         for (int r = 0; r < rows; ++r) of_head[r] = converted(from[r] + h * pages.v.head, j0 + n + r, r, dim);
-        Pack<P>::unit_row(to + (h * KEYS + n) / P::STEP * units, units, of_head, rows, dim);
+        Pack<P>::unit_row(to + (h * PACKED + n) / P::STEP * units, units, of_head, rows, dim);
       }
     };
     each_row(pages.v, j0, count, [&](int n, const S* from) {
@@ -100,7 +106,7 @@ struct PagedKeys {
     });
     const int packed = (count + P::STEP - 1) / P::STEP;
     for (int64_t h = 0; h < heads; ++h)
-      memset(to + (h * KEYS / P::STEP + packed) * units, 0, (padded / P::STEP - packed) * units * sizeof(*to));
+      memset(to + (h * PACKED / P::STEP + packed) * units, 0, (padded / P::STEP - packed) * units * sizeof(*to));
   }
   void prefetch(int64_t j, int count) const {
     each_row(pages.k, j, count, [&](int, const S* row) { prefetch_rows(row, pages.k.head, int(heads), p.head_dim); });

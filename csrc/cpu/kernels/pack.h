@@ -145,16 +145,19 @@ struct Pack<BFloat16> {
   static void unit_row(uint32_t* to, int64_t to_row, const bf16* const* rows, int count, int dim) {
     int x = 0;
     if (count >= 2)
-      for (; x + LANES <= dim; x += LANES)
-        store(to + x, (vuint)interleave(load_bits(rows[0] + x), load_bits(rows[1] + x)));
+      for (; x + 2 * LANES <= dim; x += 2 * LANES) {
+        const __m512i first = _mm512_loadu_si512(rows[0] + x), second = _mm512_loadu_si512(rows[1] + x);
+        const __m512i low = (__m512i)(vuint)(iota() | (iota() + 2 * LANES) << 16);  // words 0, 32, 1, 33, ...
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
+        store(to + x, (vuint)_mm512_permutex2var_epi16(first, low, second));
+        store(to + x + LANES, (vuint)_mm512_permutex2var_epi16(first, high, second));
+      }
     for (; x < to_row; ++x) {
       const uint32_t first = count >= 1 && x < dim ? rows[0][x].bits : 0;
       const uint32_t second = count >= 2 && x < dim ? rows[1][x].bits : 0;
       to[x] = first | second << 16;
     }
   }
-  static __m512i load_bits(const bf16* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
-  static __m512i interleave(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
 };
 #endif
 
