@@ -140,10 +140,10 @@ class CpuBackend(Backend):
         return self.refuses_merge((x,))
 
     def detail(self) -> str:
-        return f"{torch.ops.duplex_attn_cpu.isa()}, of {', '.join(torch.ops.duplex_attn_cpu.isas())}"
+        return f"{torch.ops.duplex_attn_cpu.isa(True)}, of {', '.join(torch.ops.duplex_attn_cpu.isas())}"
 
     def tile(self, call: Call) -> str:
-        return torch.ops.duplex_attn_cpu.isa()
+        return torch.ops.duplex_attn_cpu.isa(call.q.dtype == torch.bfloat16)
 
 
 class TritonBackend(Backend):

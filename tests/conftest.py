@@ -31,7 +31,7 @@ if not torch.cuda.is_available():
 
 from . import interpreter
 from .emulation.library import EMULATED
-from .lanes import CPU_LANES, GPU_LANES, Lane, missing
+from .lanes import CPU_LANES, GPU_LANES, Lane, forced, missing, repeats_another
 
 interpreter.hasten()
 
@@ -44,7 +44,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long begins first, so that no process is left alone with it at the end."""
+    items[:] = [item for item in items if not _repeats_another(item)]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _repeats_another(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    values = callspec.params.values() if callspec else ()
+    dtypes = {x for x in (*values, *(getattr(x, "dtype", None) for x in values)) if isinstance(x, torch.dtype)}
+    return any(isinstance(x, Lane) and repeats_another(x, dtypes) for x in values)
 
 
 REFUSED = "backend: expected one that can run this call, got "
@@ -86,7 +94,7 @@ def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if reason := missing(lane):
         pytest.skip(f"{lane}: {reason}")
     if lane.isa:
-        monkeypatch.setenv("DUPLEX_ATTN_ISA", lane.isa)
+        monkeypatch.setenv("DUPLEX_ATTN_ISA", forced(lane))
     threads = torch.get_num_threads()
     if lane.slow:  # the interpreter is one thread, and the oracle's tiny tensors leave a second one spinning
         torch.set_num_threads(1)

@@ -21,7 +21,7 @@ struct Isa {
   const Isa* others = nullptr;  // for dtypes other than bfloat16; null: itself
 };
 
-// Those this CPU can run, narrowest first.
+// Those this CPU can run, narrowest first, less what emulates one.
 std::vector<std::string> supported_isas();
 
 // Reads DUPLEX_ATTN_ISA at every call. Throws std::invalid_argument for a name that is unknown or cannot run here.

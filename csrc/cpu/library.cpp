@@ -26,13 +26,15 @@ STABLE_TORCH_LIBRARY(duplex_attn_cpu, m) {
   m.def(
       "check_plan(Tensor plan, Tensor block_table, Tensor seqlens_k, Tensor? cu_seqlens_q, Tensor? prefix, "
       "int page_size, int? left, int? right, bool top_left, bool batch_invariant) -> ()");
-  m.def("isa() -> str");
+  m.def("isa(bool bfloat16) -> str");  // what such tensors are multiplied by, or others
   m.def("isas() -> str[]");
   m.def("fill_scratch_with_nan(bool on) -> ()");
 }
 
 namespace {
-std::string isa() { return duplex::current_isa().name; }
+std::string isa(bool bfloat16) {
+  return duplex::isa_for(bfloat16 ? duplex::DType::BFLOAT16 : duplex::DType::FLOAT32).name;
+}
 void fill_scratch_with_nan(bool on) { duplex::scratch_is_nan = on; }
 }  // namespace
 

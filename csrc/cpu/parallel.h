@@ -51,8 +51,8 @@ inline Arena& thread_arena() {
 // For tests: what a task reads of its scratch and has not written is then NaN, in every float there is.
 inline std::atomic<bool> scratch_is_nan{false};
 
-// Calls work(index, scratch) for each index of [0, count), the next ones to whichever thread is free: a 16th of its share
-// of what is left at once, since a counter that threads have in common takes a microsecond to come by.
+// Calls work(index, scratch) for each index of [0, count), the next ones to whichever thread is free: a 16th of its
+// share of what is left at once, since a counter that threads have in common takes a microsecond to come by.
 template <class Work>
 void parallel_tasks(int64_t count, size_t scratch_bytes, const Work& work) {
   if (count <= 0) return;

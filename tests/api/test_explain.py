@@ -232,7 +232,8 @@ class TestInstructionSet:
     def test_the_variable_is_obeyed(self, monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
         monkeypatch.setenv("DUPLEX_ATTN_ISA", isa)
         if isa in torch.ops.duplex_attn_cpu.isas():
-            assert da.explain(**dense()).tile == isa
+            assert da.explain(**dense(torch.bfloat16)).tile == isa
+            assert da.explain(**dense()).tile == ("avx512_bf16" if isa == "amx" else isa)
             assert da.backends()["cpu"].detail.startswith(f"{isa}, of ")
         else:
             with pytest.raises(ValueError, match=f"DUPLEX_ATTN_ISA: this CPU cannot run {isa}"):
@@ -241,9 +242,9 @@ class TestInstructionSet:
     def test_the_widest_is_the_default(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("DUPLEX_ATTN_ISA", raising=False)
         widest = torch.ops.duplex_attn_cpu.isas()[-1]
-        assert da.explain(**dense()).tile == widest
+        assert da.explain(**dense(torch.bfloat16)).tile == widest
         monkeypatch.setenv("DUPLEX_ATTN_ISA", "")
-        assert da.explain(**dense()).tile == widest
+        assert da.explain(**dense(torch.bfloat16)).tile == widest
 
     def test_an_unknown_one_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DUPLEX_ATTN_ISA", "avx1024")

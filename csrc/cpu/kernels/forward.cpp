@@ -3,191 +3,23 @@
 // Scores are kept transposed, [key][query]: a vector holds one key and neighbouring queries. So maxima and sums need no
 // work across lanes, keys and values enter the products as broadcasts of rows as they lie in memory, and only the
 // queries are transposed, once a block.
-#include "cpu/kernels/kernels.h"
-#include "cpu/kernels/keys.h"
-#include "cpu/kernels/score.h"
+#include "cpu/kernels/forward_tile.h"
 
 namespace duplex::DUPLEX_ISA {
 namespace {
-
-constexpr int TILES = PACKED > KEYS ? 16 : 8;  // of queries, of one head or several, that share one packed block of keys
-
-// Keys of a tile of scores: on the matrix unit few, so that they stay in the nearest cache between products and softmax.
-template <class P>
-constexpr int STRIP = P::MATRIX ? 32 : KEYS;
-
-template <class P>
-struct Layout {
-  int64_t units, units_v;  // padded head dims: units of q and k, floats of v
-  int64_t query_tile, out_tile;
-
-  explicit Layout(const Problem& p)
-      : units(round_up(p.head_dim, P::STEP * P::DEPTH) / P::STEP),
-        units_v(round_up(p.head_dim_v, P::ROW_STEP)),
-        query_tile(units * TILE),
-        out_tile(units_v * TILE) {}
-};
-
-template <class P>
-struct Scratch {
-  Carver carver;
-  typename P::unit *queries, *keys, *values, *values_t, *weights;
-  float *out, *scores, *peak, *total, *rescale, *k_scales, *v_scales;
-  ScoreScratch* score;
-  void* stage;
-
-  Scratch(const Problem& p, int64_t heads_kv, void* base) : carver{(char*)base} {
-    const Layout<P> at(p);
-    const int64_t taller = TILE > KEYS ? TILE : KEYS;
-    const int64_t rows = round_up(p.head_dim_v, LANES) * TILE;  // of the output, on their way out
-    queries = carver.take<typename P::unit>(TILES * at.query_tile > rows ? TILES * at.query_tile : rows);
-    const int64_t packed = heads_kv * PACKED;
-    keys = carver.take<typename P::unit>((taller > packed ? taller : packed) * at.units);
-    values = carver.take<typename P::unit>(packed / P::STEP * at.units_v + LANES);
-    values_t = carver.take<typename P::unit>(P::MATRIX ? packed / P::STEP * at.units_v : 0);
-    weights = carver.take<typename P::unit>(P::STEP > 1 ? PACKED / P::STEP * TILE : 0);
-    out = carver.take<float>(TILES * at.out_tile);
-    scores = carver.take<float>(STRIP<P> * TILE);
-    peak = carver.take<float>(TILES * TILE);
-    total = carver.take<float>(TILES * TILE);
-    rescale = carver.take<float>(TILE);
-    score = carver.take<ScoreScratch>(1);
-    k_scales = carver.take<float>(packed);
-    v_scales = carver.take<float>(packed);
-    stage = carver.take<float>(2 * (p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v));
-  }
-};
-
-// Multiplies each key's scores, or weights, by what its stored numbers are worth.
-void rescale_keys(float* scores, const TileRange& t, const float* scales, int keys) {
-  for (int n = 0; n < keys; ++n)
-    for (int m = 0; m < t.lanes(); m += LANES) {
-      float* at = scores + n * TILE + m;
-      store(at, load<vfloat>(at) * scales[n]);
-    }
-}
-
-// Exponentials of V vectors of queries against the running peak; the sums go to `total`, the weights to the units of the
-// product, or to the scores' place where they change LATER.
-template <class P, int V, bool LATER>
-bool exponentials(float natural, int keys, Scratch<P>& s, typename P::unit* weights, float* peak, float* total,
-                  bool first) {
-  const float unit = natural * LOG2E;
-  vfloat top[V], base[V], sum[V];
-  vint grown{};
-#pragma GCC unroll 4
-  for (int x = 0; x < V; ++x) top[x] = first ? splat(-INF) : load<vfloat>(peak + x * LANES);
-  for (int n = 0; n < keys; ++n)
-#pragma GCC unroll 4
-    for (int x = 0; x < V; ++x) top[x] = max(load<vfloat>(s.scores + n * TILE + x * LANES), top[x]);
-#pragma GCC unroll 4
-  for (int x = 0; x < V; ++x) {
-    const vfloat before = first ? splat(-INF) : load<vfloat>(peak + x * LANES);
-    // Where old sums are costly to rescale, they stay relative to an earlier peak, as long as weights are small.
-    const vfloat now = P::MATRIX ? select((top[x] - before) * unit > 8.0f, top[x], before) : top[x];
-    store(peak + x * LANES, now);
-    base[x] = select(now == -INF, splat(0.0f), now);
-    const vfloat factor =
-        exp2<true>((before - base[x]) * unit);  // the difference first: its rounding is relative to it
-    store(s.rescale + x * LANES, factor);
-    grown |= factor != 1.0f;
-    sum[x] = first ? vfloat{} : load<vfloat>(total + x * LANES) * factor;
-    if (!P::EXACT) base[x] *= unit;
-  }
-  const auto weight = [&](const float* at, int x) {
-    const vfloat score = load<vfloat>(at);
-    return exp2<P::EXACT>(P::EXACT ? (score - base[x]) * unit : score * unit - base[x]);
-  };
-  for (int n = 0; n < keys; n += 2) {
-#pragma GCC unroll 4
-    for (int x = 0; x < V; ++x) {
-      float* at = s.scores + n * TILE + x * LANES;
-      const vfloat even = weight(at, x), odd = weight(at + TILE, x);
-      sum[x] += even + odd;
-      if constexpr (P::STEP == 2 && !LATER) {
-        store_pairs(weights + n / 2 * TILE + x * LANES, even, odd);
-      } else {
-        store(at, even);
-        store(at + TILE, odd);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int x = 0; x < V; ++x) store(total + x * LANES, sum[x]);
-  return any(grown);
-}
-
-// Whether some peak has moved, so that old sums are to be multiplied by `rescale`.
-template <class P>
-bool softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s, typename P::unit* weights,
-             float* peak, float* total, bool first, const float* v_scales) {
-  const bool dropout = head.problem.dropout, later = dropout || v_scales;
-  const auto run = [&]<int V> {
-    return later ? exponentials<P, V, true>(head.unit(), keys, s, weights, peak, total, first)
-                 : exponentials<P, V, false>(head.unit(), keys, s, weights, peak, total, first);
-  };
-  bool grown = false;
-  switch (t.vectors()) {
-    case 1: grown = run.template operator()<1>(); break;
-    case 2: grown = run.template operator()<2>(); break;
-    case 3: grown = run.template operator()<3>(); break;
-    case 4: grown = run.template operator()<4>(); break;
-  }
-  if (!later) return grown;
-  if (dropout) head.drop(t, s.scores);
-  if (v_scales) rescale_keys(s.scores, t, v_scales, keys);
-  if constexpr (P::STEP == 2)
-    for (int n = 0; n < keys; n += 2)
-      for (int m = 0; m < t.lanes(); m += LANES)
-        store_pairs(weights + n / 2 * TILE + m, load<vfloat>(s.scores + n * TILE + m),
-                    load<vfloat>(s.scores + (n + 1) * TILE + m));
-  return grown;
-}
-
-// Divides by the sums and writes rows from `out_row` on; a row that saw nothing is 0 with lse -inf.
-template <class P, class O>
-void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float* peak, float* total, bool empty,
-                 float* rows, const View& out, int64_t out_row, float* lse, const float* sink_of_head) {
-  const Problem& p = head.problem;
-  const int64_t dims = round_up(p.head_dim_v, LANES), units_v = Layout<P>(p).units_v;
-  if (empty) memset(out_t, 0, Layout<P>(p).out_tile * sizeof(float));
-  alignas(64) float factor[TILE];
-  for (int m = 0; m < t.rows; ++m) {
-    float top = empty ? -INF : peak[m] * head.unit(), sum = empty ? 0 : total[m], shrink = 1;
-    if (top == -INF) sum = 0;
-    if (sink_of_head) {
-      const float sink = *sink_of_head, higher = sink > top ? sink : top;
-      if (higher == -INF) {
-        sum = 0;
-      } else {
-        shrink = top == -INF ? 0 : __builtin_expf(top - higher);
-        sum = sum * shrink + __builtin_expf(sink - higher);
-        top = higher;
-      }
-    }
-    factor[m] = sum == 0 ? 0 : shrink / sum * p.keep_scale;
-    lse[m] = sum == 0 ? -INF : top + __builtin_logf(sum);
-  }
-  transpose_units((uint32_t*)rows, dims, (const uint32_t*)out_t, TILE, int(units_v < dims ? units_v : dims), t.lanes());
-  for (int m = 0; m < t.rows; ++m) {
-    O* to = out.at<O>(head.b, out_row + m, head.h);
-    const float* from = rows + m * dims;
-    if (factor[m] == 0) {  // not by multiplication: 0 * NaN
-      memset(to, 0, p.head_dim_v * sizeof(O));
-      continue;
-    }
-    int x = 0;
-    for (; x + LANES <= p.head_dim_v; x += LANES) narrow(to + x, load<vfloat>(from + x) * factor[m]);
-    if (x < p.head_dim_v) narrow_partial(to + x, load<vfloat>(from + x) * factor[m], int(p.head_dim_v - x));
-  }
-}
 
 // The tiles of one task against the keys that they see.
 template <class P, class E, class Keys>
 class Rows {
  public:
   Rows(const Problem& p, const ForwardTask& task, Scratch<P>& s, const Keys& source)
-      : p(p), task(task), s(s), source(source), at(p), blocks((task.rows + TILE - 1) / TILE), tiles(blocks * task.heads) {
+      : p(p),
+        task(task),
+        s(s),
+        source(source),
+        at(p),
+        blocks((task.rows + TILE - 1) / TILE),
+        tiles(blocks * task.heads) {
     for (int t = 0; t < tiles; ++t) {
       const int64_t first = t % blocks * TILE, i0 = task.row + first;
       ranges[t] = {i0, 0, int(clamp(task.rows - first, 0, TILE)), 0};
@@ -338,8 +170,7 @@ class Rows {
         if (weigh(w, j0, weights_of(w.first))) {
           if (from < w.first) multiply_values(t, from, w.first, weights_of(from));
           from = w.first;
-          if (summed[t])
-            scale_columns(int(at.units_v), ranges[t].vectors(), s.out + t * at.out_tile, TILE, s.rescale);
+          if (summed[t]) scale_columns(int(at.units_v), ranges[t].vectors(), s.out + t * at.out_tile, TILE, s.rescale);
         }
         if (ends) multiply_values(t, from, w.first + w.padded, weights_of(from));
       }
@@ -352,11 +183,11 @@ class Rows {
       float *out = s.out + t * at.out_tile, *peak = s.peak + t * TILE, *total = s.total + t * TILE;
       const int64_t first = t % blocks * TILE, row = task.seq.row_q + task.row + first;
       if (task.slot < 0)
-        finish_tile<P, E>(head, ranges[t], out, peak, total, !begun[t], (float*)s.queries, p.out, row,
+        finish_tile<P, E>(head, ranges[t], out, peak, total, !begun[t], p.out, row,
                           p.lse + task.b * p.lse_batch + head.h * p.lse_head + row, p.sink ? p.sink + head.h : nullptr);
       else
-        finish_tile<P, float>(head, ranges[t], out, peak, total, !begun[t], (float*)s.queries, p.parts,
-                              task.slot + first, p.parts_lse + head.h * p.parts_lse_head + task.slot + first, nullptr);
+        finish_tile<P, float>(head, ranges[t], out, peak, total, !begun[t], p.parts, task.slot + first,
+                              p.parts_lse + head.h * p.parts_lse_head + task.slot + first, nullptr);
     }
   }
 };
@@ -393,21 +224,22 @@ void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task,
 
 }  // namespace
 
-const ForwardKernel forward = {
-    TILE, TILES,
-    [](const Problem& p, int64_t heads_kv) {
-      return p.dtype == DType::BFLOAT16 ? Scratch<Bf16Product>(p, heads_kv, nullptr).carver.bytes
-                                        : Scratch<Float32>(p, heads_kv, nullptr).carver.bytes;
-    },
-    [](const Problem& p, const Pages* pages, const ForwardTask& task, void* scratch) {
-      switch (p.dtype) {
-        case DType::BFLOAT16: return forward_task<Bf16Product, bf16>(p, pages, task, scratch);
+const ForwardKernel forward = {TILE, TILES,
+                               [](const Problem& p, int64_t heads_kv) {
+                                 return p.dtype == DType::BFLOAT16
+                                            ? Scratch<Bf16Product>(p, heads_kv, nullptr).carver.bytes
+                                            : Scratch<Float32>(p, heads_kv, nullptr).carver.bytes;
+                               },
+                               [](const Problem& p, const Pages* pages, const ForwardTask& task, void* scratch) {
+                                 switch (p.dtype) {
+                                   case DType::BFLOAT16:
+                                     return forward_task<Bf16Product, bf16>(p, pages, task, scratch);
 #if !defined(DUPLEX_MATRIX_UNIT)
-        case DType::FLOAT32: return forward_task<Float32, float>(p, pages, task, scratch);
-        case DType::FLOAT16: return forward_task<Float32, f16>(p, pages, task, scratch);
+                                   case DType::FLOAT32: return forward_task<Float32, float>(p, pages, task, scratch);
+                                   case DType::FLOAT16: return forward_task<Float32, f16>(p, pages, task, scratch);
 #endif
-        default: return;
-      }
-    }};
+                                   default: return;
+                                 }
+                               }};
 
 }  // namespace duplex::DUPLEX_ISA

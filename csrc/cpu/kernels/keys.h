@@ -16,7 +16,6 @@ constexpr int PACKED = 256;
 constexpr int PACKED = KEYS;
 #endif
 
-
 // The keys of one head of one sequence, as rows of a tensor.
 template <class P, class E>
 struct DenseKeys {

@@ -75,14 +75,18 @@ inline void exchange(vint* rows) {
   }
 }
 
-inline void transpose_block(uint32_t* to, int64_t to_row, const uint32_t* from, int64_t from_row) {
-  vint rows[LANES];
-#pragma GCC unroll 16
-  for (int r = 0; r < LANES; ++r) rows[r] = load<vint>(from + r * from_row);
+inline void transpose_square(vint* rows) {
   if constexpr (LANES > 8) exchange<8>(rows);
   if constexpr (LANES > 4) exchange<4>(rows);
   exchange<2>(rows);
   exchange<1>(rows);
+}
+
+inline void transpose_block(uint32_t* to, int64_t to_row, const uint32_t* from, int64_t from_row) {
+  vint rows[LANES];
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) rows[r] = load<vint>(from + r * from_row);
+  transpose_square(rows);
 #pragma GCC unroll 16
   for (int r = 0; r < LANES; ++r) store(to + r * to_row, rows[r]);
 }

@@ -96,54 +96,16 @@ constexpr int CHAIN = 64;
 constexpr int CHAIN = 32;
 #endif
 
-#if defined(DUPLEX_MATRIX_UNIT)
-// c[r][x] *= factor[x]
-inline void scale_columns(int rows, int vectors, float* c, ptrdiff_t c_row, const float* factor) {
-  for (int x = 0; x < vectors; ++x) {
-    const vfloat by = load<vfloat>(factor + x * LANES);
-    for (int r = 0; r < rows; ++r) store(c + r * c_row + x * LANES, load<vfloat>(c + r * c_row + x * LANES) * by);
-  }
-}
-
-// 32 rows and 32 columns: tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 columns of b.
-template <Start START>
-inline void matrix_block(int steps, const uint32_t* a, ptrdiff_t a_row, const uint32_t* b, ptrdiff_t b_step, float* c,
-                         ptrdiff_t c_row) {
-  static_assert(START != Start::SCALE);
-  float* const low = c + SIDE * c_row;
-  if constexpr (START == Start::ZERO) {
-    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
-  } else {
-    load_tile<0>(c, c_row), load_tile<1>(c + SIDE, c_row);
-    load_tile<2>(low, c_row), load_tile<3>(low + SIDE, c_row);
-  }
-  for (int t = 0; t < steps; t += SIDE) {
-    load_tile<4>(a + t, a_row);
-    load_tile<6>(b + t * b_step, b_step), multiply_tiles<0, 4, 6>();
-    load_tile<7>(b + t * b_step + SIDE, b_step), multiply_tiles<1, 4, 7>();
-    load_tile<5>(a + SIDE * a_row + t, a_row), multiply_tiles<2, 5, 6>(), multiply_tiles<3, 5, 7>();
-  }
-  store_tile<0>(c, c_row), store_tile<1>(c + SIDE, c_row);
-  store_tile<2>(low, c_row), store_tile<3>(low + SIDE, c_row);
-}
-
-// The same for any multiple of 32 rows and an even number of vectors.
-template <Start START>
-inline void matrix_product(int rows, int vectors, int steps, const uint32_t* a, ptrdiff_t a_row, const uint32_t* b,
-                           ptrdiff_t b_step, float* c, ptrdiff_t c_row) {
-  for (int r = 0; r < rows; r += 2 * SIDE)
-    for (int x = 0; x < vectors * LANES; x += 2 * SIDE)
-      matrix_block<START>(steps, a + r * a_row, a_row, b + x, b_step, c + r * c_row + x, c_row);
-}
-#endif
-
 // The same for any multiple of P::ROW_STEP rows and any number of vectors.
 template <class P, Start START>
 inline void product(int rows, int vectors, int steps, const typename P::unit* a, ptrdiff_t a_row, ptrdiff_t a_step,
                     const typename P::unit* b, ptrdiff_t b_step, float* c, ptrdiff_t c_row,
                     const float* factor = nullptr) {
 #if defined(DUPLEX_MATRIX_UNIT)
-  if constexpr (P::MATRIX) return matrix_product<START>(rows, vectors, steps, a, a_row, b, b_step, c, c_row);
+  if constexpr (P::MATRIX) {
+    static_assert(START != Start::SCALE);
+    return matrix_product<START == Start::ZERO>(rows, vectors, steps, a, a_row, b, b_step, c, c_row);
+  }
 #endif
   for (int x = 0; x < vectors;) {
     const int left = vectors - x;

@@ -32,7 +32,7 @@ constexpr int VECTORS_STEP = 2;  // a multiple of them are filled
 constexpr int VECS = 3;  // vectors in a row of a register tile
 constexpr int VECTORS_STEP = 1;
 #endif
-constexpr int TILE = VECS * LANES;   // queries in a tile
+constexpr int TILE = VECS * LANES;  // queries in a tile
 
 typedef float vfloat __attribute__((vector_size(4 * DUPLEX_LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * DUPLEX_LANES)));
@@ -83,6 +83,12 @@ inline bool any(vint mask) {
 #endif
 }
 
+// A product that is rounded before it is added to anything.
+inline vfloat rounded(vfloat product) {
+  asm("" : "+v"(product));
+  return product;
+}
+
 // Lane c of the result is lane from[c] of the two vectors one after the other.
 inline vint shuffle(vint a, vint b, vint from) {
 #if defined(__clang__)
@@ -128,11 +134,11 @@ inline vfloat exp2(vfloat x) {
 #if defined(__AVX512DQ__)
   // 2^floor(x) * (1 + q), with a polynomial for [0, 1): 2e-9 and 3e-6 as above. No subnormals, which are slow.
   const vfloat f = (vfloat)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  const vfloat q =
-      EXACT
-          ? f * (0.6931470440f +
-                 f * (0.2402293060f + f * (0.0554852805f + f * (0.0096754519f + f * (0.0012467843f + f * 0.0002161293f)))))
-          : f * (0.6930448413f + f * (0.2412802219f + f * (0.0522424459f + f * 0.0134267006f)));
+  const vfloat q = EXACT
+                       ? f * (0.6931470440f +
+                              f * (0.2402293060f +
+                                   f * (0.0554852805f + f * (0.0096754519f + f * (0.0012467843f + f * 0.0002161293f)))))
+                       : f * (0.6930448413f + f * (0.2412802219f + f * (0.0522424459f + f * 0.0134267006f)));
   const __mmask16 normal = EXACT ? _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ) : 0xffff;
   return (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)(1.0f + q), (__m512)x);
 #else
