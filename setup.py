@@ -40,13 +40,21 @@ X86_ISAS = {
 MATRIX_ISAS = {isa: [*X86_ISAS["avx512_bf16"], "-DDUPLEX_MATRIX_UNIT"] for isa in ("amx", "amx_emulated")}
 MATRIX_SOURCES = ("forward.cpp", "backward.cpp")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS = X86_ISAS | (MATRIX_ISAS if sys.platform == "linux" else {}) if IS_X86 else {"portable": []}
 KERNEL_SOURCES = sorted((CPU / "kernels").glob("*.cpp"))
 HOST_SOURCES = sorted(CPU.glob("*.cpp"))
 
 
 def compiler() -> str | None:
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+
+
+@cache
+def isas(cxx: str) -> dict[str, list[str]]:
+    if not IS_X86:
+        return {"portable": []}
+    command, text = [cxx, "-x", "c", "-c", "-o", os.devnull, "-"], 'void f(void) { __asm__("tilerelease"); }'
+    tile = subprocess.run(command, input=text, text=True, capture_output=True)
+    return X86_ISAS | (MATRIX_ISAS if sys.platform == "linux" and tile.returncode == 0 else {})
 
 
 def torch_folder() -> Path | None:
@@ -108,15 +116,17 @@ def read_by(source: Path) -> frozenset[Path]:
     return frozenset({source}).union(*(read_by(path) for path in included))
 
 
-def cpu_jobs(torch: Path) -> list[Job]:
+def cpu_jobs(torch: Path, cxx: str) -> list[Job]:
     flags = [*FLAGS, *CPU_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-isystem", str(torch / "include")]
     kernels = [
         Job(s, isa, [*flags, *march, f"-DDUPLEX_ISA={isa}", f"-DDUPLEX_ISA_{isa.upper()}"])
         for s in KERNEL_SOURCES
-        for isa, march in ISAS.items()
+        for isa, march in isas(cxx).items()
         if isa not in MATRIX_ISAS or s.name in MATRIX_SOURCES
     ]
-    return kernels + [Job(s, "host", flags + [f"-DDUPLEX_HAVE_{isa.upper()}" for isa in ISAS]) for s in HOST_SOURCES]
+    return kernels + [
+        Job(s, "host", flags + [f"-DDUPLEX_HAVE_{isa.upper()}" for isa in isas(cxx)]) for s in HOST_SOURCES
+    ]
 
 
 def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
@@ -197,7 +207,7 @@ class BuildNative(build_ext):
             self.build_library(nvidia, link, ext, CUDA, cuda_jobs(torch, cxx), links)
         else:
             links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-            self.build_library(cxx, [cxx], ext, CPU, cpu_jobs(torch), links)
+            self.build_library(cxx, [cxx], ext, CPU, cpu_jobs(torch, cxx), links)
 
     def build_library(
         self, cxx: str, linker: list[str], ext: Extension, sources: Path, jobs: list[Job], links: list[str]

@@ -17,7 +17,8 @@ from torch import Tensor
 from .oracle import GRADIENTS, Answer, Call
 
 T = TypeVar("T")
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+EMULATED_AMX = "amx_emulated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,23 @@ def missing(lane: Lane) -> str | None:
     status = da.backends()[lane.backend]
     if not status.available or not lane.isa:
         return None if status.available else status.detail
-    supported = torch.ops.duplex_attn_cpu.isas()
-    return None if lane.isa in supported else f"this CPU has only {', '.join(supported)}"
+    return None if forced(lane) in (*supported(), EMULATED_AMX) else f"this CPU has only {', '.join(supported())}"
+
+
+def supported() -> list[str]:
+    """The instruction sets of this CPU."""
+    return torch.ops.duplex_attn_cpu.isas() if da.backends()["cpu"].available else []
+
+
+def forced(lane: Lane) -> str:
+    """What DUPLEX_ATTN_ISA says for it. A matrix unit that is not here is emulated, by instructions that have to be."""
+    emulated = lane.isa == "amx" not in supported() and "avx512_bf16" in supported()
+    return EMULATED_AMX if emulated else lane.isa
+
+
+def repeats_another(lane: Lane, dtypes: set[torch.dtype]) -> bool:
+    """The matrix unit multiplies bfloat16 alone: tests of other dtypes are those of the instruction set below it."""
+    return lane.isa == "amx" and bool(dtypes) and torch.bfloat16 not in dtypes
 
 
 def run(

@@ -181,7 +181,7 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
 
 template <class P, class E>
 void backward_task(const Problem& p, const Gradients& given, const BackwardTask& task, void* memory) {
-  [[maybe_unused]] const typename P::Hold hold;
+  [[maybe_unused]] typename P::Hold hold;
   Scratch<P> s(p, memory);
   const Sequence seq = sequence(p, task.b);
   const int64_t rows = task.row_end - task.row_begin, group = p.group(), d = p.head_dim;

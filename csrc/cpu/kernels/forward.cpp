@@ -194,7 +194,7 @@ class Rows {
 
 template <class P, class E>
 void forward_task(const Problem& p, const Pages* pages, const ForwardTask& task, void* memory) {
-  [[maybe_unused]] const typename P::Hold hold;
+  [[maybe_unused]] typename P::Hold hold;
   const int64_t kv = task.h / p.group(), heads_kv = (task.heads + p.group() - 1) / p.group();
   Scratch<P> s(p, heads_kv, memory);
   if (!pages) {
