@@ -150,7 +150,7 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
                                  s.dk + at * w.floats, w.floats);
         }
         if (task.queries) {
-          const auto add = [&]<Start START> {
+          const auto add = [&]<Start START>() {
             if constexpr (P::MATRIX)  // dq^T: its pairs of keys lie side by side only in the keys' transpose
               product<P, START>(w.floats, t.vectors(), keys / P::STEP, s.key_pairs_t + at / P::STEP, BLOCK / P::STEP, 1,
                                 dscore_pairs, TILE, s.dq_t, TILE);

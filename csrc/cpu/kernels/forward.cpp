@@ -108,7 +108,7 @@ class Rows {
   // Adds the values of keys [first, end) of the packed block.
   void multiply_values(int t, int first, int end, const typename P::unit* weights) {
     const int64_t head = kv_of(t) * PACKED / P::STEP * at.units_v, pair = first / P::STEP;
-    const auto add = [&]<Start START> {
+    const auto add = [&]<Start START>() {
       product<P, START>(int(at.units_v), ranges[t].vectors(), (end - first) / P::STEP,
                         P::MATRIX ? s.values_t + head + pair : s.values + head + pair * at.units_v,
                         P::MATRIX ? PACKED / P::STEP : 1, P::MATRIX ? 1 : at.units_v, weights, TILE,

@@ -124,7 +124,7 @@ template <class P>
 bool softmax(const HeadScores& head, const TileRange& t, int keys, Scratch<P>& s, typename P::unit* weights,
              float* peak, float* total, bool first, const float* v_scales) {
   const bool dropout = head.problem.dropout, later = dropout || v_scales;
-  const auto run = [&]<int V> {
+  const auto run = [&]<int V>() {
     return later ? exponentials<P, V, true>(head.unit(), keys, s, weights, peak, total, first)
                  : exponentials<P, V, false>(head.unit(), keys, s, weights, peak, total, first);
   };

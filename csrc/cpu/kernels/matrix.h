@@ -1,6 +1,6 @@
-// Products on the matrix unit (AMX): tiles of 16 rows of 16 units, multiplied where registers cannot be had for them.
+// Products of bfloat16 on the matrix unit of Intel's server processors (AMX), whose tiles are 16 rows of 16 units.
 //
-// "amx_emulated" is compiled from the same text for processors without the unit, so that tests run everywhere.
+// amx_emulated is compiled from the same text for processors without the unit, so that tests run everywhere.
 #pragma once
 
 #include <stddef.h>
