@@ -33,9 +33,12 @@ PlanBatch plan_batch(const Tensor& block_table, const Tensor& seqlens_k, const O
           top_left};
 }
 
+// Half the threads: tiles of many rows are a task for each few heads, and every part of their keys costs a merge.
+int64_t default_workers() { return (int64_t(torch::stable::get_num_threads()) + 1) / 2; }
+
 // block_rows, workers: 0 for those of this backend on this machine.
 PlanOptions plan_options(bool batch_invariant, bool may_share, int64_t block_rows = 0, int64_t workers = 0) {
-  return {block_rows ? block_rows : BLOCK_ROWS, workers ? workers : int64_t(torch::stable::get_num_threads()),
+  return {block_rows ? block_rows : BLOCK_ROWS, workers ? workers : default_workers(),
           batch_invariant ? FIXED_SPLIT : 0, may_share && !batch_invariant ? SHARED_ROWS : 0};
 }
 
