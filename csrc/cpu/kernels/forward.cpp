@@ -38,8 +38,9 @@ class Rows {
     for (int64_t j = next(task.key_begin); j < key_end; j = next(j)) {
       const int64_t j0 = j / PACKED * PACKED;
       j = j0 + PACKED;
-      pack(j0, int(clamp(key_end - j0, 0, PACKED)));
-      attend(j0, int(clamp(key_end - j0, 0, PACKED)));
+      const int count = int(clamp(key_end - j0, 0, PACKED));
+      pack(j0, count);
+      attend(j0, count);
     }
     finish();
   }

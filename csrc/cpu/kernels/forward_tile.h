@@ -152,7 +152,6 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
                  const View& out, int64_t out_row, float* lse, const float* sink_of_head) {
   const Problem& p = head.problem;
   const int64_t units_v = Layout<P>(p).units_v;
-  if (empty) memset(out_t, 0, Layout<P>(p).out_tile * sizeof(float));
   alignas(64) float factor[TILE];
   for (int m = 0; m < t.rows; ++m) {
     float top = empty ? -INF : peak[m] * head.unit(), sum = empty ? 0 : total[m], shrink = 1;

@@ -147,19 +147,18 @@ struct Pack<BFloat16> {
   }
   // One row of those, of `count` rows that lie anywhere.
   static void unit_row(uint32_t* to, int64_t to_row, const bf16* const* rows, int count, int dim) {
-    int x = 0;
-    if (count >= 2)
-      for (; x + 2 * LANES <= dim; x += 2 * LANES) {
-        const __m512i first = _mm512_loadu_si512(rows[0] + x), second = _mm512_loadu_si512(rows[1] + x);
-        const __m512i low = (__m512i)(vuint)(iota() | (iota() + 2 * LANES) << 16);  // words 0, 32, 1, 33, ...
-        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
-        store(to + x, (vuint)_mm512_permutex2var_epi16(first, low, second));
-        store(to + x + LANES, (vuint)_mm512_permutex2var_epi16(first, high, second));
-      }
-    for (; x < to_row; ++x) {
-      const uint32_t first = count >= 1 && x < dim ? rows[0][x].bits : 0;
-      const uint32_t second = count >= 2 && x < dim ? rows[1][x].bits : 0;
-      to[x] = first | second << 16;
+    const auto lanes = [](int64_t left, int most) { return left >= most ? ~0u >> (32 - most) : (1u << left) - 1; };
+    const __m512i low = (__m512i)(vuint)(iota() | (iota() + 2 * LANES) << 16);  // words 0, 32, 1, 33, ...
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
+    for (int64_t x = 0; x < to_row; x += 2 * LANES) {
+      const __mmask32 inside = x < dim ? lanes(dim - x, 2 * LANES) : 0;
+      const __m512i first = _mm512_maskz_loadu_epi16(count >= 1 ? inside : 0, rows[0] + x);
+      const __m512i second = _mm512_maskz_loadu_epi16(count >= 2 ? inside : 0, rows[1] + x);
+      _mm512_mask_storeu_epi32(to + x, __mmask16(lanes(to_row - x, LANES)),
+                               _mm512_permutex2var_epi16(first, low, second));
+      if (x + LANES < to_row)
+        _mm512_mask_storeu_epi32(to + x + LANES, __mmask16(lanes(to_row - x - LANES, LANES)),
+                                 _mm512_permutex2var_epi16(first, high, second));
     }
   }
 };

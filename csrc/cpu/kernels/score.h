@@ -7,8 +7,8 @@
 
 namespace duplex::DUPLEX_ISA {
 
-constexpr int KEYS =
-    64;  // keys of a tile of scores at most; such tiles start at multiples of their size, from key 0 on
+// Keys of a tile of scores at most; such tiles start at multiples of their size, counted from key 0 of the sequence.
+constexpr int KEYS = 64;
 
 // A tile: queries i0 .. i0 + rows (at most TILE), keys j0 .. j0 + keys (at most KEYS), stored as [key][TILE].
 struct TileRange {

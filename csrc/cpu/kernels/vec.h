@@ -139,7 +139,7 @@ inline vfloat exp2(vfloat x) {
                               f * (0.2402293060f +
                                    f * (0.0554852805f + f * (0.0096754519f + f * (0.0012467843f + f * 0.0002161293f)))))
                        : f * (0.6930448413f + f * (0.2412802219f + f * (0.0522424459f + f * 0.0134267006f)));
-  const __mmask16 normal = EXACT ? _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ) : 0xffff;
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)(1.0f + q), (__m512)x);
 #else
   vint n;
