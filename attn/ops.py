@@ -7,6 +7,7 @@ Autograd is an implementation on the Autograd key with `torch.autograd.Function`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import check_name, choose, choose_backward, choose_merge
 from .call import GRADIENTS, Call
+from .dispatch import Operator
 
 _CALL = """
     Tensor q, Tensor k, Tensor v,
@@ -148,18 +150,22 @@ _is_grad_enabled = torch.is_grad_enabled
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
 
-def _run(operator: Any, implementation: Any, keyset: DispatchKeySet, arguments: Sequence[Any]) -> Any:
+def _is_plain(keyset: DispatchKeySet | None) -> bool:
+    return keyset is None or keyset in _PLAIN  # none: an Operator has called, without the dispatcher
+
+
+def _run(operator: Any, implementation: Any, keyset: DispatchKeySet | None, arguments: Sequence[Any]) -> Any:
     with _below_autograd():
-        return implementation(*arguments) if keyset in _PLAIN else operator(*arguments)
+        return implementation(*arguments) if _is_plain(keyset) else operator(*arguments)
 
 
 def _is_differentiated(tensors: Sequence[Any]) -> bool:
     return (_is_grad_enabled() and _any_requires_grad(*tensors)) or forward_ad._current_level >= 0
 
 
-def _record(function: type[_Operation], keyset: DispatchKeySet, *arguments: Any) -> Any:
+def _record(function: type[_Operation], keyset: DispatchKeySet | None, *arguments: Any) -> Any:
     """`function.apply`, less what it does for functions that are not kernels of the Autograd key already."""
-    if keyset in _PLAIN:
+    if _is_plain(keyset):
         return super(torch.autograd.Function, function).apply(keyset, *arguments)  # type: ignore[misc]
     if not _functorch_is_active():
         return function.apply(keyset, *arguments)
@@ -169,7 +175,7 @@ def _record(function: type[_Operation], keyset: DispatchKeySet, *arguments: Any)
 
 class _Operation(torch.autograd.Function):
     @staticmethod
-    def run(operator: Any, implementation: Any, keyset: DispatchKeySet, arguments: Sequence[Any]) -> Any:
+    def run(operator: Any, implementation: Any, keyset: DispatchKeySet | None, arguments: Sequence[Any]) -> Any:
         if _functorch_is_active():
             with torch.enable_grad():  # the layers underneath record for themselves
                 return _run(operator, implementation, keyset, arguments)
@@ -199,7 +205,7 @@ class _Attention(_Operation):
         *call, backend = _put_together((*tensors, *ctx.others))
         dout = torch.zeros_like(out) if dout is None else dout
         output_mask = [wanted[n + 1] for n in _DIFFERENTIABLE]
-        results = attention_backward(dout, dlse, out, lse, *call, output_mask, backend)
+        results = backward_operator(dout, dlse, out, lse, *call, output_mask, backend)
         for n, want, result in zip(_DIFFERENTIABLE, output_mask, results, strict=True):
             grads[n + 1] = result if want else None
         return tuple(grads)
@@ -243,20 +249,20 @@ class _MergeAttention(_Operation):
         return None, None, None, *(douts or [None] * parts), *dlses
 
 
-def _forward_autograd(keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward_autograd(keyset: DispatchKeySet | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     if _is_differentiated(_take_differentiable(arguments)):
         return _record(_Attention, keyset, *arguments)
     return _run(attention_forward, _forward, keyset, arguments)
 
 
-def _backward_autograd(keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_autograd(keyset: DispatchKeySet | None, *arguments: Any) -> tuple[Tensor, ...]:
     if _is_differentiated(arguments):
         return _record(_AttentionBackward, keyset, *arguments)
     return _run(attention_backward, _backward, keyset, arguments)
 
 
 def _merge_autograd(
-    keyset: DispatchKeySet, outs: list[Tensor], lses: list[Tensor], backend: str
+    keyset: DispatchKeySet | None, outs: list[Tensor], lses: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor]:
     if _is_differentiated((*outs, *lses)):
         return _record(_MergeAttention, keyset, backend, len(outs), *outs, *lses)
@@ -266,6 +272,10 @@ def _merge_autograd(
 _library.impl("attention_forward", _forward_autograd, "Autograd", with_keyset=True)
 _library.impl("attention_backward", _backward_autograd, "Autograd", with_keyset=True)
 _library.impl("merge_attention", _merge_autograd, "Autograd", with_keyset=True)
+
+forward_operator = Operator(attention_forward, partial(_forward_autograd, None))
+backward_operator = Operator(attention_backward, partial(_backward_autograd, None))
+merge_operator = Operator(merge_attention, partial(_merge_autograd, None))
 
 
 def _forward_autocast(*arguments: Any) -> tuple[Tensor, Tensor]:

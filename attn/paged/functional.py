@@ -9,12 +9,10 @@ from torch import Tensor
 
 from ..backends import BACKENDS, Workers
 from ..checks import wrong_type, wrong_value
-from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, run_operator, table
+from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, table
 from ..mask import Mask, causal
 from .checks import on_host
-from .ops import copy_pages as _copy
-from .ops import paged_append as _append
-from .ops import paged_attention as _operator
+from .ops import append_operator, attention_operator, copy_operator
 
 _CAUSAL = causal()
 
@@ -87,7 +85,7 @@ def paged_attention(
         k_scales, v_scales, rope_cos, rope_sin, rope_interleaved, scale, softcap, batch_invariant, plan, out, lse,
         backend or "",
     )  # fmt: skip
-    run_operator(_operator, arguments)
+    attention_operator(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -157,7 +155,7 @@ def paged_append(
         k, v, k_pages, v_pages, block_table, positions, cu_seqlens, rope_cos, rope_sin, rope_interleaved, k_scales,
         v_scales, backend or "",
     )  # fmt: skip
-    run_operator(_append, arguments)
+    append_operator(*arguments)
 
 
 def copy_pages(
@@ -175,4 +173,4 @@ def copy_pages(
     k_pages, v_pages: (num_pages, page_size, Hkv, D), any dtype. src, dst int32 (n,): no page is written twice, and none
     is both read and written. Scales of the full shape are copied along. Raises ValueError or TypeError.
     """
-    run_operator(_copy, (k_pages, v_pages, src, dst, k_scales, v_scales, backend or ""))
+    copy_operator(k_pages, v_pages, src, dst, k_scales, v_scales, backend or "")
