@@ -27,6 +27,7 @@ from .paged.call import AppendCall, PagedCall
 
 _INTERPRET_HINT = " (TRITON_INTERPRET=1 interprets it on the CPU)"
 _FLOAT64 = "float64 runs in the reference only"
+_OLDEST = (8, 0)  # compute capability
 _NOT_RUN = "compiled and emulated, it has not run on a card yet"
 _ROW_BIAS = "row_distance_bias and col_distance_bias run in the reference only"
 
@@ -62,7 +63,11 @@ class Backend:
         return None
 
     def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
-        """Of paged calls on x's device and dtype; `call` is that of paged_attention, None for the others."""
+        """Of paged calls on x's device and dtype; `call` is that of paged_attention, None for paged_append."""
+        return None
+
+    def refuses_device(self, x: Tensor) -> str | None:
+        """Whatever is done there with whatever numbers."""
         return None
 
     def paged_workers(self, device: torch.device, heads_kv: int) -> Workers | None:
@@ -100,23 +105,36 @@ def _masked(native: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Te
     return attention_backward
 
 
-class CpuBackend(Backend):
-    """The C++ kernels, built beside the package when it is installed."""
+class KernelBackend(Backend):
+    """Kernels of this package."""
 
-    name = "cpu"
-    checks_paged_contents = True
-    library = Path(__file__).parent / "libduplex_cpu.so"
+    def refuses(self, call: Call) -> str | None:
+        return _refuses_row_bias(call) or self.refuses_tensor(call.q)
 
-    @cache  # noqa: B019  one instance lives as long as the process
-    def missing(self) -> str | None:
-        if not self.library.exists():
-            return f"{self.library.name} is not there: the package was built without a C++ compiler"
+    def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
+        return self.refuses_tensor(outs[0])
+
+    def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
+        return (_refuses_row_bias(call) if call is not None else None) or self.refuses_tensor(x)
+
+    def refuses_tensor(self, x: Tensor) -> str | None:
+        return _FLOAT64 if x.dtype == torch.float64 else self.refuses_device(x)
+
+
+class NativeBackend(KernelBackend):
+    """Kernels in a library that is built beside the package."""
+
+    library: Path
+    namespace: str
+
+    def load(self) -> str | None:
+        """Loads the library; why it does not load."""
         try:
             torch.ops.load_library(self.library)
-            native = torch.ops.duplex_attn_cpu
+            native = getattr(torch.ops, self.namespace)
             self.attention_forward = native.attention_forward.default
-            self.merge_attention = native.merge_attention.default
             self.attention_backward = _masked(native.attention_backward.default)
+            self.merge_attention = native.merge_attention.default
             self.paged_attention = native.paged_attention.default
             self.paged_append = native.paged_append.default
             self.copy_pages = native.copy_pages.default
@@ -124,20 +142,23 @@ class CpuBackend(Backend):
             return f"{self.library.name} does not load: {error}"
         return None
 
-    def refuses(self, call: Call) -> str | None:
-        if call.row_distance_bias is not None or call.col_distance_bias is not None:
-            return _ROW_BIAS
-        return self.refuses_merge(call[:1])
 
-    def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
-        if not outs[0].is_cpu:
-            return f"it runs on CPU tensors, these are on {outs[0].device}"
-        return _FLOAT64 if outs[0].dtype == torch.float64 else None
+class CpuBackend(NativeBackend):
+    """The C++ kernels."""
 
-    def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
-        if call is not None and (call.row_distance_bias is not None or call.col_distance_bias is not None):
-            return _ROW_BIAS
-        return self.refuses_merge((x,))
+    name = "cpu"
+    checks_paged_contents = True
+    library = Path(__file__).parent / "libduplex_cpu.so"
+    namespace = "duplex_attn_cpu"
+
+    @cache  # noqa: B019  one instance lives as long as the process
+    def missing(self) -> str | None:
+        if not self.library.exists():
+            return f"{self.library.name} is not there: the package was built without a C++ compiler"
+        return self.load()
+
+    def refuses_device(self, x: Tensor) -> str | None:
+        return None if x.is_cpu else f"it runs on CPU tensors, these are on {x.device}"
 
     def detail(self) -> str:
         return f"{torch.ops.duplex_attn_cpu.isa(True)}, of {', '.join(torch.ops.duplex_attn_cpu.isas())}"
@@ -146,7 +167,7 @@ class CpuBackend(Backend):
         return torch.ops.duplex_attn_cpu.isa(call.q.dtype == torch.bfloat16)
 
 
-class TritonBackend(Backend):
+class TritonBackend(KernelBackend):
     """The kernels of `duplex_attn.kernels`: on CUDA cards, or interpreted on CPU tensors under TRITON_INTERPRET=1."""
 
     name = "triton"
@@ -158,23 +179,13 @@ class TritonBackend(Backend):
             return "there is no CUDA card" + _INTERPRET_HINT
         return None
 
-    def refuses(self, call: Call) -> str | None:
-        if call.row_distance_bias is not None or call.col_distance_bias is not None:
-            return _ROW_BIAS
-        return self.refuses_merge(call[:1])
-
-    def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
-        if outs[0].dtype == torch.float64:
-            return _FLOAT64
-        device = outs[0].device
-        if device.type == "cuda" or (device.type == "cpu" and _interpreted()):
+    def refuses_device(self, x: Tensor) -> str | None:
+        device = x.device
+        if device.type == "cuda":
+            return _too_old(_capability(device))
+        if device.type == "cpu" and _interpreted():
             return None
         return f"it runs on CUDA tensors, these are on {device}" + _INTERPRET_HINT * (device.type == "cpu")
-
-    def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
-        if call is not None and (call.row_distance_bias is not None or call.col_distance_bias is not None):
-            return _ROW_BIAS
-        return self.refuses_merge((x,))
 
     def detail(self) -> str:
         return "interpreted" if _interpreted() else torch.cuda.get_device_name()
@@ -208,11 +219,12 @@ class TritonBackend(Backend):
         self._kernels("paged_calls").copy_pages(*arguments)
 
 
-class CudaBackend(Backend):
-    """The CUDA C++ kernels, of Hopper and of every other card from Ampere on, built beside the package where nvcc is."""
+class CudaBackend(NativeBackend):
+    """The CUDA C++ kernels, of Hopper and of every other card from Ampere on."""
 
     name = "cuda"
     library = Path(__file__).parent / "libduplex_cuda.so"
+    namespace = "duplex_attn_cuda"
     device_type = "cuda"
 
     @cache  # noqa: B019  one instance lives as long as the process
@@ -223,28 +235,14 @@ class CudaBackend(Backend):
             return "this torch is built without CUDA"
         if not torch.cuda.is_available():
             return "there is no CUDA card"
-        if (card := torch.cuda.get_device_capability()) < (8, 0):
-            return f"its kernels are for compute capability 8.0 and later, this card has {card[0]}.{card[1]}"
-        if reason := self.load():
+        cards = [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
+        if reason := _too_old(max(map(_capability, cards))):
+            return reason
+        if reason := self.load():  # never beside a torch that has no CUDA to give it
             return reason
         driver, built = _driver_version(), torch.ops.duplex_attn_cuda.runtime_version()
         if driver // 1000 < built // 1000:
             return f"the driver is of CUDA {_version(driver)}, the library of {_version(built)}"
-        return None
-
-    def load(self) -> str | None:
-        """Loads the library; why it does not load. Never beside a torch that has no CUDA to give it."""
-        try:
-            torch.ops.load_library(self.library)
-            native = torch.ops.duplex_attn_cuda
-            self.attention_forward = native.attention_forward.default
-            self.attention_backward = _masked(native.attention_backward.default)
-            self.merge_attention = native.merge_attention.default
-            self.paged_attention = native.paged_attention.default
-            self.paged_append = native.paged_append.default
-            self.copy_pages = native.copy_pages.default
-        except (OSError, RuntimeError, AttributeError) as error:
-            return f"{self.library.name} does not load: {error}"
         return None
 
     def refuses(self, call: Call) -> str | None:
@@ -257,26 +255,24 @@ class CudaBackend(Backend):
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
         if len(outs) > _MERGE_PARTS:
             return f"it merges up to {_MERGE_PARTS} parts"
-        return self._refuses_tensor(outs[0])
+        return self.refuses_tensor(outs[0])
 
     def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
         if call is None:
-            return self._refuses_tensor(x)
+            return self.refuses_tensor(x)
         return self._refuses_scores(call) or _refuses_rows(k_pages=call.k_pages, v_pages=call.v_pages)
 
     def paged_workers(self, device: torch.device, heads_kv: int) -> Workers | None:
         index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
         return Workers(*torch.ops.duplex_attn_cuda.paged_workers(index, heads_kv))
 
-    def _refuses_tensor(self, x: Tensor) -> str | None:
+    def refuses_device(self, x: Tensor) -> str | None:
         if x.device.type != self.device_type:
             return f"it runs on CUDA tensors, these are on {x.device}"
-        return _FLOAT64 if x.dtype == torch.float64 else None
+        return _too_old(self.capability(x.device))
 
     def _refuses_scores(self, call: Call | PagedCall) -> str | None:
-        if call.row_distance_bias is not None or call.col_distance_bias is not None:
-            return _ROW_BIAS
-        if reason := self._refuses_tensor(call.q):
+        if reason := _refuses_row_bias(call) or self.refuses_tensor(call.q):
             return reason
         if call.q.dtype not in (torch.bfloat16, torch.float16):
             return "it takes bfloat16 and float16"
@@ -287,14 +283,31 @@ class CudaBackend(Backend):
 
     def tile(self, call: Call) -> str:
         head_dim = max(call.q.shape[-1], call.v.shape[-1])
-        return f"{torch.ops.duplex_attn_cuda.forward_tile(self.capability(call.q.device), head_dim)}; {_NOT_RUN}"
+        major, minor = self.capability(call.q.device)
+        return f"{torch.ops.duplex_attn_cuda.forward_tile(10 * major + minor, head_dim)}; {_NOT_RUN}"
 
-    def capability(self, device: torch.device) -> int:
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return _capability(device)
 
 
 _MERGE_PARTS = 32  # csrc/cuda/merge.h
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _too_old(card: tuple[int, int]) -> str | None:
+    return (
+        None
+        if card >= _OLDEST
+        else f"its kernels are for compute capability 8.0 and later, this card has {card[0]}.{card[1]}"
+    )
+
+
+def _refuses_row_bias(call: Call | PagedCall) -> str | None:
+    return None if call.row_distance_bias is call.col_distance_bias is None else _ROW_BIAS
 
 
 def _refuses_rows(**tensors: Tensor) -> str | None:
@@ -390,7 +403,7 @@ def choose_append(call: AppendCall, name: str) -> Backend:
 
 def choose_copy(k_pages: Tensor, v_pages: Tensor, src: Tensor, name: str) -> Backend:
     shape = partial(evidence.class_of_copy, k_pages, v_pages, src)
-    return _choose(k_pages, name, lambda b: b.refuses_paged(k_pages, None), shape)
+    return _choose(k_pages, name, lambda b: b.refuses_device(k_pages), shape)
 
 
 def choose_planned(k_pages: Tensor) -> Backend:

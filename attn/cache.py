@@ -83,7 +83,7 @@ class PagedBatch:
     def plan(self, mask: Mask, batch_invariant: bool = False) -> Tensor | None:
         """The division of the step's work for `mask`, made once and read by every layer: `paged_attention`'s `plan`.
 
-        Kept for each (left, right); a prefix tensor is read when its plan is made. A batch in fixed buffers on a GPU
+        Kept for each mask; a prefix tensor is read when its plan is made. A batch in fixed buffers on a GPU
         has its plans there too: the same tensor from step to step for the same mask and kind of prefix. None where the
         C++ library is missing: a call then divides its own work.
         """

@@ -222,7 +222,7 @@ def check_heads(
 def check_window(left: int | None, right: int | None) -> None:
     for name, distance in (("left", left), ("right", right)):
         if distance is not None and not -MAX_DISTANCE <= distance <= MAX_DISTANCE:
-            wrong_value(name, f"a distance up to {MAX_DISTANCE}, or None for no bound", distance)
+            wrong_value(name, f"a distance of at most {MAX_DISTANCE} either way, or None for no bound", distance)
 
 
 def check_scores(scale: float | None, softcap: float) -> None:

@@ -1,4 +1,4 @@
-"""What a query sees: a span of keys (design, section 2)."""
+"""What a query sees: a span of keys (docs/semantics.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Mask(NamedTuple):
     """Query `i`, at position `p(i)`, sees key `j` exactly when `j < prefix or p(i) - left <= j <= p(i) + right`.
 
     prefix: keys that every query sees, an int >= 0 or an int32 tensor (batch,); clamped to the sequence's keys.
-    left, right: inclusive distances >= 0, or None for no bound.
+    left, right: inclusive distances, or None for no bound; a negative one leaves a gap.
     align: "bottom_right" puts the last query at the last key, p(i) = i + len_k - len_q; "top_left" has p(i) = i.
     """
 

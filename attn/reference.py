@@ -1,4 +1,4 @@
-"""The formulas of the design as written: the specification of what the kernels compute faster.
+"""The formulas of docs/semantics.md as written: the specification of what the kernels compute faster.
 
 Scores are a dense tensor, float32 (float64 for float64 inputs), and outputs are rounded once. A packed batch is padded,
 computed as a dense one with lengths, and packed again. A sequence's row is *stored* at some index of its padded
@@ -17,7 +17,7 @@ from .call import GRADIENTS, Call
 
 
 class _Span(NamedTuple):
-    """Section 2 for a padded batch of (B, Sq) queries and (B, Sk) keys."""
+    """Masks for a padded batch of (B, Sq) queries and (B, Sk) keys."""
 
     i: Tensor  # (B, Sq) row within the sequence
     j: Tensor  # (B, Sk)

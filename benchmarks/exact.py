@@ -18,7 +18,7 @@ class Check:
 
 
 def visible(mask: Mask, queries: int, keys: int, sequence: int, device: torch.device) -> Tensor:
-    """bool (queries, keys): section 2 of the design, as written."""
+    """bool (queries, keys): the masks of docs/semantics.md, as written."""
     i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
     p = i + (keys - queries if mask.align == "bottom_right" else 0)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device)

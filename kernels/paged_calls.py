@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import Workers
 from ..paged.call import AppendCall, PagedCall
-from ..paged.checks import QUANTISED
+from ..paged.checks import QUANTISED, is_set
 from . import problem, tuning
 from .append import append_kernel, copy_kernel
 from .division import FIXED_SPLIT, LEAST_SPLIT, Batch
@@ -53,7 +53,7 @@ def paged_append(*arguments: Any) -> None:
 def copy_pages(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
 ) -> None:
-    of_pages = [x for x in (k_pages, v_pages, k_scales, v_scales) if x is not None and x.shape[:3] == k_pages.shape[:3]]
+    of_pages = [x for x in (k_pages, v_pages, k_scales, v_scales) if x is not None and x.shape[0] == k_pages.shape[0]]
     run(k_pages.device, *(copy(x, src, dst) for x in of_pages))
 
 
@@ -212,7 +212,7 @@ def _append_one(
          c.cu_seqlens, turn, tokens, heads, batch, batch.bit_length(), c.block_table.shape[1], len(x_pages)),
         rotation | {
             "LARGEST": QUANTISED.get(x_pages.dtype, 0), "FLOAT8": x_pages.dtype == torch.float8_e4m3fn,
-            "SET_SCALES": scales is not None and scales.shape == x_pages.shape[:3], "PAGE_SIZE": x_pages.shape[1],
+            "SET_SCALES": scales is not None and is_set(scales, x_pages), "PAGE_SIZE": x_pages.shape[1],
             "DIM": dim, "ROWS": rows, "COLUMNS": columns,
         },
         {"num_warps": 4},

@@ -1,4 +1,4 @@
-"""The dropout mask (section 3 of the design): nothing is stored, forward and backward and every backend draw the same.
+"""The dropout mask (docs/semantics.md): nothing is stored, forward and backward and every backend draw the same.
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key = seed and counter
 (j // 4, i, head, batch); probability (i, j) is kept when word j % 4 is at least floor(p * 2^32).

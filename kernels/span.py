@@ -1,4 +1,4 @@
-"""Which keys a query sees (section 2 of the design), and which blocks that makes: the one source for every mask.
+"""Which keys a query sees (docs/semantics.md), and which blocks that makes: the one source for every mask.
 
 All of it is 32-bit scalar arithmetic on a sequence's numbers. Blocks fall into three classes: outside (never visited), inside
 (every row of the tile sees every key: no test), edge (each element is tested).

@@ -168,7 +168,7 @@ def bias_at(plane, s, batch, head, i, j, origin):
 def logits(
     products, terms, s, batch, head, i0, j0, origin, PLAIN: tl.constexpr, EDGE: tl.constexpr, KEYS_DOWN: tl.constexpr
 ):
-    """Section 3 for the tile of rows i0.. and keys j0..: scores (PLAIN: products still), and the soft cap's slope on the way back."""
+    """The terms of docs/semantics.md for the tile of rows i0.. and keys j0..: scores (PLAIN: products still), and the soft cap's slope on the way back."""
     M: tl.constexpr = products.shape[1 if KEYS_DOWN else 0]
     N: tl.constexpr = products.shape[0 if KEYS_DOWN else 1]
     i, j = i0 + tl.arange(0, M), j0 + tl.arange(0, N)

@@ -1,4 +1,4 @@
-"""What every backend is compared with: the design's formulas, sequence by sequence and head by head.
+"""What every backend is compared with: the formulas of docs/semantics.md, sequence by sequence and head by head.
 
 Nothing here is shared with the package. `attend` in the inputs' dtype is what a user would write in PyTorch; the same in float64 is the
 oracle; `assert_accurate` is the contract between the two and a backend. test_oracle.py checks this file itself, against scalar arithmetic.
@@ -21,7 +21,7 @@ Answer = dict[str, Tensor]  # "out", "lse", and "dq", "dbias", ... of the inputs
 
 @dataclasses.dataclass
 class Call:
-    """One attention call, dense (q is 4-D) or packed (q is 3-D, cu_seqlens given), as section 5 of the design has it."""
+    """One attention call, dense (q is 4-D) or packed (q is 3-D, cu_seqlens given), as the operators have it."""
 
     q: Tensor
     k: Tensor
@@ -101,7 +101,7 @@ def positions(call: Call, len_q: int, len_k: int) -> Tensor:
 
 
 def visible(call: Call, b: int, len_q: int, len_k: int) -> Tensor:
-    """The span of section 2 as booleans (len_q, len_k)."""
+    """The span of a mask as booleans (len_q, len_k)."""
     p, j = positions(call, len_q, len_k), torch.arange(len_k)[None, :]
     prefix = int(call.prefix[b]) if isinstance(call.prefix, Tensor) else call.prefix
     seen = torch.ones(len_q, len_k, dtype=torch.bool)
@@ -141,7 +141,7 @@ def dropout_keeps(seed: int, p: float, batch: int, head: int, len_q: int, len_k:
 
 
 def scores(call: Call, seq: Placed, head: int) -> Tensor:
-    """s(i, j) of section 3, (len_q, len_k), -inf where hidden; in the dtype of q."""
+    """The scores s(i, j), (len_q, len_k), -inf where hidden; in the dtype of q."""
     group = call.heads_q // call.k.shape[-2]
     q, k = call.q[seq.q][:, head], call.k[seq.k][:, head // group]
     s = (q @ k.T) * call.scaling
@@ -265,7 +265,7 @@ def floors(call: Call, exact: Answer, dout: Tensor | None = None, dlse: Tensor |
         "dk": unit * score_grad * largest(call.q, q_rows) * abs(call.scaling),
         "dv": unit * largest(dout),
     }
-    # The design bounds dq, dk and dv. A bias or a sink sums dS over rows; P sums to 1 in a row, so each row errs by at most one unit, and rows
+    # The contract bounds dq, dk and dv. A bias or a sink sums dS over rows; P sums to 1 in a row, so each row errs by at most one unit, and rows
     # err independently. Last, the sum is stored in its own dtype.
     rows, longest = sum(s.len_q for s in where), max((s.len_q for s in where), default=0)
     summed = {"distance_bias": rows, "sink": rows, "row_distance_bias": 1, "col_distance_bias": longest}

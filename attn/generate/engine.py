@@ -102,7 +102,8 @@ class Engine:
         verifier: Verifier | None = None,
         add_special_tokens: bool = True,
     ) -> Request:
-        """A new request; it runs in the steps to come. Raises ValueError or TypeError, naming what is wrong.
+        """A new request; it runs in the steps to come. Waits for a step that is running; raises ValueError or TypeError,
+        naming what is wrong.
 
         bidirectional_prefix: leading tokens of the prompt that all see each other. salt: pages are shared only between
         requests of the same one. verifier: see `duplex_attn.generate.verify`. add_special_tokens: of a prompt in text.
@@ -181,7 +182,8 @@ class Engine:
                     break
                 await asyncio.to_thread(self._step_for, request)
         finally:
-            self.cancel(request)
+            if not request.finished:  # a step may be running, and cancel waits for it
+                await asyncio.to_thread(self.cancel, request)
         if request.error is not None:
             raise request.error
 

@@ -1,7 +1,7 @@
 """`attn_implementation="duplex_attn"` for models of Hugging Face transformers (5.x).
 
-    print(duplex_attn.swap(model))                        # a model already built
-    duplex_attn.integrations.transformers.register()      # or before from_pretrained(..., attn_implementation=...)
+    print(duplex_attn.swap(model))   # a model already built
+    register()                       # or before from_pretrained(..., attn_implementation="duplex_attn")
 
 transformers asks two functions. The *mask* entry is called once a forward with a function of the indices (query, key)
 and the padding mask; what it returns travels through the model as `attention_mask` to the *attention* entry, once a

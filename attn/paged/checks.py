@@ -102,6 +102,17 @@ def check_append(call: AppendCall) -> None:
         for name, scales in (("k_scales", call.k_scales), ("v_scales", call.v_scales)):
             if scales is None:
                 wrong_value(name, f"scales with {call.k_pages.dtype} pages", None)
+            if is_set(scales, call.k_pages) and any(
+                n > 1 and stride == 0 for n, stride in zip(scales.shape, scales.stride(), strict=True)
+            ):
+                wrong_value(
+                    name, "memory of its own for each token's scale, or a shape that broadcasts", "an expanded tensor"
+                )
+
+
+def is_set(scales: Tensor, pages: Tensor) -> bool:
+    """Whether appending sets these scales: there is one for each token and head. Others are read."""
+    return scales.shape == pages.shape[:3]
 
 
 def check_copy(

@@ -64,19 +64,21 @@ def paged_attention(
 
     Returns out, and with return_lse also lse (Hq, total) float32. Raises ValueError or TypeError, naming the argument.
     """
-    check_tensor("q", q)
-    if torch.is_grad_enabled() and (q.requires_grad or k_pages.requires_grad or v_pages.requires_grad):
-        wrong_value("q", "no gradients over pages: call it under torch.no_grad()", "a tensor that requires one")
+    _check_tensors(q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, seqlens_k=seqlens_k)
+    _check_no_gradient(
+        q=q, k_pages=k_pages, v_pages=v_pages, bias=bias, distance_bias=distance_bias, alibi_slopes=alibi_slopes,
+        row_distance_bias=row_distance_bias, col_distance_bias=col_distance_bias, sink=sink,
+    )  # fmt: skip
     prefix, left, right, top_left = named_mask(mask)
     if not isinstance(prefix, Tensor):
-        prefix = None if prefix == 0 else prefix_tensor(prefix, block_table.shape[0], q)
+        prefix = None if prefix == 0 else prefix_tensor(prefix, len(block_table) if block_table.dim() else 0, q)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     if cu_seqlens_q is None:
         max_seqlen_q = 1
     elif max_seqlen_q is None:
         wrong_type("max_seqlen_q", "an int with cu_seqlens_q", None)
     if out is None:
-        out = q.new_empty(*q.shape[:-1], v_pages.shape[-1])
+        out = q.new_empty(*q.shape[:-1], *v_pages.shape[3:])
     lse = q.new_empty(q.shape[1::-1], dtype=exact)
     arguments = (
         q, k_pages, v_pages, block_table, seqlens_k, cu_seqlens_q, max_seqlen_q, prefix, left, right, top_left,
@@ -110,9 +112,9 @@ def plan(
         return None
     if not isinstance(prefix, Tensor):
         prefix = prefix_tensor(prefix, block_table.shape[0], seqlens_k) if prefix else None
-    lengths = on_host(seqlens_k, cu_seqlens_q, prefix)
+    tensors = on_host(block_table, seqlens_k, cu_seqlens_q, prefix)
     return torch.ops.duplex_attn_cpu.plan(
-        block_table, *lengths, page_size, left, right, top_left, batch_invariant, *(workers or (0, 0))
+        *tensors, page_size, left, right, top_left, batch_invariant, *(workers or (0, 0))
     )
 
 
@@ -151,6 +153,7 @@ def paged_append(
         token's is set here to its largest magnitude over 127 or 448; one that broadcasts is read.
     Raises ValueError or TypeError, naming the argument; nothing is written then.
     """
+    _check_no_gradient(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
     arguments = (
         k, v, k_pages, v_pages, block_table, positions, cu_seqlens, rope_cos, rope_sin, rope_interleaved, k_scales,
         v_scales, backend or "",
@@ -171,6 +174,20 @@ def copy_pages(
     """Copies page src[n] to page dst[n], in place: what a copy-on-write fork needs.
 
     k_pages, v_pages: (num_pages, page_size, Hkv, D), any dtype. src, dst int32 (n,): no page is written twice, and none
-    is both read and written. Scales of the full shape are copied along. Raises ValueError or TypeError.
+    is both read and written. Scales are copied along where each page has its own. Raises ValueError or TypeError.
     """
     copy_operator(k_pages, v_pages, src, dst, k_scales, v_scales, backend or "")
+
+
+def _check_tensors(**arguments: Any) -> None:
+    for name, x in arguments.items():
+        check_tensor(name, x)
+
+
+def _check_no_gradient(**arguments: Any) -> None:
+    if torch.is_grad_enabled():
+        for name, x in arguments.items():
+            if isinstance(x, Tensor) and x.requires_grad:
+                wrong_value(
+                    name, "no gradients over pages: call it under torch.no_grad()", "a tensor that requires one"
+                )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..call import Call
 from .call import AppendCall, PagedCall
-from .checks import QUANTISED, slots
+from .checks import QUANTISED, is_set, slots
 
 
 def paged_attention(*arguments: Any) -> None:
@@ -26,7 +26,7 @@ def paged_attention(*arguments: Any) -> None:
     dense = Call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, call.max_seqlen_q, call.longest, None, None, None, None, call.prefix,
         call.left, call.right, call.top_left, call.bias, call.distance_bias, call.alibi_slopes, call.row_distance_bias,
-        call.col_distance_bias, call.sink, call.scale, call.softcap, 0.0, None, False, False,
+        call.col_distance_bias, call.sink, call.scale, call.softcap, 0.0, None, False, call.batch_invariant,
     )  # fmt: skip
     found_out, found_lse = reference.attention_forward(*dense)
     out.copy_(found_out)
@@ -93,7 +93,7 @@ def stored(x: Tensor, pages: Tensor, scales: Tensor | None, page: Tensor, offset
         return x.to(pages.dtype)
     largest = QUANTISED[pages.dtype]
     x = x.float()
-    if scales.shape == pages.shape[:3]:
+    if is_set(scales, pages):
         scales[page, offset] = x.abs().amax(-1) / largest
     scale = scales.expand(pages.shape[:3])[page, offset][..., None]
     x = torch.where(scale > 0, x / scale, 0).clamp(-largest, largest)
@@ -104,5 +104,5 @@ def copy_pages(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
 ) -> None:
     for x in (k_pages, v_pages, k_scales, v_scales):
-        if x is not None and x.shape[:3] == k_pages.shape[:3]:
+        if x is not None and x.shape[0] == k_pages.shape[0]:
             x[dst.long()] = x[src.long()]

@@ -46,7 +46,7 @@ class Sample:
 
 
 def seen(rows: Tensor, len_q: int, len_k: int, prefix: int, left: int | None, right: int | None) -> Tensor:
-    """bool (n, len_k): section 2 of the design for the rows i, the last query at the last key."""
+    """bool (n, len_k): the masks of docs/semantics.md for the rows i, the last query at the last key."""
     p = rows[:, None] + (len_k - len_q)
     j = torch.arange(len_k, device=rows.device)
     span = torch.ones(len(rows), len_k, dtype=torch.bool, device=rows.device)

@@ -24,13 +24,6 @@ struct PagedArguments {
   Tensor out, lse;
 };
 
-struct AppendArguments {
-  Tensor k, v, k_pages, v_pages, block_table, positions;
-  OptionalTensor cu_seqlens, rope_cos, rope_sin;
-  bool rope_interleaved;
-  OptionalTensor k_scales, v_scales;
-};
-
 inline constexpr char PAGED_ATTENTION_SCHEMA[] =
     "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seqlens_k, "
     "Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? prefix, SymInt? left, SymInt? right, bool top_left, "
@@ -88,10 +81,8 @@ inline constexpr char COPY_PAGES_SCHEMA[] =
   Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor positions, OptionalTensor cu_seqlens, \
       OptionalTensor rope_cos, OptionalTensor rope_sin, bool rope_interleaved, OptionalTensor k_scales,                \
       OptionalTensor v_scales
-#define DUPLEX_APPEND_ARGUMENTS \
-  {k, v, k_pages, v_pages, block_table, positions, cu_seqlens, rope_cos, rope_sin, rope_interleaved, k_scales, v_scales}
 
-// The same with rows that are contiguous, as the kernels read them.
+// A block table with contiguous rows, as the kernels read it.
 inline Tensor table_of(const Tensor& block_table) {
   return block_table.stride(1) != 1 && block_table.size(1) > 1 ? torch::stable::contiguous(block_table) : block_table;
 }
@@ -131,6 +122,11 @@ inline bool sets_scales(const OptionalTensor& scales, const Tensor& pages) {
   for (int d = 0; d < 3; ++d)
     if (scales->size(d) != pages.size(d)) return false;
   return true;
+}
+
+// Whether these scales are those of single pages, and go where pages go.
+inline bool are_of_pages(const OptionalTensor& scales, const Tensor& pages) {
+  return scales && scales->size(0) == pages.size(0);
 }
 
 }  // namespace duplex

@@ -53,8 +53,8 @@ void check_apart(const std::vector<Place>& found, int64_t page_size) {
 }
 
 // Rows of one page that lie one after another are one copy.
-void copy_page(const Tensor& t, int64_t bytes, int64_t src, int64_t dst) {
-  const int64_t slots = t.size(1), heads = t.size(2), dim = t.dim() > 3 ? t.size(3) : 1;
+void copy_page(const Tensor& t, int64_t src, int64_t dst) {
+  const int64_t bytes = element_size(t), slots = t.size(1), heads = t.size(2), dim = t.dim() > 3 ? t.size(3) : 1;
   char* data = static_cast<char*>(t.data_ptr());
   const auto at = [&](int64_t page, int64_t s, int64_t h) {
     return data + (page * t.stride(0) + s * t.stride(1) + h * t.stride(2)) * bytes;
@@ -103,9 +103,9 @@ void copy_pages(Tensor k_pages, Tensor v_pages, Tensor src, Tensor dst, Optional
   const auto* from = static_cast<const int32_t*>(src.const_data_ptr());
   const auto* to = static_cast<const int32_t*>(dst.const_data_ptr());
   parallel_tasks(src.size(0), 0, [&](int64_t n, void*) {
-    for (const Tensor* t : {&k_pages, &v_pages}) copy_page(*t, element_size(*t), from[n], to[n]);
+    for (const Tensor* t : {&k_pages, &v_pages}) copy_page(*t, from[n], to[n]);
     for (const OptionalTensor* t : {&k_scales, &v_scales})
-      if (sets_scales(*t, k_pages)) copy_page(**t, 4, from[n], to[n]);
+      if (are_of_pages(*t, k_pages)) copy_page(**t, from[n], to[n]);
   });
 }
 

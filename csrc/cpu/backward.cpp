@@ -78,12 +78,6 @@ void sum_over_batch(const Problem& p, const float* parts, float* total) {
 
 bool last_is_contiguous(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
 
-Tensor zeros_like_shape(const Tensor& like) {
-  Tensor t = like.dim() == 4 ? new_tensor(like, {like.size(0), like.size(1), like.size(2), like.size(3)})
-                             : new_tensor(like, {like.size(0), like.size(1), like.size(2)});
-  return torch::stable::zero_(t);
-}
-
 // Whether some rows belong to no sequence: their gradients are 0, and no task writes them.
 bool has_padding(const Problem& p, const CallArguments& call) {
   if (call.packed()) return p.cu_q[p.batch] < call.q.size(0) || p.cu_k[p.batch] < call.k.size(0);
@@ -91,9 +85,8 @@ bool has_padding(const Problem& p, const CallArguments& call) {
 }
 
 Tensor gradient_of(const Tensor& t, bool zero) {
-  if (zero) return zeros_like_shape(t);
-  return t.dim() == 4 ? new_tensor(t, {t.size(0), t.size(1), t.size(2), t.size(3)})
-                      : new_tensor(t, {t.size(0), t.size(1), t.size(2)});
+  Tensor gradient = new_like(t);
+  return zero ? torch::stable::zero_(gradient) : gradient;
 }
 
 }  // namespace
@@ -108,14 +101,14 @@ GradientTensors attention_backward(Tensor dout, OptionalTensor dlse, Tensor out,
   if (!last_is_contiguous(dout)) dout = torch::stable::contiguous(dout);
   if (dlse) dlse = torch::stable::contiguous(*dlse);
 
-  const auto none = [] { return new_float({0}); };
+  const auto none = [&] { return new_float(q, {0}); };
   Tensor dq = queries ? gradient_of(q, padded) : none(), dk = keys ? gradient_of(k, padded) : none(),
          dv = keys ? gradient_of(v, padded) : none();
-  Tensor dbias = wanted(3) ? zeros_like_shape(*bias) : none();
-  Tensor ddistance = wanted(4) ? new_float({p.heads_q, 2 * p.radius + 1}) : none();
-  Tensor dsink = wanted(7) ? new_float({p.heads_q}) : none();
-  Tensor delta = new_float({lse.numel()});
-  Tensor distance_parts = wanted(4) ? new_float({p.batch * p.heads_q, 2 * p.radius + 1}) : none();
+  Tensor dbias = wanted(3) ? gradient_of(*bias, true) : none();
+  Tensor ddistance = wanted(4) ? new_float(q, {p.heads_q, 2 * p.radius + 1}) : none();
+  Tensor dsink = wanted(7) ? new_float(q, {p.heads_q}) : none();
+  Tensor delta = new_float(q, {lse.numel()});
+  Tensor distance_parts = wanted(4) ? new_float(q, {p.batch * p.heads_q, 2 * p.radius + 1}) : none();
   if (wanted(4)) torch::stable::zero_(distance_parts);
 
   Gradients g{};

@@ -1,8 +1,5 @@
 #include "cpu/call.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <cmath>
 #include <stdexcept>
 
@@ -22,18 +19,6 @@ DType dtype_of(const Tensor& t) {
 
 namespace {
 
-Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  int64_t strides[4], stride = 1;
-  for (int d = int(sizes.size()) - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[d], 1);
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 BiasView bias_view(const OptionalTensor& t) {
   BiasView view;
   if (!t) return view;
@@ -45,28 +30,6 @@ BiasView bias_view(const OptionalTensor& t) {
 }
 
 }  // namespace
-
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty(sizes, dtype);
-}
-
-Tensor new_float(std::initializer_list<int64_t> sizes) { return empty(sizes, aoti_torch_dtype_float32()); }
-
-Tensor new_int(std::initializer_list<int64_t> sizes) { return empty(sizes, aoti_torch_dtype_int32()); }
-
-int64_t element_size(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return 8;
-    case ScalarType::Float: return 4;
-    case ScalarType::Half:
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Char:
-    case ScalarType::Float8_e4m3fn: return 1;
-    default: throw std::invalid_argument("pages are float64, float32, float16, bfloat16, int8 or float8_e4m3fn");
-  }
-}
 
 void set_scores(Problem& p, const OptionalTensor& bias, const OptionalTensor& distance_bias,
                 const OptionalTensor& alibi_slopes, const OptionalTensor& sink, std::optional<double> scale,

@@ -9,12 +9,6 @@ namespace duplex {
 // Throws std::invalid_argument for a dtype the kernels do not take.
 DType dtype_of(const Tensor& t);
 
-// A tensor of q's dtype (or float32) on the CPU, uninitialised.
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes);
-Tensor new_float(std::initializer_list<int64_t> sizes);
-Tensor new_int(std::initializer_list<int64_t> sizes);  // int32
-int64_t element_size(const Tensor& t);
-
 // The fields of a Problem that make a score out of <q, k>; after its head_dim.
 void set_scores(Problem& p, const OptionalTensor& bias, const OptionalTensor& distance_bias,
                 const OptionalTensor& alibi_slopes, const OptionalTensor& sink, std::optional<double> scale,

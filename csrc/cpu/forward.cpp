@@ -86,8 +86,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   const int64_t heads = call.heads_q(), dim_v = v.size(v.dim() - 1);
   const bool packed = call.packed();
   Tensor out = packed ? new_tensor(q, {q.size(0), heads, dim_v}) : new_tensor(q, {q.size(0), q.size(1), heads, dim_v});
-  Tensor lse = packed ? new_float({heads, q.size(0)}) : new_float({q.size(0), heads, q.size(1)});
-  if (heads == 0) return {std::move(out), std::move(lse)};
+  Tensor lse = packed ? new_float(q, {heads, q.size(0)}) : new_float(q, {q.size(0), heads, q.size(1)});
   const Problem p = problem_of(call, out, lse);
   const Isa& isa = isa_for(p.dtype);
   const ForwardKernel& kernel = *isa.forward;

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> merge_attention(std::vector<Tensor> outs, std::vector
   const int64_t d = like.dim(), heads = like.size(d - 2), dim = like.size(d - 1), rows = like.size(d - 3);
   const bool dense = d == 4;
   Tensor out = dense ? new_tensor(like, {like.size(0), rows, heads, dim}) : new_tensor(like, {rows, heads, dim});
-  Tensor lse = dense ? new_float({like.size(0), heads, rows}) : new_float({heads, rows});
+  Tensor lse = dense ? new_float(like, {like.size(0), heads, rows}) : new_float(like, {heads, rows});
   std::vector<MergePart> parts;
   for (size_t n = 0; n < outs.size(); ++n) {
     if (outs[n].stride(d - 1) != 1 && dim > 1) outs[n] = torch::stable::contiguous(outs[n]);

@@ -42,13 +42,22 @@ PlanOptions plan_options(bool batch_invariant, bool may_share, int64_t block_row
           batch_invariant ? FIXED_SPLIT : 0, may_share && !batch_invariant ? SHARED_ROWS : 0};
 }
 
+// Whether the sequences of a shared tile's rows have the same pages where its keys are.
+bool shares_pages(const PlanBatch& p, const PlanTile& tile) {
+  const int32_t* pages = p.table + tile.sequence * p.table_row;
+  const int64_t begin = tile.key_begin / p.page_size, end = (tile.key_end + p.page_size - 1) / p.page_size;
+  for (int64_t b = tile.sequence + 1; b < p.batch && p.row(b) < tile.row_end; ++b)
+    if (!std::equal(pages + begin, pages + end, p.table + b * p.table_row + begin)) return false;
+  return true;
+}
+
 // The plan that the caller made, after checking that it belongs to this batch and stays inside it.
 Plan read_plan(const Tensor& t, const PlanBatch& batch, int64_t fixed_split) {
   const auto* rows = static_cast<const PlanHeader*>(t.const_data_ptr());
   const int64_t count = t.size(0);
   Plan plan;
   const auto refuse = [&] {
-    wrong_value("plan", "the one made for these lengths, this mask and batch_invariant, with sequences",
+    wrong_value("plan", "the one made for these lengths and pages, this mask and batch_invariant, with sequences",
                 plan.header.batch);
   };
   if (count < 1) refuse();
@@ -66,7 +75,8 @@ Plan read_plan(const Tensor& t, const PlanBatch& batch, int64_t fixed_split) {
     const int64_t b = x.sequence, size = int64_t(x.row_end) - x.row_begin;
     if (b < 0 || b >= batch.batch || x.row_begin < batch.row(b) || size < 0 || x.key_begin < 0 ||
         x.key_end < x.key_begin || x.key_end > batch.seqlens_k[b] || x.slot < -1 ||
-        x.row_end > (x.shared ? h.rows : batch.row(b + 1)) || (x.slot >= 0 && x.slot + size > h.slots))
+        x.row_end > (x.shared ? h.rows : batch.row(b + 1)) || (x.slot >= 0 && x.slot + size > h.slots) ||
+        (x.shared && !shares_pages(batch, x)))
       refuse();
   }
   for (const PlanMerge& m : plan.merges) {
@@ -164,7 +174,7 @@ void clear_rows(const Problem& p, int64_t begin, int64_t end, int64_t row_bytes)
 
 // q turned by each token's position, in a tensor of its own.
 Tensor rotated(const Tensor& q, const PlanBatch& batch, const Rope& rope, const AppendKernel& kernel) {
-  Tensor turned = new_tensor(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor turned = new_like(q);
   const View from = view(q), to = view(turned);
   const DType dtype = dtype_of(q);
   const int64_t bytes = dtype == DType::FLOAT32 ? 4 : 2;
@@ -214,8 +224,8 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   Plan made;
   if (plan) made = read_plan(*plan, batch, options.fixed_split);
   if (!plan || (made.header.shared > 0 && !may_share)) made = make_plan(batch, options);
-  Tensor parts = new_float({made.header.slots, p.heads_q, p.head_dim_v});
-  Tensor parts_lse = new_float({p.heads_q, made.header.slots});
+  Tensor parts = new_float(q, {made.header.slots, p.heads_q, p.head_dim_v});
+  Tensor parts_lse = new_float(q, {p.heads_q, made.header.slots});
   p.parts = view(parts);
   p.parts_lse = static_cast<float*>(parts_lse.data_ptr());
   p.parts_lse_head = made.header.slots;
@@ -253,10 +263,11 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
 Tensor plan(Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor prefix, int64_t page_size,
             std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, bool batch_invariant,
             int64_t block_rows, int64_t workers) {
+  block_table = table_of(block_table);
   const PlanBatch batch = plan_batch(block_table, seqlens_k, cu_seqlens_q, prefix, page_size, left, right, top_left);
   const Plan made = make_plan(batch, plan_options(batch_invariant, true, block_rows, workers));
   const PlanHeader& h = made.header;
-  Tensor t = new_int({std::max<int64_t>(1 + int64_t(h.tiles) + h.merges, h.slots), 8});
+  Tensor t = new_int(block_table, {std::max<int64_t>(1 + int64_t(h.tiles) + h.merges, h.slots), 8});
   auto* rows = static_cast<PlanHeader*>(t.data_ptr());
   std::fill(rows, rows + t.size(0), PlanHeader{});
   rows[0] = h;
@@ -268,6 +279,7 @@ Tensor plan(Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, O
 void check_plan(Tensor plan, Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor prefix,
                 int64_t page_size, std::optional<int64_t> left, std::optional<int64_t> right, bool top_left,
                 bool batch_invariant) {
+  block_table = table_of(block_table);
   read_plan(plan, plan_batch(block_table, seqlens_k, cu_seqlens_q, prefix, page_size, left, right, top_left),
             plan_options(batch_invariant, true).fixed_split);
 }

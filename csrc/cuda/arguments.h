@@ -10,7 +10,7 @@
 
 namespace duplex {
 
-// What makes a score out of <q, k> (section 3 of the design); null where there is no such term.
+// What makes a score out of <q, k> (docs/semantics.md); null where there is no such term.
 struct Terms {
   float scale, softcap;
   const float* distance_bias;  // (heads_q, 2 * radius + 1)

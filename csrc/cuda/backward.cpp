@@ -16,14 +16,6 @@
 namespace duplex {
 namespace {
 
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t n = 0; n < t.dim(); ++n) sizes.push_back(t.size(n));
-  return sizes;
-}
-
-Tensor gradient_of(const Tensor& t) { return new_tensor(t, sizes_of(t)); }
-
 bool last_is_contiguous(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
 
 Tensor row_contiguous(const Tensor& t) { return last_is_contiguous(t) ? t : torch::stable::contiguous(t); }
@@ -82,9 +74,8 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
   const int64_t head_dim = q.size(d - 1), dim_v = v.size(d - 1), batch = packed ? 1 : q.size(0);
   const Device device(device_index(q));
   const auto none = [&] { return new_float(q, {0}); };
-  Tensor dq = queries ? gradient_of(q) : none(), dk = keys ? gradient_of(k) : none(),
-         dv = keys ? gradient_of(v) : none(), ddistance = distances ? gradient_of(*distance_bias) : none(),
-         dsink = wanted(7) ? gradient_of(*sink) : none();
+  Tensor dq = queries ? new_like(q) : none(), dk = keys ? new_like(k) : none(), dv = keys ? new_like(v) : none(),
+         ddistance = distances ? new_like(*distance_bias) : none(), dsink = wanted(7) ? new_like(*sink) : none();
 
   BackwardLaunch l{};
   BackwardArguments& a = l.arguments;
@@ -105,7 +96,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
   const bool bulk = has_bulk_rows(dout), whole = bulk && has_bulk_rows(out) && dim_v % 8 == 0;
   Tensor readable = dout;
   if (!bulk) {
-    std::vector<int64_t> sizes = sizes_of(dout);
+    Sizes sizes = sizes_of(dout);
     sizes.back() = (dim_v + 7) / 8 * 8;
     readable = new_tensor(dout, sizes);
   }

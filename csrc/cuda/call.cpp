@@ -1,8 +1,5 @@
 #include "cuda/call.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -18,44 +15,6 @@ constexpr int64_t L2_BYTES = 16 << 20;  // of what is read again and again at on
 
 void expect(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("duplex_attn_cuda: ") + what);
-}
-
-namespace {
-Tensor new_of(int32_t dtype, const Tensor& on, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
-  int32_t type;
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(on.get(), &type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, type,
-                                                  device_index(on), &handle));
-  return Tensor(handle);
-}
-}  // namespace
-
-Tensor new_tensor(const Tensor& on, const std::vector<int64_t>& sizes) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(on.get(), &dtype));
-  return new_of(dtype, on, sizes);
-}
-Tensor new_float(const Tensor& on, const std::vector<int64_t>& sizes) {
-  return new_of(aoti_torch_dtype_float32(), on, sizes);
-}
-Tensor new_int(const Tensor& on, const std::vector<int64_t>& sizes) {
-  return new_of(aoti_torch_dtype_int32(), on, sizes);
-}
-
-int32_t device_index(const Tensor& t) {
-  int32_t index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
-  return index;
-}
-
-int64_t element_size(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return int64_t(aoti_torch_dtype_element_size(dtype));
 }
 
 DType dtype_of(const Tensor& t) {

@@ -1,4 +1,4 @@
-// What the native operators share: a call of torch as plain data, and new tensors.
+// What the native operators share: a call of torch as plain data.
 #pragma once
 
 #include <optional>
@@ -13,12 +13,6 @@ namespace duplex {
 // Throws std::invalid_argument unless it holds.
 void expect(bool holds, const char* what);
 
-// Contiguous, on the device of `on`: of its dtype, float32, int32.
-Tensor new_tensor(const Tensor& on, const std::vector<int64_t>& sizes);
-Tensor new_float(const Tensor& on, const std::vector<int64_t>& sizes);
-Tensor new_int(const Tensor& on, const std::vector<int64_t>& sizes);
-int32_t device_index(const Tensor& t);
-int64_t element_size(const Tensor& t);
 DType dtype_of(const Tensor& t);    // float32, float16 or bfloat16, else it throws
 bool is_bfloat16(const Tensor& t);  // else float16, else it throws
 

@@ -36,7 +36,7 @@ DUPLEX_DEVICE float tanh(float x) {
   return size < 0.625f ? ptx::fma(p * z, x, x) : x < 0 ? -large : large;
 }
 
-// The first of section 3's terms on a block of products: scale and soft cap. What the cap multiplies the n-th gradient
+// The first terms of a score on a block of products: scale and soft cap. What the cap multiplies the n-th gradient
 // by goes to bend(n, factor).
 template <int COUNT, class F>
 DUPLEX_DEVICE void scale_and_cap(float (&x)[COUNT], const Terms& t, F&& bend) {

@@ -99,7 +99,7 @@ BAD_IN_BOTH: list[Bad] = [
     ({"mask": da.prefix_lm(meta(2, dtype=torch.int32))}, ValueError, "prefix: expected q's device cpu", "meta"),
     *(({"mask": da.Mask(**{side: x})}, TypeError, f"{side}: expected Optional[int]", type(x).__name__)
       for side in ("left", "right") for x in (1.5, "3", int32(1, 2))),
-    *(({"mask": da.Mask(**{side: 2**30 + 1})}, ValueError, f"{side}: expected a distance up to", str(2**30 + 1))
+    *(({"mask": da.Mask(**{side: 2**30 + 1})}, ValueError, f"{side}: expected a distance of at most", str(2**30 + 1))
       for side in ("left", "right")),
     ({"deterministic": "yes"}, TypeError, "deterministic: expected bool", "str"),
     ({"batch_invariant": "yes"}, TypeError, "batch_invariant: expected bool", "str"),

@@ -52,6 +52,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     portable, fast, found = Stub("portable"), Stub("fast"), dict[str, Any]()
     monkeypatch.setitem(backends._ORDER, "cuda", (portable, fast, BACKENDS["reference"]))
     monkeypatch.setattr(backends, "_card_name", lambda device: CARD)
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(evidence, "cards", lambda: {CARD: found} if found else {})
     cached = (backends._candidates, backends._is_contested, backends._ranked, evidence.order)
     for function in cached:

@@ -1,4 +1,4 @@
-"""The oracle itself: against scalar arithmetic written straight from the design, and Philox against its published answers."""
+"""The oracle itself: against scalar arithmetic written straight from docs/semantics.md, and Philox against its published answers."""
 
 import math
 
@@ -65,7 +65,7 @@ def general_call(align: str, sink: bool) -> Call:
 
 
 def by_hand(call: Call, b: int, h: int, i: int) -> tuple[list[float], float]:
-    """Row i of sequence b, head h, from the design's sections 2 and 3 in scalar arithmetic."""
+    """Row i of sequence b, head h, from docs/semantics.md in scalar arithmetic."""
     len_q, len_k = int(call.seqlens_q[b]), int(call.seqlens_k[b])
     start_q, start_k = int(call.starts_q[b]), int(call.starts_k[b])
     p = i if call.top_left else i + len_k - len_q

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import duplex_attn as da
 import pytest
 import torch
-from duplex_attn.backends import _ORDER, CudaBackend
+from duplex_attn.backends import _ORDER, BACKENDS, CudaBackend, _capability
 
 from ..emulation.library import EMULATED
 from ..lanes import Lane
@@ -25,6 +26,21 @@ def says(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
     monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": SimpleNamespace(cuDriverGetVersion=driver_version)}.get)
 
 
+def has_cards(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """Of these, the first is the current one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=None: capabilities[device.index if device else 0]
+    )
+    _capability.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    yield
+    _capability.cache_clear()
+
+
 @pytest.fixture
 def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     """Its library is a file, its torch has CUDA and a card; loading it does nothing."""
@@ -33,7 +49,7 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     backend.library.touch()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    has_cards(monkeypatch, (9, 0))
     says(monkeypatch, 13000)
     monkeypatch.setattr(backend, "load", lambda: None)
     monkeypatch.setattr(torch.ops, "duplex_attn_cuda", SimpleNamespace(runtime_version=lambda: 13000), raising=False)
@@ -44,7 +60,7 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
 def test_nothing_is_missing_on_any_card_from_ampere_on(
     backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    has_cards(monkeypatch, capability)
     assert backend.missing() is None
 
 
@@ -69,9 +85,22 @@ def test_without_a_card(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -
     assert backend.missing() == "there is no CUDA card"
 
 
+TOO_OLD = "its kernels are for compute capability 8.0 and later, this card has 7.5"
+
+
 def test_on_an_older_card(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert backend.missing() == "its kernels are for compute capability 8.0 and later, this card has 7.5"
+    has_cards(monkeypatch, (7, 5))
+    assert backend.missing() == TOO_OLD
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_each_card_for_itself(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What is refused on an old card runs on the new one beside it, whichever is the current one."""
+    has_cards(monkeypatch, (7, 5), (9, 0))
+    assert backend.missing() is None
+    asked = backend if name == "cuda" else BACKENDS[name]
+    on = [SimpleNamespace(device=torch.device("cuda", n), dtype=torch.bfloat16) for n in (0, 1)]
+    assert [asked.refuses_merge([x]) for x in on] == [TOO_OLD, None]
 
 
 def test_with_an_old_driver(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +153,15 @@ def test_it_tells_its_tile_and_that_it_has_not_run_on_a_card(emulated: Lane, car
     assert da.backends()["cuda"].detail == f"forward, backward and paged calls; {told}"
 
 
-def test_the_operator_refuses_an_older_card(emulated: Lane) -> None:
-    with EMULATED.on(75), pytest.raises(ValueError, match=r"cards of compute capability 8\.0 and later"):
+def test_an_older_card_is_refused(emulated: Lane) -> None:
+    """By the backend, and by the operator itself."""
+    with EMULATED.on(75), pytest.raises(ValueError, match=f"cuda: {TOO_OLD}"):
         da.attention(x(), x(), x(), backend="cuda")
+    with EMULATED.on(75), pytest.raises(ValueError, match=r"cards of compute capability 8\.0 and later"):
+        torch.ops.duplex_attn_cuda.attention_forward(
+            x(), x(), x(), None, None, 4, 4, None, None, None, None, None, None, None, False,
+            None, None, None, None, None, None, None, 0.0, 0.0, None, False, False,
+        )  # fmt: skip
 
 
 def pages(dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -145,8 +145,8 @@ class EmulatedCuda(CudaBackend):
         self.library = library()
         return self.load()
 
-    def capability(self, device: torch.device) -> int:
-        return self.card
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return divmod(self.card, 10)
 
     @contextmanager
     def on(self, card: int) -> Iterator[None]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import duplex_attn as da
 import pytest
 import torch
-from duplex_attn.generate import Accept, Engine, Request, SamplingParams
+from duplex_attn.generate import Accept, Chunk, Engine, Request, SamplingParams
 from duplex_attn.generate import engine as module
 from duplex_attn.modules import GPT
 
@@ -164,6 +164,39 @@ def test_async_streams(engine: MakeEngine) -> None:
         return found
 
     assert asyncio.run(main()) == [expected(engine, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_the_loop_goes_on_while_a_step_runs(engine: MakeEngine, leaves: bool) -> None:
+    """Whether a stream ends or is left: nothing on the loop waits for a step, here one that waits for the loop."""
+    one = engine()
+    request = one.submit(PROMPTS[0], SamplingParams(max_tokens=4))
+    while not (request.chunks if leaves else request.finished):
+        one.step()
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def long_step() -> bool:
+        with one._lock:
+            begun.set()
+            return goes_on.wait(20)
+
+    async def read_on(stream: AsyncGenerator[Chunk]) -> None:
+        async for _ in stream:
+            pass
+
+    async def main() -> bool:
+        step = asyncio.ensure_future(asyncio.to_thread(long_step))
+        await asyncio.to_thread(begun.wait)
+        stream = one.astream(request)
+        await anext(stream)
+        reading = asyncio.ensure_future(stream.aclose() if leaves else read_on(stream))
+        await asyncio.sleep(0.01)
+        goes_on.set()
+        await reading
+        return await step
+
+    assert asyncio.run(main())
+    assert request.finished and not used(one, request)
 
 
 def test_threads(engine: MakeEngine) -> None:

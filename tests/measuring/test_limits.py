@@ -1,4 +1,4 @@
-"""The time of each stage: what a build needs on a machine, and nine minutes in all where the issue asks for them."""
+"""The time of each stage: what a build needs on a machine, and nine minutes in all on a machine of 16 cores."""
 
 from __future__ import annotations
 

@@ -104,6 +104,26 @@ def test_every_float8_is_rounded_to_nearest_even(lane: Lane) -> None:
     assert torch.equal(pages[:, 0].float(), k.clamp(max=448).to(torch.float8_e4m3fn).float())
 
 
+def test_pages_of_any_numbers_are_copied(lane: Lane) -> None:
+    for dtype in (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float64, torch.float8_e5m2):
+        pages = torch.randint(0, 2, (3, 2, 1, 5), generator=torch.Generator().manual_seed(2)).to(dtype)
+        want = bits(pages).clone()
+        want[2] = want[1]
+        src, dst = (torch.tensor([n], dtype=torch.int32) for n in (1, 2))
+        written_on(lane, da.copy_pages, pages, pages.clone(), src, dst)
+        assert torch.equal(bits(pages), want), dtype
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 1), (6, 1, 3), (6, 4, 1)])
+def test_scales_of_a_page_go_with_it(lane: Lane, shape: tuple[int, ...]) -> None:
+    pages, scales = torch.zeros(6, 4, 3, 8, dtype=torch.int8), torch.rand(shape)
+    want = scales.clone()
+    want[[1, 2]] = want[[5, 0]]
+    src, dst = torch.tensor([5, 0], dtype=torch.int32), torch.tensor([1, 2], dtype=torch.int32)
+    written_on(lane, da.copy_pages, pages, pages.clone(), src, dst, k_scales=scales, v_scales=scales.clone())
+    assert torch.equal(scales, want)
+
+
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", [*FLOATS, *LARGEST])
 def test_copied_pages(lane: Lane, dtype: torch.dtype, strided: bool) -> None:

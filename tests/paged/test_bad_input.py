@@ -57,6 +57,13 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("paged_attention", {"q": torch.randn(3, 3, 32)}, ValueError, "k"),
     ("paged_attention", {"q": torch.randn(3, 4, 31)}, ValueError, "k"),
     ("paged_attention", {"q": torch.randn(3, 4, 32, requires_grad=True)}, ValueError, "q"),
+    *(("paged_attention", {name: None}, TypeError, name)
+      for name in ("q", "k_pages", "v_pages", "block_table", "seqlens_k")),
+    ("paged_attention", {"block_table": None, "mask": da.prefix_lm(1)}, TypeError, "block_table"),
+    ("paged_attention", {"block_table": int32(), "mask": da.prefix_lm(1)}, ValueError, "block_table"),
+    ("paged_attention", {"v_pages": torch.tensor(1.0)}, ValueError, "v_pages"),
+    *(("paged_attention", {name: torch.zeros(4, 1, requires_grad=True)}, ValueError, name)
+      for name in ("bias", "distance_bias", "alibi_slopes", "sink", "row_distance_bias")),
     ("paged_attention", {"k_pages": torch.randn(5, 4, 2, 32).half()}, TypeError, "k_pages"),
     ("paged_attention", {"k_pages": torch.randn(5, 4, 32)}, ValueError, "k_pages"),
     ("paged_attention", {"k_pages": torch.randn(5, 4, 2, 64)[..., ::2]}, ValueError, "k_pages"),
@@ -93,6 +100,8 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("paged_attention", {"plan": torch.zeros(3, 7, dtype=torch.int32)}, ValueError, "plan"),
     ("paged_attention", {"backend": "cudnn"}, ValueError, "backend"),
     ("paged_append", {"k": torch.randn(3, 1, 32)}, ValueError, "k"),
+    ("paged_append", {"k": torch.randn(3, 2, 32, requires_grad=True)}, ValueError, "k"),
+    ("paged_append", {"v": torch.randn(3, 2, 16, requires_grad=True)}, ValueError, "v"),
     ("paged_append", {"v": torch.randn(3, 2, 15)}, ValueError, "v"),
     ("paged_append", {"v": torch.randn(3, 2, 16).half()}, TypeError, "v"),
     ("paged_append", {"positions": int32(4, 5)}, ValueError, "positions"),
@@ -107,6 +116,11 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("paged_append", {"rope_cos": torch.ones(5, 4), "rope_sin": torch.ones(5, 4)}, ValueError, "positions"),
     ("paged_append", {"k_pages": torch.zeros(5, 4, 2, 32, dtype=torch.int8),
                       "v_pages": torch.zeros(5, 4, 2, 16, dtype=torch.int8)}, ValueError, "k_scales"),
+    *(("paged_append", {"k_pages": torch.zeros(5, 4, 2, 32, dtype=torch.int8),
+                        "v_pages": torch.zeros(5, 4, 2, 16, dtype=torch.int8),
+                        "k_scales": torch.zeros(5, 4, 2), "v_scales": torch.zeros(5, 4, 2),
+                        name: torch.full((1, 1, 1), 0.5).expand(5, 4, 2)}, ValueError, name)
+      for name in ("k_scales", "v_scales")),
     ("copy_pages", {"src": int32(5)}, ValueError, "src"),
     ("copy_pages", {"dst": int32(-1)}, ValueError, "dst"),
     ("copy_pages", {"src": int32(0, 1), "dst": int32(2, 2)}, ValueError, "dst"),
@@ -124,10 +138,10 @@ def test_wrong_argument(call: str, change: dict[str, Any], kind: type[Exception]
     function, make = CALLS[call]
     arguments = {"backend": backend} | make() | change
     written = [x for key, x in arguments.items() if "pages" in key]
-    before = [x.clone() for x in written]
+    before = [x if x is None else x.clone() for x in written]
     with pytest.raises(kind, match=rf"^{name}: expected"):
         function(**arguments)
-    assert all(torch.equal(x, was) for x, was in zip(written, before, strict=True))
+    assert all(x is was or torch.equal(x, was) for x, was in zip(written, before, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

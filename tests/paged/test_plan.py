@@ -88,6 +88,15 @@ def test_a_shared_prefix_is_read_once() -> None:
     assert sorted((t[3], t[4]) for t in shared)[-1][1] == 512 and all(t[1:3] == [0, 20] for t in shared)
 
 
+def test_a_plan_of_a_table_whose_columns_lie_apart() -> None:
+    """Nine pages in common are too few to be read once; side by side in memory there are twice as many."""
+    wide = torch.arange(13 * 128, dtype=torch.int32).reshape(13, 128)
+    wide[:, :18] = wide[0, :18].clone()
+    table, lengths = wide[:, ::2], torch.full((13,), 900, dtype=torch.int32)
+    made = plan(table, lengths, 16)
+    assert torch.equal(made, plan(table.contiguous(), lengths, 16)) and made[0, 5] == 0
+
+
 def test_the_same_numbers_with_a_plan_as_without() -> None:
     pool = make(Case(((1,) * 13, tuple(300 + 40 * n for n in range(13))), (4, 2), (64, 64), shared=288))
     made = plan(pool.block_table, pool.seqlens_k, 16)
@@ -148,12 +157,12 @@ def test_a_fixed_buffer_holds_any_plan(lens, window, invariant, shared, workers)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
-@pytest.mark.parametrize("change", ["longer", "window", "prefix", "invariant", "damaged", "cut"])
+@pytest.mark.parametrize("change", ["longer", "window", "prefix", "invariant", "another table", "damaged", "cut"])
 def test_a_plan_of_something_else_is_refused(backend: str, change: str) -> None:
     lane = Lane(backend)
     if reason := missing(lane):
         pytest.skip(reason)
-    pool = make(Case(((1, 1), (700, 2000)), (4, 2), (64, 64)))
+    pool = make(Case(((1,) * 13, (700, *[400] * 12)), (4, 2), (64, 64), shared=288))
     made = plan(pool.block_table, pool.seqlens_k, 16)
     options: dict[str, object] = {"plan": made}
     if change == "longer":
@@ -164,6 +173,8 @@ def test_a_plan_of_something_else_is_refused(backend: str, change: str) -> None:
         pool.packed.prefix = 5
     elif change == "invariant":
         options["batch_invariant"] = True
+    elif change == "another table":
+        pool.block_table[12, 3] = pool.block_table[12, 20]  # one of its own
     elif change == "damaged":
         made[1, 4] = 10**6
     else:

@@ -50,7 +50,7 @@ void copy_pages(Tensor k_pages, Tensor v_pages, Tensor src, Tensor dst, Optional
   copy(k_pages);
   copy(v_pages);
   for (const OptionalTensor* t : {&k_scales, &v_scales})
-    if (sets_scales(*t, k_pages)) copy(**t);
+    if (are_of_pages(*t, k_pages)) copy(**t);
 }
 
 }  // namespace duplex

@@ -36,7 +36,7 @@ struct Rows {
   }
 };
 
-// The terms of section 3 on a block of products; j is the lane's first key.
+// The terms of a score on a block of products; j is the lane's first key.
 template <class Layout, int COUNT>
 DUPLEX_DEVICE void add_terms(float (&x)[COUNT], const RowTile& tile, const Rows<Layout>& rows, int32_t j) {
   const Terms& t = tile.c.terms;
