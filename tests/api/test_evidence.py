@@ -43,6 +43,9 @@ class Stub(Backend):
         return self.refuses_paged(outs[0], None)
 
     def refuses_paged(self, x: torch.Tensor, call: PagedCall | None) -> str | None:
+        return self.refuses_device(x)
+
+    def refuses_device(self, x: torch.Tensor) -> str | None:
         return "no float32" if self.name == "fast" and x.dtype == torch.float32 else None
 
 
