@@ -171,7 +171,11 @@ def missing(name: str) -> str | None:
     if name == "duplex_attn.libduplex_cpu":
         return "no C++ compiler found: no CPU backend (Triton and reference remain)" if compiler() is None else None
     if name == "duplex_attn.libduplex_cuda":
-        return "no nvcc found: no CUDA kernels (Triton remains)" if nvcc() is None or compiler() is None else None
+        return (
+            "no nvcc of CUDA 12.5 or later found: no CUDA kernels (Triton remains)"
+            if nvcc() is None or compiler() is None
+            else None
+        )
     if compiler() is None:
         return "no C++ compiler found: no PagedKVCache"
     headers = Path(sysconfig.get_path("include")) / "Python.h"
@@ -195,7 +199,7 @@ class BuildNative(build_ext):
         cxx, torch, reason = compiler(), torch_folder(), missing(ext.name)
         if reason is not None or cxx is None:
             ext.optional = True
-            self.warn(f"{reason}")
+            self.warn(str(reason))
         elif ext.name == "duplex_attn._runtime":
             self.build_library(cxx, [cxx], ext, RUNTIME, runtime_jobs(), [])
         elif torch is None:
@@ -216,7 +220,7 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
 
         def newest(job: Job) -> float:
-            return max(p.stat().st_mtime for p in (*read_by(job.source), Path(__file__)))
+            return max(path.stat().st_mtime for path in read_by(job.source))
 
         def compile_one(job: Job) -> str:
             how = zlib.crc32(" ".join([cxx, *job.flags]).encode())

@@ -16,6 +16,7 @@ from torch import Tensor
 from .backends import Workers, choose_planned
 from .checks import MAX_HEAD_DIM, wrong_type, wrong_value
 from .mask import Mask
+from .paged.call import MAX_PAGE_SIZE
 from .paged.functional import copy_pages, plan, plan_capacity
 
 try:
@@ -30,7 +31,6 @@ from ._runtime import OutOfPages, Sequence
 
 __all__ = ["CacheStats", "OutOfPages", "PagedBatch", "PagedKVCache", "Sequence"]
 
-MAX_PAGE_SIZE = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _QUANTIZATIONS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 
@@ -224,6 +224,8 @@ class PagedKVCache:
         salt: sequences of other salts share nothing with it. It names a tenant, or what else but the tokens the keys
             depend on, as an adapter or an image do.
         """
+        if salt is not None and not isinstance(salt, (str, bytes)):
+            wrong_type("salt", "str, bytes or None", type(salt).__name__)
         return self._runtime.add(_on_host(tokens), bidirectional_prefix, salt)
 
     def extend(self, seq: Sequence, n_or_tokens: int | Many[int] | Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -28,6 +29,8 @@ class OutputFile(click.Path):
         name = str(super().convert(value, param, ctx))
         if name != "-" and not Path(name).absolute().parent.is_dir():
             self.fail(f"Directory '{Path(name).parent}' does not exist.", param, ctx)
+        if name != "-" and not os.access(Path(name).absolute().parent, os.W_OK):
+            self.fail(f"Directory '{Path(name).parent}' is not writable.", param, ctx)
         return name
 
 
@@ -182,6 +185,9 @@ def generate(
     Without PROMPT and --file, prompts are the lines of stdin.
     """
     lines = [*prompts, *read_prompts(file, bool(prompts))]
+    for line in lines:
+        if any("\ud800" <= c <= "\udfff" for c in line):  # what Python makes of bytes that are none
+            raise BadInput(f"prompt: expected text in UTF-8, got {line!r}")
     if not lines:
         raise click.UsageError("a prompt is needed: as an argument, in --file, or on stdin")
     import torch
@@ -291,7 +297,10 @@ def save(data: dict[str, Any], output: str) -> None:
     if output == "-":
         print(text)
     else:
-        Path(output).write_text(text + "\n")
+        try:
+            Path(output).write_text(text + "\n")
+        except OSError as error:
+            raise BadInput(f"--json: expected a file that can be written ({error})") from error
 
 
 def console(stream: Any) -> Console:

@@ -300,6 +300,11 @@ def _fold(x: Tensor, dim: int | None, size: int, like: int | None = None) -> Ten
     return x.flatten(0, 1)
 
 
+def _unfold(x: Tensor, size: int) -> Tensor:
+    """(V * B, ...) as (V, B, ...)."""
+    return x.unflatten(0, (size, x.shape[0] // max(size, 1)))
+
+
 def _fold_call(info: Any, in_dims: Sequence[int | None], call: Call, separate_bias: bool) -> Call:
     """The call with vmap's dimension in front of the batch; `separate_bias` gives each sample a bias of its own."""
     dims = dict(zip(Call._fields, in_dims, strict=True))
@@ -332,7 +337,7 @@ _PER_SEQUENCE = ("q", "k", "v", "seqlens_q", "seqlens_k", "starts_q", "starts_k"
 def _(info, in_dims, *arguments):
     call = _fold_call(info, in_dims[:-1], Call._make(arguments[:-1]), separate_bias=False)
     outputs = attention_forward(*call, arguments[-1])
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0, 0)
+    return tuple(_unfold(x, info.batch_size) for x in outputs), (0, 0)
 
 
 @torch.library.register_vmap("duplex_attn::attention_backward", lib=_library)
@@ -350,7 +355,7 @@ def _(info, in_dims, dout, dlse, out, lse, *rest):
     grads = dict(zip(GRADIENTS, attention_backward(*given, *call, output_mask, backend), strict=True))
     for name in GRADIENTS:
         if wanted[name]:
-            grads[name] = grads[name].unflatten(0, (size, -1))
+            grads[name] = _unfold(grads[name], size)
     if wanted["bias"]:
         bias_dim = in_dims[4 + Call._fields.index("bias")]
         if rest[Call._fields.index("bias")].shape[0 if bias_dim != 0 else 1] == 1:
@@ -366,4 +371,4 @@ def _(info, in_dims, outs, lses, backend):
     size = info.batch_size
     outs = [_fold(x, dim, size) for x, dim in zip(outs, out_dims, strict=True)]
     lses = [_fold(x, dim, size) for x, dim in zip(lses, lse_dims, strict=True)]
-    return tuple(x.unflatten(0, (size, -1)) for x in merge_attention(outs, lses, backend)), (0, 0)
+    return tuple(_unfold(x, size) for x in merge_attention(outs, lses, backend)), (0, 0)

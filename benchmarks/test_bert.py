@@ -13,7 +13,7 @@ from duplex_attn.text import default_text
 from torch import Tensor
 
 from .bar import Bench, faster
-from .exact import bound_of
+from .gpu.check import against
 
 CHECKED_LINES = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +43,7 @@ def test_bert(bench: Bench, dtype: str) -> None:
     kept = attention_mask[:CHECKED_LINES].bool()
     found, peer = ours()[:CHECKED_LINES][kept], padded()[:CHECKED_LINES][kept]
     exact = exact_hidden(theirs, ids[:CHECKED_LINES], attention_mask[:CHECKED_LINES])[kept]
-    assert float((found.double() - exact).abs().max()) <= bound_of(peer, exact)
+    assert against(found, exact, peer, None).passes(ours=True)
     padding = 1 - tokens.total / ids.numel()
     name = f"{dtype} {ids.shape[0]} real lines, {ids.shape[1]} columns, {padding:.0%} padding"
     facts = {"text": settings.text.name, "tokens": tokens.total, "padding": padding}

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from .span import Blocks, Sequence, clamp, extent
 
-FIXED_SPLIT = 2048  # keys of a part where parts must not depend on the batch
 LEAST_SPLIT = tl.constexpr(256)  # keys: below it, a merge costs more than it gains
 
 

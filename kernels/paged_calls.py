@@ -14,11 +14,11 @@ import triton
 from torch import Tensor
 
 from ..backends import Workers
-from ..paged.call import AppendCall, PagedCall
+from ..paged.call import FIXED_SPLIT, AppendCall, PagedCall
 from ..paged.checks import QUANTISED, is_set
 from . import problem, tuning
 from .append import append_kernel, copy_kernel
-from .division import FIXED_SPLIT, LEAST_SPLIT, Batch
+from .division import LEAST_SPLIT, Batch
 from .launch import Launch, options, run
 from .paged import paged_kernel, parts_kernel, planned_kernel, planned_parts_kernel
 from .pages import Pages, Table

@@ -89,6 +89,7 @@ class Engine:
             self.cache, token_budget, max_sequences, self.max_length, preemption == "swap", self._fail
         )
         self._lock = threading.RLock()
+        self._steps_now = False
         self._ids = 0
         self._steps = self._computed = self._generated = self._guessed = self._right = 0
 
@@ -141,19 +142,29 @@ class Engine:
     def step(self) -> bool:
         """Runs one batch. False where there was nothing to run.
 
-        Where the model raises, or Ctrl-C comes, nothing is lost: the next step computes the same again.
+        Where the model raises, or Ctrl-C comes, nothing is lost: the next step computes the same again. Raises RuntimeError
+        in a verifier, which is called within a step: it may submit and cancel, or generate with an engine of its own.
         """
         with self._lock:
-            work = self._scheduler.plan()
-            if not work:
-                return False
-            rows, logits = self._compute(work)
-            self._steps += 1
-            for one, row in zip(tuple(work), tuple(rows), strict=True):
-                if row >= 0:
-                    self._split(one.sample, row, work, rows)
-            self._choose(work, rows, logits)
-            return True
+            if self._steps_now:
+                raise RuntimeError("step: expected no other to run, got a call of a verifier within one")
+            self._steps_now = True
+            try:
+                return self._step()
+            finally:
+                self._steps_now = False
+
+    def _step(self) -> bool:
+        work = self._scheduler.plan()
+        if not work:
+            return False
+        rows, logits = self._compute(work)
+        self._steps += 1
+        for one, row in zip(tuple(work), tuple(rows), strict=True):
+            if row >= 0:
+                self._split(one.sample, row, work, rows)
+        self._choose(work, rows, logits)
+        return True
 
     def stream(self, request: Request) -> Iterator[Chunk]:
         """What is new of the request, as it comes, until it ends. Takes steps meanwhile.
@@ -365,9 +376,9 @@ class Engine:
         verifier = sample.request.verifier
         if verifier is not None:
             reason = self._verify(sample, verifier, reason, room)
+            if sample.request.finished:  # the verifier has cancelled it
+                return
         if reason is not None:
-            if reason == "length":
-                sample.text.finish()
             sample.finish_reason = reason
             self._scheduler.release(sample)
         sample.show()
@@ -411,7 +422,7 @@ class Engine:
             tokens = list(verdict.by)
         vocab_size = self.model.config.vocab_size
         for token in tokens:
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
                 wrong_value("verifier", f"a replacement of ids from 0 to {vocab_size - 1}", token)
         if not tokens:
             wrong_value("verifier", "a replacement of one token or more", "none")

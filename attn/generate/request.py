@@ -176,10 +176,11 @@ class Request:
 
 def finish_reason(sample: Sample, room: int) -> str | None:
     """Why the sample ends with its last token, if it does; cuts its text at a stop string. room: tokens it may have."""
-    params, text = sample.request.params, sample.text
-    if (at := text.stopped_at()) is not None:
-        text.text = text.text[:at]
+    if sample.text.cut_at_stop():
         return "stop"
     if sample.tokens and sample.tokens[-1] in sample.request.stop_tokens:
         return "stop"
-    return "length" if len(sample.tokens) >= min(params.max_tokens, room) else None
+    if len(sample.tokens) < min(sample.request.params.max_tokens, room):
+        return None
+    sample.text.finish()  # the rest of a token may hold a stop string too
+    return "stop" if sample.text.cut_at_stop() else "length"

@@ -59,6 +59,13 @@ class GrowingText:
         found = [at for at in map(self.text.find, self.stops) if at >= 0]
         return min(found, default=None)
 
+    def cut_at_stop(self) -> bool:
+        """Cuts the text where the first stop string begins, if there is one."""
+        at = self.stopped_at()
+        if at is not None:
+            self.text = self.text[:at]
+        return at is not None
+
     def held_back(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
         longest = max(map(len, self.stops), default=1) - 1

@@ -106,11 +106,21 @@ class SpanMask:
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("attention_mask: expected no change in place, got an assignment: a SpanMask has no elements")
 
+    def _refuse_sum(self, *args: Any) -> Any:
+        raise TypeError(
+            "attention_mask: expected a model that asks transformers' AttentionInterface, got one that adds its mask to "
+            'scores itself; use attn_implementation="eager" for it'
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = _refuse_sum  # of a boolean mask, a sum is never what was meant
+
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def plain(x: Any) -> Any:
             if isinstance(x, (list, tuple)):
                 return type(x)(plain(y) for y in x)
+            if isinstance(x, SpanMask) and function.__name__.strip("_") in _SUMS:
+                x._refuse_sum()
             return x.dense() if isinstance(x, SpanMask) else x
 
         return function(*plain(args), **{name: plain(x) for name, x in (kwargs or {}).items()})
@@ -120,13 +130,16 @@ class SpanMask:
         return f"SpanMask({self.span}{lengths}, shape={self.shape})"
 
 
+_SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
+
+
 def _on_dense(name: str) -> Callable:
     return lambda self, *args: getattr(self.dense(), name)(*args)
 
 
 for _name in (  # operators are looked up on the type, past __getattr__
-    "eq", "ne", "lt", "le", "gt", "ge", "and", "rand", "or", "ror", "xor", "rxor", "add", "radd", "sub", "rsub", "mul",
-    "rmul", "invert", "getitem", "len", "bool", "iter",
+    "eq", "ne", "lt", "le", "gt", "ge", "and", "rand", "or", "ror", "xor", "rxor", "mul", "rmul",
+    "invert", "getitem", "len", "bool", "iter",
 ):  # fmt: skip
     setattr(SpanMask, f"__{_name}__", _on_dense(f"__{_name}__"))
 
@@ -388,6 +401,11 @@ def _from_lengths(
     return SpanMask(span, shape, device, starts_k, lengths(count)), None, q_offset
 
 
+# What changes the attention of some models, and no argument of ours says: keys chosen for each query (DeepSeek-V3.2,
+# MiniMax-M3), a sink for each token (Inkling), the pages of transformers' continuous batching.
+_NOT_TAKEN = ("indices", "block_indices", "sinks", "cache")
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -401,7 +419,6 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention entry: called by a model's layers.
@@ -410,15 +427,20 @@ def attention(
     for the weights, which are never formed. attention_mask: what `span_mask` returned, or a mask of the user's, bool
     (True = keep) or floating (added), that broadcasts to (B, Hq, Sq, Sk). Without one, `is_causal` (or the module's)
     says the direction, as it does in transformers' sdpa; sliding_window is not read, the mask has it. A query that sees
-    no key gives 0, where eager gives the average of all values. Raises ValueError for output_attentions=True.
+    no key gives 0, where eager gives the average of all values. Raises ValueError for output_attentions=True and for what
+    is no attention of this package: keys chosen for each query, sinks for each token, continuous batching.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions: expected False, got True; duplex_attn never forms the attention weights, "
             'use attn_implementation="eager" for them'
         )
-    if cache is not None:
-        raise ValueError("cache: expected None, continuous batching is not supported by duplex_attn")
+    for name in _NOT_TAKEN:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected None, duplex_attn does not take it, "
+                'use the model\'s own attention, attn_implementation="eager"'
+            )
 
     span, starts_k, seqlens_k, bias = Mask(), None, None, position_bias
     if isinstance(attention_mask, SpanMask):

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+FIXED_SPLIT = 2048  # keys of a part where parts must not depend on the batch; csrc/common/plan.h
+MAX_PAGE_SIZE = 256
+
 
 class PagedCall(NamedTuple):
     """q (total, Hq, D) against the pages of each sequence; the last query of a sequence stands at its last key."""

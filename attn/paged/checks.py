@@ -19,11 +19,10 @@ from ..checks import (
     wrong_type,
     wrong_value,
 )
-from .call import AppendCall, PagedCall
+from .call import MAX_PAGE_SIZE, AppendCall, PagedCall
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest number each holds
-MAX_PAGE_SIZE = 256
 
 
 def check_attention(call: PagedCall, out: Tensor, lse: Tensor) -> None:
@@ -121,6 +120,19 @@ def check_copy(
     _check_page_shapes(k_pages, v_pages, k_scales, v_scales, k_pages.device)
     check_per_sequence("src", src, src.numel(), k_pages.device, "n")
     check_per_sequence("dst", dst, src.shape[0], k_pages.device, "n")
+
+
+def check_plan_tensors(block_table: Tensor, seqlens_k: Tensor, page_size: int, cu_seqlens_q: Tensor | None) -> None:
+    """Of what a plan is made from; the operator looks at contents."""
+    if not isinstance(page_size, int):
+        wrong_type("page_size", "an int", type(page_size).__name__)
+    if not 1 <= page_size <= MAX_PAGE_SIZE:
+        wrong_value("page_size", f"1 to {MAX_PAGE_SIZE}", page_size)
+    device = block_table.device
+    batch = _check_block_table(block_table, device)
+    check_per_sequence("seqlens_k", seqlens_k, batch, device)
+    if cu_seqlens_q is not None:
+        check_per_sequence("cu_seqlens_q", cu_seqlens_q, batch + 1, device, "batch + 1")
 
 
 def on_host(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, Workers
-from ..checks import wrong_type, wrong_value
+from ..checks import check_per_sequence, wrong_type, wrong_value
 from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, table
 from ..mask import Mask, causal
-from .checks import on_host
+from .call import FIXED_SPLIT
+from .checks import check_plan_tensors, on_host
 from .ops import append_operator, attention_operator, copy_operator
 
 _CAUSAL = causal()
@@ -67,7 +68,7 @@ def paged_attention(
     _check_tensors(q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, seqlens_k=seqlens_k)
     _check_no_gradient(
         q=q, k_pages=k_pages, v_pages=v_pages, bias=bias, distance_bias=distance_bias, alibi_slopes=alibi_slopes,
-        row_distance_bias=row_distance_bias, col_distance_bias=col_distance_bias, sink=sink,
+        row_distance_bias=row_distance_bias, col_distance_bias=col_distance_bias, sink=sink, out=out,
     )  # fmt: skip
     prefix, left, right, top_left = named_mask(mask)
     if not isinstance(prefix, Tensor):
@@ -105,13 +106,17 @@ def plan(
 
     int32 (rows, 8), from tensors on the CPU as `paged_attention` takes them, for `workers` (None: the CPU kernels'); any
     backend can follow it. None where the C++ library is missing, and each call then divides its own. Its layout is
-    that of csrc/common/plan.h.
+    that of csrc/common/plan.h. Raises ValueError or TypeError, naming the argument.
     """
+    _check_tensors(block_table=block_table, seqlens_k=seqlens_k)
     prefix, left, right, top_left = named_mask(mask)
-    if BACKENDS["cpu"].missing() is not None:
-        return None
+    check_plan_tensors(block_table, seqlens_k, page_size, cu_seqlens_q)
     if not isinstance(prefix, Tensor):
         prefix = prefix_tensor(prefix, block_table.shape[0], seqlens_k) if prefix else None
+    else:
+        check_per_sequence("prefix", prefix, block_table.shape[0], block_table.device)
+    if BACKENDS["cpu"].missing() is not None:
+        return None
     tensors = on_host(block_table, seqlens_k, cu_seqlens_q, prefix)
     return torch.ops.duplex_attn_cpu.plan(
         *tensors, page_size, left, right, top_left, batch_invariant, *(workers or (0, 0))
@@ -123,7 +128,7 @@ def plan_capacity(batch: int, tokens: int, longest: int, workers: Workers) -> in
     block_rows, number = workers
     blocks = batch + tokens // block_rows
     # Blocks of rows, and shared prefixes, are cut into parts: one each, those that keep 4 tiles for each worker, or of fixed length.
-    parts = max(4 * number + 4 * blocks, blocks * (2 + longest // 2048))
+    parts = max(4 * number + 4 * blocks, blocks * (2 + longest // FIXED_SPLIT))
     return 1 + parts * max(1, min(block_rows, tokens)) + blocks
 
 
@@ -153,6 +158,7 @@ def paged_append(
         token's is set here to its largest magnitude over 127 or 448; one that broadcasts is read.
     Raises ValueError or TypeError, naming the argument; nothing is written then.
     """
+    _check_tensors(k=k, v=v, k_pages=k_pages, v_pages=v_pages, block_table=block_table, positions=positions)
     _check_no_gradient(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
     arguments = (
         k, v, k_pages, v_pages, block_table, positions, cu_seqlens, rope_cos, rope_sin, rope_interleaved, k_scales,
@@ -176,6 +182,8 @@ def copy_pages(
     k_pages, v_pages: (num_pages, page_size, Hkv, D), any dtype. src, dst int32 (n,): no page is written twice, and none
     is both read and written. Scales are copied along where each page has its own. Raises ValueError or TypeError.
     """
+    _check_tensors(k_pages=k_pages, v_pages=v_pages, src=src, dst=dst)
+    _check_no_gradient(k_pages=k_pages, v_pages=v_pages)
     copy_operator(k_pages, v_pages, src, dst, k_scales, v_scales, backend or "")
 
 

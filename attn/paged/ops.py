@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..backends import check_name, choose_append, choose_copy, choose_paged
 from ..checks import contents_are_readable, read_in_order
@@ -57,6 +58,7 @@ def _attention(*arguments: Any) -> None:
     if call.q.stride(2) != 1 and call.q.shape[2] > 1:
         call = call._replace(q=call.q.contiguous())
     backend.paged_attention(*call, out, lse)
+    increment_version((out, lse))
 
 
 def _append(*arguments: Any) -> None:
@@ -70,6 +72,7 @@ def _append(*arguments: Any) -> None:
     if call.k.stride(2) != 1 or call.v.stride(2) != 1:
         call = call._replace(k=call.k.contiguous(), v=call.v.contiguous())
     backend.paged_append(*call)
+    increment_version(_written(*call[2:4], call.k_scales, call.v_scales))
 
 
 def _copy(
@@ -81,6 +84,11 @@ def _copy(
         checks.check_copy_contents(src, dst, k_pages.shape[0])
     backend = choose_copy(k_pages, v_pages, src, name)
     backend.copy_pages(k_pages, v_pages, src.contiguous(), dst.contiguous(), k_scales, v_scales)
+    increment_version(_written(k_pages, v_pages, k_scales, v_scales))
+
+
+def _written(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
 
 
 for _name, _implementation in (("paged_attention", _attention), ("paged_append", _append), ("copy_pages", _copy)):

@@ -84,9 +84,15 @@ def load(settings: Settings, directory: Path) -> Any:
     config = directory / "config.json"
     if not config.exists():
         raise FileNotFoundError(f"{directory}: expected a config.json, found none")
-    named = (json.loads(config.read_text()).get("architectures") or ["AutoModel"])[0]
-    architecture = getattr(transformers, named, None)
-    if architecture is None:
+    try:
+        told = json.loads(config.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config}: expected JSON ({error})") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{config}: expected an object, got {type(told).__name__}")
+    named = (told.get("architectures") or ["AutoModel"])[0]
+    architecture = getattr(transformers, str(named), None)
+    if not hasattr(architecture, "from_pretrained"):
         raise ValueError(f"architectures: expected a model of transformers in {config}, got {named}")
     options = {"dtype": settings.dtype, "use_safetensors": True, "local_files_only": True}
     try:

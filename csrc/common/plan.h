@@ -79,6 +79,7 @@ struct PlanOptions {
   int64_t shared_rows = 0;  // rows from which a shared prefix is worth a tile of its own; 0: never
 };
 
+constexpr int64_t FIXED_SPLIT = 2048;  // keys of a part where parts must not depend on the batch, in any backend
 constexpr int64_t LEAST_SPLIT = 512;   // keys: below it, a merge costs more than it gains
 constexpr int64_t LEAST_SHARED = 256;  // keys of a prefix worth a tile of its own
 constexpr int64_t PART_STEP = 64;      // keys: parts begin this many apart, so that kernels read runs of slots

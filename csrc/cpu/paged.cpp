@@ -14,9 +14,8 @@
 namespace duplex {
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 384;    // of a tile: what shares one packed block of keys, more or less
-constexpr int64_t FIXED_SPLIT = 2048;  // keys, where parts must not depend on the batch
-constexpr int64_t SHARED_ROWS = 12;    // below it, each sequence's own pass costs less than a common one
+constexpr int64_t BLOCK_ROWS = 384;  // of a tile: what shares one packed block of keys, more or less
+constexpr int64_t SHARED_ROWS = 12;  // below it, each sequence's own pass costs less than a common one
 
 PlanBatch plan_batch(const Tensor& block_table, const Tensor& seqlens_k, const OptionalTensor& cu_seqlens_q,
                      const OptionalTensor& prefix, int64_t page_size, std::optional<int64_t> left,
@@ -91,15 +90,18 @@ Plan read_plan(const Tensor& t, const PlanBatch& batch, int64_t fixed_split) {
   return plan;
 }
 
+void check_length(int64_t len_k, int64_t held) {
+  if (len_k < 0 || len_k > held)
+    wrong_value("seqlens_k", "a length up to what the block table holds (" + std::to_string(held) + ")", len_k);
+}
+
 void check_contents(const PlanBatch& p, const Tensor& q, const Tensor& k_pages, int64_t max_pages, int64_t max_seqlen_q,
                     const Rope& rope) {
   if (p.cu_q) check_cu("cu_seqlens_q", p.cu_q, p.batch, q.size(0), max_seqlen_q, "max_seqlen_q");
   const int64_t pages = k_pages.size(0);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t len_k = p.seqlens_k[b];
-    if (len_k < 0 || len_k > max_pages * p.page_size)
-      wrong_value("seqlens_k",
-                  "a length up to what the block table holds (" + std::to_string(max_pages * p.page_size) + ")", len_k);
+    check_length(len_k, max_pages * p.page_size);
     if (rope && len_k > rope.positions)
       wrong_value("seqlens_k", "a length up to the positions of rope_cos (" + std::to_string(rope.positions) + ")",
                   len_k);
@@ -265,6 +267,8 @@ Tensor plan(Tensor block_table, Tensor seqlens_k, OptionalTensor cu_seqlens_q, O
             int64_t block_rows, int64_t workers) {
   block_table = table_of(block_table);
   const PlanBatch batch = plan_batch(block_table, seqlens_k, cu_seqlens_q, prefix, page_size, left, right, top_left);
+  if (batch.cu_q) check_cu("cu_seqlens_q", batch.cu_q, batch.batch, INT32_MAX, INT32_MAX, "cu_seqlens_q");
+  for (int64_t b = 0; b < batch.batch; ++b) check_length(batch.seqlens_k[b], block_table.size(1) * page_size);
   const Plan made = make_plan(batch, plan_options(batch_invariant, true, block_rows, workers));
   const PlanHeader& h = made.header;
   Tensor t = new_int(block_table, {std::max<int64_t>(1 + int64_t(h.tiles) + h.merges, h.slots), 8});

@@ -36,7 +36,12 @@ inline Tokens ids_of(py::handle tokens) {
       if (size_t(PySequence_Fast_GET_SIZE(tokens.ptr())) != ids.size())
         throw std::invalid_argument("tokens: expected a list, got one that changes while it is read");
       int overflow = 0;
-      const long long id = PyLong_AsLongLongAndOverflow(PySequence_Fast_GET_ITEM(tokens.ptr(), n), &overflow);
+      const py::handle item = PySequence_Fast_GET_ITEM(tokens.ptr(), n);
+      const long long id = PyLong_AsLongLongAndOverflow(item.ptr(), &overflow);
+      if (id == -1 && PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear();
+        throw py::type_error("tokens: expected integers, got " + type_name(item));
+      }
       if (id == -1 && PyErr_Occurred()) throw py::error_already_set();
       ids[n] = token_id(overflow ? -1 : id);
     }

@@ -57,6 +57,13 @@ def assert_vmap(function: Callable[..., Any], in_dims: tuple[int | None, ...], *
         torch.testing.assert_close(a, b)
 
 
+def test_vmap_over_nothing() -> None:
+    x, lse = randn(0, *Q), randn(0, BATCH, HEADS, SEQLEN_Q)
+    assert vmap(lambda q: da.attention(q, q, q))(x).shape == x.shape
+    assert vmap(grad(lambda q: da.attention(q, q, q).sum()))(x).shape == x.shape
+    assert vmap(lambda out, lse: da.merge_attention([out], [lse])[0])(x, lse).shape == x.shape
+
+
 class TestAutocast:
     def test_casts_q_k_v_and_only_them(self, backend: str) -> None:
         """float32 biases and tables keep their digits: the call equals the one with q, k, v cast by hand, not the one with all cast."""

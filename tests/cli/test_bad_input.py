@@ -64,6 +64,27 @@ def test_output_that_cannot_be_written(tmp_path: Path, text_file: Path) -> None:
     assert "does not exist" in refused(text_file, "--json", tmp_path / "nowhere" / "found.json")
 
 
+def test_output_that_turns_out_unwritable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(self: Path, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    result = CliRunner().invoke(main, ["doctor", "--json", str(tmp_path / "found.json")])
+    assert result.exit_code == 2 and "--json: expected a file that can be written" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"architectures": ["logging"]}', '{"architectures": [3]}'])
+def test_a_config_that_is_none(tmp_path: Path, text_file: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert "config.json" in refused(text_file, "--model", tmp_path)
+
+
+def test_a_prompt_that_is_no_text() -> None:
+    """The byte 0xff: Python hands it on as half of a pair of surrogates."""
+    result = CliRunner().invoke(main, ["generate", "--size", "tiny", "\udcff"])
+    assert result.exit_code == 2 and "prompt: expected text in UTF-8" in result.stderr
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "quantum", "mps"])
 def test_device(text_file: Path, device: str) -> None:
     message = refused(text_file, "--device", device)

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 from duplex_attn.generate import Engine, SamplingParams
+from duplex_attn.generate.request import Request, finish_reason
 from duplex_attn.generate.text import GrowingText
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
 
 from .conftest import PROMPTS, MakeEngine
 
@@ -83,6 +86,20 @@ def test_what_may_become_a_stop_string_is_shown_at_the_end(engine: MakeEngine) -
     free, *_ = streamed(one, PROMPTS[0], SamplingParams(max_tokens=16))
     text, _, reason, _ = streamed(one, PROMPTS[0], SamplingParams(max_tokens=16, stop=free[-3:] + "\0"))
     assert (text, reason) == (free, "length")
+
+
+def test_a_stop_string_in_a_token_that_ends_within_a_character() -> None:
+    """As GPT-2's vocabulary has them: a space, or a new line, and the first two bytes of an emoji."""
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = {piece: n for n, piece in enumerate([*alphabet, "\u010a\u00f0\u0141"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=alphabet[0]))
+    tokenizer.decoder = decoders.ByteLevel()
+    request = Request(0, [vocabulary["a"]], SamplingParams(max_tokens=2, stop="\n"), 0, tokenizer)
+    sample = request.samples[0]
+    sample.push(vocabulary["b"], None)
+    assert finish_reason(sample, 9) is None
+    sample.push(len(alphabet), None)
+    assert (finish_reason(sample, 9), sample.text.text) == ("stop", "b")
 
 
 def test_special_tokens_are_no_text(engine: MakeEngine, tokenizer: Tokenizer) -> None:

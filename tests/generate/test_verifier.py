@@ -201,3 +201,42 @@ def test_rejections_come_to_an_end(engine: MakeEngine, monkeypatch: pytest.Monke
     one = engine()
     with pytest.raises(RuntimeError, match="verifier: expected an end after 5 rejections"):
         run(one, lambda draft: Reject(0))
+
+
+def test_a_verifier_takes_no_steps_of_its_engine(engine: MakeEngine) -> None:
+    """Its request ends with that error, those beside it go on as if alone."""
+    one = engine(40)
+
+    def asks(draft: Draft) -> Verdict:
+        one.generate([PROMPTS[1]], SamplingParams(max_tokens=2))
+        return Accept()
+
+    request = one.submit(PROMPTS[0], PARAMS, verifier=asks)
+    beside = one.submit(PROMPTS[2], PARAMS)
+    with pytest.raises(RuntimeError, match="step: expected no other to run"):
+        list(one.stream(request))
+    list(one.stream(beside))
+    assert beside.tokens == engine().generate([PROMPTS[2]], PARAMS)[0].tokens
+    one.cache.check()
+
+
+def test_a_verifier_that_cancels_its_request(engine: MakeEngine) -> None:
+    one = engine()
+
+    def cancels(draft: Draft) -> Verdict:
+        if len(draft.tokens) == 3:
+            one.cancel(request)
+        return Accept()
+
+    request = one.submit(PROMPTS[0], PARAMS, verifier=cancels)
+    chunks = list(one.stream(request))
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, "cancelled"]
+    assert all(sample.seq is None for sample in request.samples)
+    one.cache.check()
+
+
+def test_a_replacement_of_no_ids(engine: MakeEngine) -> None:
+    one = engine()
+    request = one.submit(PROMPTS[0], PARAMS, verifier=lambda draft: Replace(0, [True]))
+    with pytest.raises(ValueError, match="verifier: expected a replacement of ids"):
+        list(one.stream(request))

@@ -325,8 +325,9 @@ class TestAttentionEntry:
         query, key, value = self.inputs()
         with pytest.raises(ValueError, match=r"output_attentions: expected False"):
             attention(torch.nn.Module(), query, key, value, None, output_attentions=True)
-        with pytest.raises(ValueError, match=r"cache: expected None"):
-            attention(torch.nn.Module(), query, key, value, None, cache=object())
+        for name in ("cache", "indices", "block_indices", "sinks"):
+            with pytest.raises(ValueError, match=rf"^{name}: expected None"):
+                attention(torch.nn.Module(), query, key, value, None, **{name: torch.zeros(2)})
         with pytest.raises(ValueError, match=r"attention_mask: expected 4 dimensions .* got \(2, 4\)"):
             attention(torch.nn.Module(), query, key, value, torch.ones(2, 4, dtype=torch.bool))
         with pytest.raises(ValueError, match=r"attention_mask: expected 2 dimensions .* got \(2, 4, 4\)"):

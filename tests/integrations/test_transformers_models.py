@@ -346,6 +346,16 @@ class TestSwap:
         assert report.swapped == {} and list(report.left) == ["XLNetRelativeAttention"]
         assert "left as it was" in str(report)
 
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_a_model_that_adds_the_mask_itself(self, padded):
+        """It takes the name without asking what it stands for, and would add 1 to the scores of what may be seen."""
+        small = {"vocab_size": 97, "hidden_size": 32, "n_layer": 1, "n_head": 4}
+        model = transformers.BloomForCausalLM(transformers.BloomConfig(**small, attn_implementation=NAME))
+        mask = torch.ones_like(tokens())
+        mask[1, 5:] = 1 - padded
+        with pytest.raises(TypeError, match='adds its mask to scores itself; use attn_implementation="eager"'):
+            model(tokens(), attention_mask=mask)
+
     def test_nothing_to_swap(self):
         with pytest.raises(
             TypeError, match="model: expected a transformers model or a module that holds one, got Linear"

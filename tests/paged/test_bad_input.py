@@ -62,6 +62,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("paged_attention", {"block_table": None, "mask": da.prefix_lm(1)}, TypeError, "block_table"),
     ("paged_attention", {"block_table": int32(), "mask": da.prefix_lm(1)}, ValueError, "block_table"),
     ("paged_attention", {"v_pages": torch.tensor(1.0)}, ValueError, "v_pages"),
+    ("paged_attention", {"out": torch.empty(3, 4, 16, requires_grad=True)}, ValueError, "out"),
     *(("paged_attention", {name: torch.zeros(4, 1, requires_grad=True)}, ValueError, name)
       for name in ("bias", "distance_bias", "alibi_slopes", "sink", "row_distance_bias")),
     ("paged_attention", {"k_pages": torch.randn(5, 4, 2, 32).half()}, TypeError, "k_pages"),
@@ -99,6 +100,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("paged_attention", {"out": torch.empty(3, 4, 16).half()}, TypeError, "out"),
     ("paged_attention", {"plan": torch.zeros(3, 7, dtype=torch.int32)}, ValueError, "plan"),
     ("paged_attention", {"backend": "cudnn"}, ValueError, "backend"),
+    *(("paged_append", {name: None}, TypeError, name) for name in ("k", "v", "k_pages", "block_table", "positions")),
     ("paged_append", {"k": torch.randn(3, 1, 32)}, ValueError, "k"),
     ("paged_append", {"k": torch.randn(3, 2, 32, requires_grad=True)}, ValueError, "k"),
     ("paged_append", {"v": torch.randn(3, 2, 16, requires_grad=True)}, ValueError, "v"),
@@ -121,6 +123,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
                         "k_scales": torch.zeros(5, 4, 2), "v_scales": torch.zeros(5, 4, 2),
                         name: torch.full((1, 1, 1), 0.5).expand(5, 4, 2)}, ValueError, name)
       for name in ("k_scales", "v_scales")),
+    *(("copy_pages", {name: None}, TypeError, name) for name in ("k_pages", "v_pages", "src", "dst")),
     ("copy_pages", {"src": int32(5)}, ValueError, "src"),
     ("copy_pages", {"dst": int32(-1)}, ValueError, "dst"),
     ("copy_pages", {"src": int32(0, 1), "dst": int32(2, 2)}, ValueError, "dst"),
@@ -155,6 +158,22 @@ def test_operators_pass_opcheck(backend: str) -> None:
     given = append()
     opcheck(torch.ops.duplex_attn.paged_append.default, (*given.values(), None, None, False, None, None, backend))
     opcheck(torch.ops.duplex_attn.copy_pages.default, (*copy().values(), None, None, backend))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_notices_what_is_written(backend: str, inference: bool) -> None:
+    """What saved it for backward raises instead of taking the new numbers for the old."""
+    with torch.inference_mode(inference):
+        read, new, pages = attention(), append(), copy()
+        out = torch.empty(3, 4, 16)
+        da.paged_attention(**read, out=out, backend=backend)
+        da.paged_append(**new, backend=backend)
+        da.copy_pages(**pages, backend=backend)
+    written = (out, new["k_pages"], new["v_pages"], pages["k_pages"], pages["v_pages"])
+    if not inference:  # inference tensors have no versions
+        assert all(x._version > 0 for x in written)
+        assert read["k_pages"]._version == new["k"]._version == 0
 
 
 def test_under_compile_without_graph_breaks() -> None:

@@ -181,3 +181,31 @@ def test_a_plan_of_something_else_is_refused(backend: str, change: str) -> None:
         options["plan"] = made[:2].contiguous()
     with pytest.raises(ValueError, match=r"^plan: expected"):
         pool.run(lane, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "name"),
+    [
+        ({"page_size": 0}, ValueError, "page_size"),
+        ({"page_size": 16.0}, TypeError, "page_size"),
+        ({"block_table": torch.zeros(2, 4)}, TypeError, "block_table"),
+        ({"block_table": torch.zeros(8, dtype=torch.int32)}, ValueError, "block_table"),
+        ({"block_table": None}, TypeError, "block_table"),
+        ({"seqlens_k": torch.tensor([3, 4])}, TypeError, "seqlens_k"),
+        ({"seqlens_k": torch.tensor([3], dtype=torch.int32)}, ValueError, "seqlens_k"),
+        ({"seqlens_k": torch.tensor([3, 65], dtype=torch.int32)}, ValueError, "seqlens_k"),
+        ({"seqlens_k": torch.tensor([3, -1], dtype=torch.int32)}, ValueError, "seqlens_k"),
+        ({"cu_seqlens_q": torch.tensor([0, 1], dtype=torch.int32)}, ValueError, "cu_seqlens_q"),
+        ({"cu_seqlens_q": torch.tensor([0, 2, 1], dtype=torch.int32)}, ValueError, "cu_seqlens_q"),
+        ({"mask": da.prefix_lm(torch.tensor([1], dtype=torch.int32))}, ValueError, "prefix"),
+    ],
+    ids=str,
+)
+def test_what_no_plan_is_made_of(change: dict[str, object], kind: type[Exception], name: str) -> None:
+    given = {
+        "block_table": torch.zeros(2, 4, dtype=torch.int32),
+        "seqlens_k": torch.tensor([3, 64]).int(),
+        "page_size": 16,
+    }
+    with pytest.raises(kind, match=rf"^{name}: expected"):
+        plan(**(given | change))  # type: ignore[arg-type]

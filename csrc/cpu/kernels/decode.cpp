@@ -469,14 +469,10 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
   for (int64_t kv = 0; kv < p.heads_kv; ++kv)
     for (int64_t m = 0; m < count; ++m) {
       const int64_t at = kv * count + m, h = kv * group + m % group, r = m / group;
-      float top = s.peak[at] * unit, sum = top == -INF ? 0 : s.total[at], shrink = 1;
-      if (is_final && p.sink) {
-        const float sink = p.sink[h], higher = sink > top ? sink : top;
-        shrink = top == -INF ? 0 : __builtin_expf(top - higher);
-        sum = higher == -INF ? 0 : sum * shrink + __builtin_expf(sink - higher);
-        top = higher;
-      }
-      const float lse = sum == 0 ? -INF : top + __builtin_logf(sum), scale = sum == 0 ? 0 : shrink / sum;
+      const float sum = s.total[at], of_keys = sum == 0 ? -INF : s.peak[at] * unit + __builtin_logf(sum);
+      const auto lse_of = [&](int) { return of_keys; };
+      const Union all(1, lse_of, is_final && p.sink ? p.sink + h : nullptr);
+      const float lse = all.lse(), scale = sum == 0 ? 0 : 1 / sum * all.share(0);
       const int64_t out_row = is_final ? task.seq.row_q + task.row + r : task.slot + r;
       (is_final ? p.lse + task.b * p.lse_batch + h * p.lse_head : p.parts_lse + h * p.parts_lse_head)[out_row] = lse;
       const float* from = s.out + at * dims;
@@ -502,22 +498,16 @@ void decode_stored(const Problem& p, const Pages& pages, const ForwardTask& task
 template <class O>
 void add_parts(const Problem& p, int64_t row, const int64_t* slots, int count) {
   for (int64_t h = 0; h < p.heads_q; ++h) {
-    const float* lses = p.parts_lse + h * p.parts_lse_head;
-    float top = p.sink ? p.sink[h] : -INF, total = 0;
-    for (int n = 0; n < count; ++n) top = lses[slots[n]] > top ? lses[slots[n]] : top;
-    if (top > -INF) {
-      if (p.sink) total += __builtin_expf(p.sink[h] - top);
-      for (int n = 0; n < count; ++n) total += __builtin_expf(lses[slots[n]] - top);
-    }
-    p.lse[h * p.lse_head + row] = top == -INF ? -INF : top + __builtin_logf(total);
+    const auto lse_of = [&](int n) { return p.parts_lse[h * p.parts_lse_head + slots[n]]; };
+    const Union parts(count, lse_of, p.sink ? p.sink + h : nullptr);
+    p.lse[h * p.lse_head + row] = parts.lse();
     O* to = p.out.at<O>(0, row, h);
     for (int64_t x = 0; x < p.head_dim_v; x += LANES) {
       const int lanes = int(p.head_dim_v - x < LANES ? p.head_dim_v - x : LANES);
       vfloat sum{};
-      for (int n = 0; n < count && top > -INF; ++n) {
-        const float weight = __builtin_expf(lses[slots[n]] - top) / total;
-        if (weight > 0) sum += widen_partial(p.parts.at<float>(0, slots[n], h) + x, lanes) * weight;
-      }
+      for (int n = 0; n < count; ++n)  // not 0 * NaN
+        if (const float share = parts.share(n); share != 0)
+          sum += widen_partial(p.parts.at<float>(0, slots[n], h) + x, lanes) * share;
       narrow_partial(to + x, sum, lanes);
     }
   }

@@ -4,6 +4,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/keys.h"
 #include "cpu/kernels/score.h"
+#include "cpu/kernels/union.h"
 
 namespace duplex::DUPLEX_ISA {
 
@@ -72,7 +73,7 @@ bool exponentials(float natural, int keys, Scratch<P>& s, typename P::unit* weig
                   bool first) {
   const float unit = natural * LOG2E;
   vfloat top[V], base[V], sum[V];
-  vint grown{};
+  vint grown{}, far{};
 #pragma GCC unroll 4
   for (int x = 0; x < V; ++x) top[x] = first ? splat(-INF) : load<vfloat>(peak + x * LANES);
   for (int n = 0; n < keys; ++n)
@@ -90,31 +91,44 @@ bool exponentials(float natural, int keys, Scratch<P>& s, typename P::unit* weig
       factor = exp2<true>((before - base[x]) * unit);  // the difference first: its rounding is relative to it
     } else {
       // One rounding of a peak in all that is relative to it: whatever it is, it cancels.
-      base[x] = rounded(base[x] * unit);
-      factor = exp2<true>(rounded(before * unit) - base[x]);
+      const vfloat product = rounded(base[x] * unit);
+      const vint beyond = abs(product) == INF;
+      factor = exp2<true>(select(beyond, (before - base[x]) * unit, rounded(before * unit) - product));
+      far |= beyond;
     }
     store(s.rescale + x * LANES, factor);
     grown |= factor != 1.0f;
     sum[x] = first ? vfloat{} : load<vfloat>(total + x * LANES) * factor;
   }
-  const auto weight = [&](const float* at, int x) {
-    const vfloat score = load<vfloat>(at);
-    return exp2<P::EXACT>(P::EXACT ? (score - base[x]) * unit : score * unit - base[x]);
-  };
-  for (int n = 0; n < keys; n += 2) {
+  const auto weigh = [&]<bool DIFFERENCE>() {
+    vfloat subtracted[V];
 #pragma GCC unroll 4
-    for (int x = 0; x < V; ++x) {
-      float* at = s.scores + n * TILE + x * LANES;
-      const vfloat even = weight(at, x), odd = weight(at + TILE, x);
-      sum[x] += even + odd;
-      if constexpr (P::STEP == 2 && !LATER) {
-        store_pairs(weights + n / 2 * TILE + x * LANES, even, odd);
-      } else {
-        store(at, even);
-        store(at + TILE, odd);
+    for (int x = 0; x < V; ++x) subtracted[x] = DIFFERENCE ? base[x] : rounded(base[x] * unit);
+    const auto weight = [&](const float* at, int x) {
+      const vfloat score = load<vfloat>(at);
+      return exp2<P::EXACT>(DIFFERENCE ? (score - subtracted[x]) * unit : score * unit - subtracted[x]);
+    };
+    for (int n = 0; n < keys; n += 2) {
+#pragma GCC unroll 4
+      for (int x = 0; x < V; ++x) {
+        float* at = s.scores + n * TILE + x * LANES;
+        const vfloat even = weight(at, x), odd = weight(at + TILE, x);
+        sum[x] += even + odd;
+        if constexpr (P::STEP == 2 && !LATER) {
+          store_pairs(weights + n / 2 * TILE + x * LANES, even, odd);
+        } else {
+          store(at, even);
+          store(at + TILE, odd);
+        }
       }
     }
-  }
+  };
+  if constexpr (P::EXACT)
+    weigh.template operator()<true>();
+  else if (any(far))  // a bias of finfo.min, times log2(e)
+    weigh.template operator()<true>();
+  else
+    weigh.template operator()<false>();
 #pragma GCC unroll 4
   for (int x = 0; x < V; ++x) store(total + x * LANES, sum[x]);
   return any(grown);
@@ -152,22 +166,14 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
                  const View& out, int64_t out_row, float* lse, const float* sink_of_head) {
   const Problem& p = head.problem;
   const int64_t units_v = Layout<P>(p).units_v;
-  alignas(64) float factor[TILE];
+  alignas(64) float factor[TILE], share[TILE];
   for (int m = 0; m < t.rows; ++m) {
-    float top = empty ? -INF : peak[m] * head.unit(), sum = empty ? 0 : total[m], shrink = 1;
-    if (top == -INF) sum = 0;
-    if (sink_of_head) {
-      const float sink = *sink_of_head, higher = sink > top ? sink : top;
-      if (higher == -INF) {
-        sum = 0;
-      } else {
-        shrink = top == -INF ? 0 : __builtin_expf(top - higher);
-        sum = sum * shrink + __builtin_expf(sink - higher);
-        top = higher;
-      }
-    }
-    factor[m] = sum == 0 ? 0 : shrink / sum * p.keep_scale;
-    lse[m] = sum == 0 ? -INF : top + __builtin_logf(sum);
+    const float sum = empty ? 0 : total[m], of_keys = sum == 0 ? -INF : peak[m] * head.unit() + __builtin_logf(sum);
+    const auto lse_of = [&](int) { return of_keys; };
+    const Union all(1, lse_of, sink_of_head);
+    factor[m] = sum == 0 ? 0 : 1 / sum * p.keep_scale;
+    share[m] = all.share(0);  // in a step of its own, as where parts are put together: so no bit depends on how many
+    lse[m] = all.lse();
   }
   for (int m0 = 0; m0 < t.rows; m0 += LANES)
     for (int x = 0; x < p.head_dim_v; x += LANES) {
@@ -177,7 +183,7 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
       const int dims = p.head_dim_v - x < LANES ? int(p.head_dim_v - x) : LANES;
       for (int m = m0; m < t.rows && m < m0 + LANES; ++m) {
         O* to = out.at<O>(head.b, out_row + m, head.h) + x;
-        const vfloat value = factor[m] == 0 ? vfloat{} : (vfloat)square[m - m0] * factor[m];  // not 0 * NaN
+        const vfloat value = factor[m] == 0 ? vfloat{} : (vfloat)square[m - m0] * factor[m] * share[m];  // not 0 * NaN
         if (dims == LANES)
           narrow(to, value);
         else

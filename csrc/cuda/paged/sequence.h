@@ -8,8 +8,8 @@
 
 namespace duplex::paged {
 
-constexpr int32_t FIXED_SPLIT = 2048;  // keys of a part where parts must not depend on the batch
-constexpr int32_t LEAST_SPLIT = 256;   // keys: below it, a merge costs more than it gains
+constexpr int32_t FIXED_SPLIT = duplex::FIXED_SPLIT;
+constexpr int32_t LEAST_SPLIT = 256;  // keys: below it, a merge costs more than it gains
 
 struct Batch {
   const int32_t *seqlens_k, *cu_q, *prefix;  // cu_q null: one row a sequence; prefix may be null
