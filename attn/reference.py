@@ -285,4 +285,4 @@ def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Ten
     lse = lse_parts.logsumexp(0)
     weights = _softmax(lse_parts, 0).mT[..., None]  # (parts, B, S, H, 1)
     parts = torch.stack(outs).to(lse.dtype)
-    return torch.where(weights > 0, parts * weights, 0).sum(0).to(outs[0].dtype), lse
+    return torch.where(weights != 0, parts * weights, 0).sum(0).to(outs[0].dtype), lse

@@ -71,6 +71,7 @@ def check_attention(call: PagedCall, out: Tensor, lse: Tensor) -> None:
         wrong_value("out", f"shape {(total, heads, call.v_pages.shape[-1])}", out.shape)
     if out.stride(-1) != 1 and out.shape[-1] > 1:
         wrong_value("out", "a contiguous last dimension", f"stride {out.stride(-1)}")
+    _check_written("out", out)
     if lse.shape != (heads, total) or not lse.is_contiguous():
         wrong_value("lse", f"a contiguous {(heads, total)}", lse.shape)
 
@@ -84,6 +85,8 @@ def check_append(call: AppendCall) -> None:
         wrong_type("v", f"k's dtype {k.dtype}", v.dtype)
     check_device("v", v, device)
     _check_pages(call.k_pages, call.v_pages, call.k_scales, call.v_scales, k.dtype, device)
+    _check_written("k_pages", call.k_pages)
+    _check_written("v_pages", call.v_pages)
     heads = call.k_pages.shape[2]
     if k.dim() != 3 or k.shape[1:] != call.k_pages.shape[2:]:
         wrong_value("k", f"(total, {heads}, {call.k_pages.shape[3]}) as k_pages has it", k.shape)
@@ -101,12 +104,8 @@ def check_append(call: AppendCall) -> None:
         for name, scales in (("k_scales", call.k_scales), ("v_scales", call.v_scales)):
             if scales is None:
                 wrong_value(name, f"scales with {call.k_pages.dtype} pages", None)
-            if is_set(scales, call.k_pages) and any(
-                n > 1 and stride == 0 for n, stride in zip(scales.shape, scales.stride(), strict=True)
-            ):
-                wrong_value(
-                    name, "memory of its own for each token's scale, or a shape that broadcasts", "an expanded tensor"
-                )
+            if is_set(scales, call.k_pages):
+                _check_written(name, scales)
 
 
 def is_set(scales: Tensor, pages: Tensor) -> bool:
@@ -118,6 +117,8 @@ def check_copy(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
 ) -> None:
     _check_page_shapes(k_pages, v_pages, k_scales, v_scales, k_pages.device)
+    _check_written("k_pages", k_pages)
+    _check_written("v_pages", v_pages)
     check_per_sequence("src", src, src.numel(), k_pages.device, "n")
     check_per_sequence("dst", dst, src.shape[0], k_pages.device, "n")
 
@@ -198,6 +199,12 @@ def slots(call: AppendCall) -> Tensor:
     row = call.block_table[sequence.clamp(max=call.block_table.shape[0] - 1)].long()
     page = row.gather(1, (position.clamp(min=0) // page_size).clamp(max=row.shape[1] - 1)[:, None])[:, 0]
     return torch.where(inside, page * page_size + position % page_size, -1)
+
+
+def _check_written(name: str, x: Tensor) -> None:
+    """That no element of it lies where another does."""
+    if 0 in x.stride() and any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True)):
+        wrong_value(name, "a place in memory for each element, for they are written", "an expanded tensor")
 
 
 def _check_pages(

@@ -92,7 +92,7 @@ def load(settings: Settings, directory: Path) -> Any:
         raise ValueError(f"{config}: expected an object, got {type(told).__name__}")
     named = (told.get("architectures") or ["AutoModel"])[0]
     architecture = getattr(transformers, str(named), None)
-    if not hasattr(architecture, "from_pretrained"):
+    if architecture is None or not hasattr(architecture, "from_pretrained"):
         raise ValueError(f"architectures: expected a model of transformers in {config}, got {named}")
     options = {"dtype": settings.dtype, "use_safetensors": True, "local_files_only": True}
     try:

@@ -22,7 +22,7 @@ DUPLEX_DEVICE float merge_row(int parts, float sink, int dim, int lane, Lse&& ls
   for (int n = 0; n < MERGE_NUMBERS; ++n) sum[n] = 0;
   for (int t = 0; t < parts; ++t) {
     const float weight = ptx::exp2((lse_of(t) - reference) * LOG2E);
-    if (!(weight > 0)) continue;
+    if (weight == 0) continue;  // NaN goes on
     total += weight;
 #pragma unroll
     for (int n = 0; n < MERGE_NUMBERS; ++n)
@@ -45,7 +45,7 @@ struct OnePart {
     total = ptx::exp2((sink - reference) * LOG2E) + weight;
     lse = total != 0 ? reference + ptx::log2(total) * LN2 : -INFINITY;
   }
-  DUPLEX_DEVICE float number(float x) const { return weight > 0 ? x * weight / total : 0.f; }
+  DUPLEX_DEVICE float number(float x) const { return weight != 0 ? x * weight / total : 0.f; }
 };
 
 }  // namespace duplex

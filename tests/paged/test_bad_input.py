@@ -98,6 +98,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("paged_attention", {"softcap": -1.0}, ValueError, "softcap"),
     ("paged_attention", {"out": torch.empty(3, 4, 15)}, ValueError, "out"),
     ("paged_attention", {"out": torch.empty(3, 4, 16).half()}, TypeError, "out"),
+    ("paged_attention", {"out": torch.empty(3, 1, 16).expand(3, 4, 16)}, ValueError, "out"),
     ("paged_attention", {"plan": torch.zeros(3, 7, dtype=torch.int32)}, ValueError, "plan"),
     ("paged_attention", {"backend": "cudnn"}, ValueError, "backend"),
     *(("paged_append", {name: None}, TypeError, name) for name in ("k", "v", "k_pages", "block_table", "positions")),
@@ -124,6 +125,8 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
                         name: torch.full((1, 1, 1), 0.5).expand(5, 4, 2)}, ValueError, name)
       for name in ("k_scales", "v_scales")),
     *(("copy_pages", {name: None}, TypeError, name) for name in ("k_pages", "v_pages", "src", "dst")),
+    ("paged_append", {"k_pages": torch.zeros(1, 4, 2, 32).expand(5, 4, 2, 32)}, ValueError, "k_pages"),
+    ("copy_pages", {"v_pages": torch.zeros(1, 4, 2, 16).expand(5, 4, 2, 16)}, ValueError, "v_pages"),
     ("copy_pages", {"src": int32(5)}, ValueError, "src"),
     ("copy_pages", {"dst": int32(-1)}, ValueError, "dst"),
     ("copy_pages", {"src": int32(0, 1), "dst": int32(2, 2)}, ValueError, "dst"),

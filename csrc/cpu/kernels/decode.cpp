@@ -6,6 +6,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/keys.h"
 #include "cpu/kernels/score.h"
+#include "cpu/kernels/union.h"
 
 namespace duplex::DUPLEX_ISA {
 namespace {
