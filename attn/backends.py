@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -381,50 +381,54 @@ def _ranked(device: torch.device, shape: str) -> tuple[Backend, ...]:
 
 def choose(call: Call, name: str) -> Backend:
     """The backend that runs `call`. ValueError when the named one cannot."""
-    return _choose(call.q, name, lambda b: b.refuses(call), partial(evidence.class_of, call, "forward"))
+    return _choose(call.q, name, "refuses", (call,), evidence.class_of, (call, "forward"))
 
 
 def choose_backward(call: Call, name: str) -> Backend:
     """The same for the gradients of `call`."""
-    return _choose(call.q, name, lambda b: b.refuses(call), partial(evidence.class_of, call, "backward"))
+    return _choose(call.q, name, "refuses", (call,), evidence.class_of, (call, "backward"))
 
 
 def choose_merge(outs: Sequence[Tensor], name: str) -> Backend:
-    return _choose(outs[0], name, lambda b: b.refuses_merge(outs), partial(evidence.class_of_merge, outs))
+    return _choose(outs[0], name, "refuses_merge", (outs,), evidence.class_of_merge, (outs,))
 
 
 def choose_paged(call: PagedCall, name: str) -> Backend:
-    return _choose(call.q, name, lambda b: b.refuses_paged(call.q, call), partial(evidence.class_of_paged, call))
+    return _choose(call.q, name, "refuses_paged", (call.q, call), evidence.class_of_paged, (call,))
 
 
 def choose_append(call: AppendCall, name: str) -> Backend:
-    return _choose(call.k, name, lambda b: b.refuses_paged(call.k, None), partial(evidence.class_of_append, call))
+    return _choose(call.k, name, "refuses_paged", (call.k, None), evidence.class_of_append, (call,))
 
 
 def choose_copy(k_pages: Tensor, v_pages: Tensor, src: Tensor, name: str) -> Backend:
-    shape = partial(evidence.class_of_copy, k_pages, v_pages, src)
-    return _choose(k_pages, name, lambda b: b.refuses_device(k_pages), shape)
+    return _choose(k_pages, name, "refuses_device", (k_pages,), evidence.class_of_copy, (k_pages, v_pages, src))
 
 
 def choose_planned(k_pages: Tensor) -> Backend:
     """The backend that plans are made for, before there is a call: that of decoding, which most steps are."""
-    shape = partial(evidence.class_of_decoding, k_pages)
-    return _choose(k_pages, "", lambda b: b.refuses_paged(k_pages, None), shape)
+    return _choose(k_pages, "", "refuses_paged", (k_pages, None), evidence.class_of_decoding, (k_pages,))
 
 
-def _choose(x: Tensor, name: str, refuses: Callable[[Backend], str | None], shape: Callable[[], str]) -> Backend:
+def _choose(
+    x: Tensor, name: str, refuses: str, asked: tuple[Any, ...], class_of: Callable[..., str], shape: tuple[Any, ...]
+) -> Backend:
+    """refuses: the method that is asked why not. class_of: of the shape, where there is evidence to go by."""
     if name:
-        return _named(name, refuses)
-    device = x.device
-    contested = device.type == "cuda" and _is_contested("cuda")
-    contenders = _ranked(device, shape()) if contested else _candidates(device.type)
-    return next(backend for backend in contenders if refuses(backend) is None)
+        return _named(name, refuses, asked)
+    device_type = x.device.type
+    contested = device_type == "cuda" and _is_contested("cuda")
+    contenders = _ranked(x.device, class_of(*shape)) if contested else _candidates(device_type)
+    for backend in contenders:
+        if getattr(backend, refuses)(*asked) is None:
+            return backend
+    raise AssertionError("the reference refuses nothing")
 
 
-def _named(name: str, refuses: Callable[[Backend], str | None]) -> Backend:
+def _named(name: str, refuses: str, asked: tuple[Any, ...]) -> Backend:
     check_name(name)
     backend = BACKENDS[name]
-    reason = backend.missing() or refuses(backend)
+    reason = backend.missing() or getattr(backend, refuses)(*asked)
     if reason is not None:
         wrong_value("backend", "one that can run this call", f"{name}: {reason}")
     return backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ from .backends import Explanation, explain_call
 from .call import Call
 from .checks import MAX_DISTANCE, check_contents, contents_are_readable, wrong_type, wrong_value
 from .mask import Mask, full
-from .ops import forward_operator, merge_operator
+from .ops import attention_forward as _operator
+from .ops import merge_attention as _merge_operator
 
 _FULL = full()
 
@@ -127,7 +129,7 @@ def merge_attention(
     outs: each (B, S, H, D) or (total, H, D); lses: each (B, H, S) or (H, total), float32. Returns out and lse of the
     same shapes. A sink belongs in one part only. Raises ValueError or TypeError, naming the argument.
     """
-    return merge_operator(outs, lses, backend or "")
+    return run_operator(_merge_operator, (outs, lses, backend or ""))
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
@@ -146,7 +148,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         named.update(max_seqlen_q=_rows(named["q"]), max_seqlen_k=_rows(named["k"]))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # every check of a call, without its kernels
         arguments = _arguments(*[named.get(name) for name in inspect.signature(_arguments).parameters])
-        forward_operator(*arguments)
+        run_operator(_operator, arguments)
     *call_arguments, backend = arguments
     call = Call._make(call_arguments)
     if contents_are_readable(call.q):
@@ -186,8 +188,24 @@ def _arguments(
 
 
 def _run(arguments: tuple[Any, ...], return_lse: bool) -> Any:
-    out, lse = forward_operator(*arguments)
+    out, lse = run_operator(_operator, arguments)
     return (out, lse) if return_lse else out
+
+
+def run_operator(operator: Any, arguments: Sequence[Any]) -> Any:
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        _raise_if_wrong_kind(error)
+        raise
+
+
+def _raise_if_wrong_kind(error: RuntimeError) -> None:
+    """The dispatcher's complaint about an argument that its schema does not take, in this package's form."""
+    found = re.search(r"type '(.*?)' for argument '(\w+)' but instead found type '(.*?)'", str(error))
+    if found is not None:
+        expected, name, got = found.groups()
+        raise TypeError(f"{name}: expected {expected}, got {got}") from None
 
 
 def check_tensor(name: str, x: Any) -> None:

@@ -7,7 +7,6 @@ Autograd is an implementation on the Autograd key with `torch.autograd.Function`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import check_name, choose, choose_backward, choose_merge
 from .call import GRADIENTS, Call
-from .dispatch import Operator
 
 _CALL = """
     Tensor q, Tensor k, Tensor v,
@@ -150,22 +148,18 @@ _is_grad_enabled = torch.is_grad_enabled
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
 
-def _is_plain(keyset: DispatchKeySet | None) -> bool:
-    return keyset is None or keyset in _PLAIN  # none: an Operator has called, without the dispatcher
-
-
-def _run(operator: Any, implementation: Any, keyset: DispatchKeySet | None, arguments: Sequence[Any]) -> Any:
+def _run(operator: Any, implementation: Any, keyset: DispatchKeySet, arguments: Sequence[Any]) -> Any:
     with _below_autograd():
-        return implementation(*arguments) if _is_plain(keyset) else operator(*arguments)
+        return implementation(*arguments) if keyset in _PLAIN else operator(*arguments)
 
 
 def _is_differentiated(tensors: Sequence[Any]) -> bool:
     return (_is_grad_enabled() and _any_requires_grad(*tensors)) or forward_ad._current_level >= 0
 
 
-def _record(function: type[_Operation], keyset: DispatchKeySet | None, *arguments: Any) -> Any:
+def _record(function: type[_Operation], keyset: DispatchKeySet, *arguments: Any) -> Any:
     """`function.apply`, less what it does for functions that are not kernels of the Autograd key already."""
-    if _is_plain(keyset):
+    if keyset in _PLAIN:
         return super(torch.autograd.Function, function).apply(keyset, *arguments)  # type: ignore[misc]
     if not _functorch_is_active():
         return function.apply(keyset, *arguments)
@@ -175,7 +169,7 @@ def _record(function: type[_Operation], keyset: DispatchKeySet | None, *argument
 
 class _Operation(torch.autograd.Function):
     @staticmethod
-    def run(operator: Any, implementation: Any, keyset: DispatchKeySet | None, arguments: Sequence[Any]) -> Any:
+    def run(operator: Any, implementation: Any, keyset: DispatchKeySet, arguments: Sequence[Any]) -> Any:
         if _functorch_is_active():
             with torch.enable_grad():  # the layers underneath record for themselves
                 return _run(operator, implementation, keyset, arguments)
@@ -205,7 +199,7 @@ class _Attention(_Operation):
         *call, backend = _put_together((*tensors, *ctx.others))
         dout = torch.zeros_like(out) if dout is None else dout
         output_mask = [wanted[n + 1] for n in _DIFFERENTIABLE]
-        results = backward_operator(dout, dlse, out, lse, *call, output_mask, backend)
+        results = attention_backward(dout, dlse, out, lse, *call, output_mask, backend)
         for n, want, result in zip(_DIFFERENTIABLE, output_mask, results, strict=True):
             grads[n + 1] = result if want else None
         return tuple(grads)
@@ -249,20 +243,20 @@ class _MergeAttention(_Operation):
         return None, None, None, *(douts or [None] * parts), *dlses
 
 
-def _forward_autograd(keyset: DispatchKeySet | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward_autograd(keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, Tensor]:
     if _is_differentiated(_take_differentiable(arguments)):
         return _record(_Attention, keyset, *arguments)
     return _run(attention_forward, _forward, keyset, arguments)
 
 
-def _backward_autograd(keyset: DispatchKeySet | None, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_autograd(keyset: DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
     if _is_differentiated(arguments):
         return _record(_AttentionBackward, keyset, *arguments)
     return _run(attention_backward, _backward, keyset, arguments)
 
 
 def _merge_autograd(
-    keyset: DispatchKeySet | None, outs: list[Tensor], lses: list[Tensor], backend: str
+    keyset: DispatchKeySet, outs: list[Tensor], lses: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor]:
     if _is_differentiated((*outs, *lses)):
         return _record(_MergeAttention, keyset, backend, len(outs), *outs, *lses)
@@ -272,10 +266,6 @@ def _merge_autograd(
 _library.impl("attention_forward", _forward_autograd, "Autograd", with_keyset=True)
 _library.impl("attention_backward", _backward_autograd, "Autograd", with_keyset=True)
 _library.impl("merge_attention", _merge_autograd, "Autograd", with_keyset=True)
-
-forward_operator = Operator(attention_forward, partial(_forward_autograd, None))
-backward_operator = Operator(attention_backward, partial(_backward_autograd, None))
-merge_operator = Operator(merge_attention, partial(_merge_autograd, None))
 
 
 def _forward_autocast(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -300,9 +290,9 @@ def _fold(x: Tensor, dim: int | None, size: int, like: int | None = None) -> Ten
     return x.flatten(0, 1)
 
 
-def _unfold(x: Tensor, size: int) -> Tensor:
-    """(V * B, ...) as (V, B, ...)."""
-    return x.unflatten(0, (size, x.shape[0] // max(size, 1)))
+def _batch_of(x: Tensor, dim: int | None) -> int:
+    """B of (B, ...) with V at `dim`, or without V."""
+    return x.shape[0 if dim != 0 else 1]
 
 
 def _fold_call(info: Any, in_dims: Sequence[int | None], call: Call, separate_bias: bool) -> Call:
@@ -316,7 +306,7 @@ def _fold_call(info: Any, in_dims: Sequence[int | None], call: Call, separate_bi
     if call.dropout_p > 0 and info.randomness != "different":
         checks.wrong_value("dropout_p", "0 under vmap unless randomness='different'", call.dropout_p)
     size = info.batch_size
-    batch = call.q.shape[0 if dims["q"] != 0 else 1]
+    batch = _batch_of(call.q, dims["q"])
     folded: dict[str, Any] = {
         name: _fold(x, dims[name], size)
         for name, x in call._asdict().items()
@@ -337,7 +327,8 @@ _PER_SEQUENCE = ("q", "k", "v", "seqlens_q", "seqlens_k", "starts_q", "starts_k"
 def _(info, in_dims, *arguments):
     call = _fold_call(info, in_dims[:-1], Call._make(arguments[:-1]), separate_bias=False)
     outputs = attention_forward(*call, arguments[-1])
-    return tuple(_unfold(x, info.batch_size) for x in outputs), (0, 0)
+    size, batch = info.batch_size, _batch_of(arguments[0], in_dims[0])
+    return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0, 0)
 
 
 @torch.library.register_vmap("duplex_attn::attention_backward", lib=_library)
@@ -347,7 +338,7 @@ def _(info, in_dims, dout, dlse, out, lse, *rest):
     for name in ("distance_bias", "sink"):
         if wanted[name]:
             checks.wrong_value(name, "no gradient under vmap, which folds into the batch", "one that requires it")
-    size = info.batch_size
+    size, batch = info.batch_size, _batch_of(dout, in_dims[0])
     call = _fold_call(info, in_dims[4:-2], Call._make(call_arguments), separate_bias=wanted["bias"])
     given = [
         None if x is None else _fold(x, dim, size) for x, dim in zip((dout, dlse, out, lse), in_dims, strict=False)
@@ -355,7 +346,7 @@ def _(info, in_dims, dout, dlse, out, lse, *rest):
     grads = dict(zip(GRADIENTS, attention_backward(*given, *call, output_mask, backend), strict=True))
     for name in GRADIENTS:
         if wanted[name]:
-            grads[name] = _unfold(grads[name], size)
+            grads[name] = grads[name].unflatten(0, (size, batch))
     if wanted["bias"]:
         bias_dim = in_dims[4 + Call._fields.index("bias")]
         if rest[Call._fields.index("bias")].shape[0 if bias_dim != 0 else 1] == 1:
@@ -368,7 +359,7 @@ def _(info, in_dims, outs, lses, backend):
     out_dims, lse_dims, _ = in_dims
     if outs[0].dim() - (out_dims[0] is not None) != 4:
         checks.wrong_value("vmap", "dense parts", "packed ones")
-    size = info.batch_size
+    size, batch = info.batch_size, _batch_of(outs[0], out_dims[0])
     outs = [_fold(x, dim, size) for x, dim in zip(outs, out_dims, strict=True)]
     lses = [_fold(x, dim, size) for x, dim in zip(lses, lse_dims, strict=True)]
-    return tuple(_unfold(x, size) for x in merge_attention(outs, lses, backend)), (0, 0)
+    return tuple(x.unflatten(0, (size, batch)) for x in merge_attention(outs, lses, backend)), (0, 0)

@@ -99,7 +99,7 @@ def performance() -> Iterator[str]:
     yield "## Processors"
     for name, one in processors.items():
         yield ""
-        yield f"### {one['device']}: {', '.join(dict.fromkeys(bar['group'] for bar in one['bars']))}"
+        yield f"### {one['device']}"
         yield ""
         yield f"Commit {one['commit'][:12]}, {one['measured_at']}, torch {one['machine']['torch']}."
         yield ""

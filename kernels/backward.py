@@ -21,18 +21,9 @@ from .tile import LOG2E, dot, load, load_block, load_row, logits, probabilities,
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def delta_kernel(
-    dout,
-    dlse,
-    out,
-    lse,
-    delta,
-    rows,
-    heads,
-    blocks,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
+    dout, dlse, out, lse, delta, rows, heads, blocks,
+    HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
     """delta of every stored row; 0 where lse is -inf, whatever dout and dlse hold there."""
     program = tl.program_id(0)
     b, h, row = program // (heads * blocks), program // blocks % heads, program % blocks * BLOCK_M

@@ -1,8 +1,9 @@
 """How a paged call is divided: into tiles of packed rows and a part of the keys that they see.
 
-With a plan (csrc/common/plan.h), as the host did it once for all layers of a step. Else from lengths on the device: a sequence has `blocks` blocks of rows, and each block `splits` parts of keys, numbers that follow from shapes alone, so that a
-CUDA graph holds for any lengths. What a block sees is cut evenly, into fewer parts where it is short; parts of fixed length counted
-from key 0 (FIXED) make a row's bits independent of its batch and of the chunk it came in.
+With a plan (csrc/common/plan.h), as the host did it once for all layers of a step. Else from lengths on the device: a sequence
+has `blocks` blocks of rows, and each block `splits` parts of keys, numbers that follow from shapes alone, so that a CUDA graph
+holds for any lengths. What a block sees is cut evenly, into fewer parts where it is short; parts of fixed length counted from
+key 0 (FIXED) make a row's bits independent of its batch and of the chunk it came in.
 """
 
 from __future__ import annotations

@@ -100,21 +100,8 @@ def planned_kernel(
     n, kv_head, chunk = work(width, chunks)
     if not SHARED:
         clear_outside(
-            batch,
-            out,
-            lse,
-            n,
-            capacity,
-            kv_head,
-            chunk,
-            group,
-            batch_size,
-            rows_q,
-            HEADS,
-            BLOCK_M,
-            BLOCK_DV,
-            HEAD_DIM_V,
-        )
+            batch, out, lse, n, capacity, kv_head, chunk, group, batch_size, rows_q, HEADS, BLOCK_M, BLOCK_DV, HEAD_DIM_V,
+        )  # fmt: skip
     if n >= tl.load(plan):
         return
     tile = tile_of(plan, n, batch_size, rows_q, capacity)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..backends import BACKENDS, Workers
 from ..checks import check_per_sequence, wrong_type, wrong_value
-from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, table
+from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, run_operator, table
 from ..mask import Mask, causal
 from .call import FIXED_SPLIT
 from .checks import check_plan_tensors, on_host
-from .ops import append_operator, attention_operator, copy_operator
+from .ops import copy_pages as _copy
+from .ops import paged_append as _append
+from .ops import paged_attention as _operator
 
 _CAUSAL = causal()
 
@@ -88,7 +90,7 @@ def paged_attention(
         k_scales, v_scales, rope_cos, rope_sin, rope_interleaved, scale, softcap, batch_invariant, plan, out, lse,
         backend or "",
     )  # fmt: skip
-    attention_operator(*arguments)
+    run_operator(_operator, arguments)
     return (out, lse) if return_lse else out
 
 
@@ -164,7 +166,7 @@ def paged_append(
         k, v, k_pages, v_pages, block_table, positions, cu_seqlens, rope_cos, rope_sin, rope_interleaved, k_scales,
         v_scales, backend or "",
     )  # fmt: skip
-    append_operator(*arguments)
+    run_operator(_append, arguments)
 
 
 def copy_pages(
@@ -184,7 +186,7 @@ def copy_pages(
     """
     _check_tensors(k_pages=k_pages, v_pages=v_pages, src=src, dst=dst)
     _check_no_gradient(k_pages=k_pages, v_pages=v_pages)
-    copy_operator(k_pages, v_pages, src, dst, k_scales, v_scales, backend or "")
+    run_operator(_copy, (k_pages, v_pages, src, dst, k_scales, v_scales, backend or ""))
 
 
 def _check_tensors(**arguments: Any) -> None:

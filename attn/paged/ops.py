@@ -10,7 +10,6 @@ from torch.autograd.graph import increment_version
 
 from ..backends import check_name, choose_append, choose_copy, choose_paged
 from ..checks import contents_are_readable, read_in_order
-from ..dispatch import Operator
 from . import checks
 from .call import AppendCall, PagedCall
 
@@ -93,10 +92,6 @@ def _written(*tensors: Tensor | None) -> list[Tensor]:
 
 for _name, _implementation in (("paged_attention", _attention), ("paged_append", _append), ("copy_pages", _copy)):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-
-attention_operator = Operator(paged_attention, _attention)
-append_operator = Operator(paged_append, _append)
-copy_operator = Operator(copy_pages, _copy)
 
 
 @torch.library.register_fake("duplex_attn::paged_attention", lib=_library)

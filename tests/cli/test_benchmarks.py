@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
-import duplex_attn as da
-import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -57,31 +53,3 @@ def test_the_readme_shows_what_was_measured() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "summary.py"), *map(str, files)]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert table in (ROOT / "README.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def exact() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("exact", ROOT / "benchmarks" / "exact.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["exact"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("mask", [da.full(), da.causal(), da.prefix_lm(5), da.sliding_window(3, 1)], ids=str)
-def test_verify_passes_the_right_output_and_no_other(exact: ModuleType, mask: da.Mask) -> None:
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 12, 4, 16), torch.randn(2, 15, 2, 16), torch.randn(2, 15, 2, 16)
-    out = da.attention(q, k, v, mask, backend="reference")
-    assert exact.verify(out, q, k, v, mask).difference < 1e-5
-    wrong = out.clone()
-    wrong[0, 3, 0, 7] += 1e-4
-    with pytest.raises(AssertionError, match="from float64"):
-        exact.verify(wrong, q, k, v, mask)
-
-
-def test_a_row_that_sees_nothing_is_zero(exact: ModuleType) -> None:
-    q, k, v = (torch.randn(1, n, 1, 8) for n in (6, 3, 3))
-    out = da.attention(q, k, v, da.causal(), backend="reference")
-    exact.verify(out, q, k, v, da.causal())
-    assert out[0, :3].abs().max() == 0
