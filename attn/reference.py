@@ -106,7 +106,7 @@ def _row_of_sequence(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _attend(c: Call, first: int = 0) -> _Attention:
-    """Sections 2 and 3 for a dense call; `first` is the place of its first sequence in the batch."""
+    """Masks and scores of a dense call; `first` is the place of its first sequence in the batch."""
     span = _span(c)
     distance, visible = span.distance[:, None], span.visible[:, None]  # (B, 1, Sq, Sk)
     q = torch.where(span.live_q[..., None, None], c.q, 0).to(c.accumulator)

@@ -15,7 +15,10 @@ namespace duplex {
 namespace {
 
 #ifdef DUPLEX_HAVE_AVX2
-bool has_bf16() { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"); }
+bool has_bf16() {
+  return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bf16");
+}
 
 constexpr Isa AVX512_BF16 = {"avx512_bf16",         has_bf16,
                              &avx512_bf16::forward, &avx512_bf16::backward,

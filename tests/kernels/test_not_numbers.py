@@ -127,3 +127,19 @@ def test_keys_in_pages(lane: Lane, dtype: torch.dtype, wrong: str, invariant: bo
         lane, lambda: da.paged_attention(*given, return_lse=True, batch_invariant=invariant, backend=lane.backend)
     )
     assert out.isnan().all() and lse.isnan().all()
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("bad", BAD)
+def test_a_query_over_quantised_pages(lane: Lane, stored: torch.dtype, bad: float) -> None:
+    pages = torch.randint(1, 50, (3, 16, 1, DIM), generator=torch.Generator().manual_seed(2)).to(stored)
+    pages[:, :, :, 3] = pages[:, :, :, 3].float().mul(torch.tensor([-1.0, 1.0]).repeat(8)[None, :, None]).to(stored)
+    q = torch.ones(2, 2, DIM, dtype=BFLOAT16)
+    q[1, 0, 3] = bad
+    table, lengths = torch.arange(3, dtype=torch.int32).repeat(2, 1), torch.tensor([40, 40], dtype=torch.int32)
+    given = [on(x, lane.device) for x in (q, pages, pages, table, lengths)]
+    out, lse = on_own_stack(lane, lambda: da.paged_attention(*given, return_lse=True, backend=lane.backend))
+    wrong = torch.tensor([[False, False], [True, False]])
+    out, lse = out.cpu(), lse.cpu().T
+    assert out[wrong].isnan().all() and not lse[wrong].isfinite().any()
+    assert out[~wrong].isfinite().all() and lse[~wrong].isfinite().all()

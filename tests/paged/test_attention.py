@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ..lanes import Lane
-from ..oracle import answer
+from ..oracle import answer, assert_accurate, floors
 from .pool import Case, make
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
@@ -173,6 +173,26 @@ def test_scales_and_queries_of_any_size(lane: Lane, stored: torch.dtype, invaria
     largest = want.abs().amax((1, 2), keepdim=True)
     assert (largest > 0).all()
     torch.testing.assert_close(got / largest, want / largest, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("head_dims", [(96, 32), (64, 160)], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_queries_with_one_large_number_and_scales_of_any_sign(
+    lane: Lane, head_dims: tuple[int, int], sign: int
+) -> None:
+    """The large one meets zeros: what the others are worth must not be lost beside it."""
+    pool = make(Case(((1, 2), (150, 70)), (4, 2), head_dims, BFLOAT16, torch.int8))
+    assert pool.k_scales is not None and pool.v_scales is not None
+    pool.q[..., 5] = 4096.0
+    pool.k_pages[..., 5] = 0
+    for scales, rows in ((pool.k_scales, pool.packed.k), (pool.v_scales, pool.packed.v)):
+        odd = 1 - (1 - sign) * (torch.arange(scales.shape[1]) % 2)
+        scales *= odd[:, None]
+        rows *= torch.cat([odd[torch.arange(n) % len(odd)] for n in pool.seqlens_k.tolist()])[:, None, None]
+    call = dataclasses.replace(pool.packed, q=pool.q)
+    call.k[..., 5] = 0
+    exact, plain = answer(call, torch.float64), answer(call, BFLOAT16)
+    assert_accurate(pool.run(lane), exact, plain, floors(call, exact), f"{lane}")
 
 
 def test_lengths_and_ids_that_do_not_lie_side_by_side(lane: Lane) -> None:

@@ -3,6 +3,7 @@
 // hardware prefetchers follow; software's are dropped by the processor when memory is busy (measured on Zen 4).
 //
 // Vectors lie along the head_dim for <q, k> and for the output, along the keys for the softmax between them.
+#include "cpu/kernels/bytes.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/keys.h"
 #include "cpu/kernels/score.h"
@@ -17,6 +18,15 @@ constexpr int ROWS_OF_VALUES = 8;
 constexpr int AHEAD = 16;  // rows between what is computed and what is asked for: enough for memory, within L2
 static_assert(BLOCK % (2 * LANES) == 0 && BLOCK % ROWS_OF_VALUES == 0);
 
+// Whether stored numbers are multiplied as bytes.
+template <class P, class S>
+constexpr bool BYTES = false;
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+template <>
+constexpr bool BYTES<BFloat16, int8_t> = true;
+static_assert(BLOCK == 64);
+#endif
+
 // A vector of the product's units from stored elements.
 template <class P, class S>
 struct Units {
@@ -30,10 +40,6 @@ struct Units<BFloat16, bf16> {
 inline vuint bf16_pairs(vfloat low, vfloat high) {
   return (vuint)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
-template <>
-struct Units<BFloat16, int8_t> {
-  static vuint load(const int8_t* from) { return bf16_pairs(widen(from), widen(from + LANES)); }
-};
 // float8_e4m3fn as bfloat16, by magnitude: a table costs fewer instructions than the arithmetic and knows the NaN.
 struct Float8Table {
   alignas(64) uint16_t bits[128];
@@ -209,29 +215,28 @@ struct Accumulate<BFloat16, S, Q> {
 #endif
 
 // Where element x of the output lies in the accumulator.
-template <class P>
+template <class P, class S>
 inline int64_t place(int64_t x) {
+#if defined(__AVX512BF16__)
+  if constexpr (BYTES<P, S>) return place_of_byte(x);
+  if constexpr (P::STEP == 2) return x / 32 * 32 + x % 8 / 4 * 16 + x % 32 / 8 * 4 + x % 4;
+#endif
   return x;
 }
-
-#if defined(__AVX512BF16__)
-template <>
-inline int64_t place<BFloat16>(int64_t x) {
-  return x / 32 * 32 + x % 8 / 4 * 16 + x % 32 / 8 * 4 + x % 4;
-}
-#endif
 
 template <class P>
 struct DecodeScratch {
   Carver carver;
   typename P::unit* queries;            // [kv head][query][units]
-  float *out, *peak, *total, *factor;   // [kv head][query] ([dims])
+  float *units, *out;                   // [kv head][query] ([dims])
+  float *peak, *total, *factor;         // [kv head][query]
   float *scores, *k_scales, *v_scales;  // [kv head][query][BLOCK], [kv head][BLOCK]
 
   DecodeScratch(const Problem& p, int64_t queries_a_kv, void* base) : carver{(char*)base} {
     const int64_t count = p.heads_kv * queries_a_kv;
-    queries = carver.take<typename P::unit>(count * p.head_dim / P::STEP);
-    out = carver.take<float>(count * p.head_dim_v);
+    queries = carver.take<typename P::unit>(count * round_up(p.head_dim, 64));
+    units = carver.take<float>(count);
+    out = carver.take<float>(count * round_up(p.head_dim_v, 64));
     peak = carver.take<float>(count);
     total = carver.take<float>(count);
     factor = carver.take<float>(count);
@@ -280,10 +285,10 @@ void finish_scores(const HeadScores& head, int64_t i, int64_t j0, int keys, floa
 }
 
 // Weights of keys n to n + 2 * LANES of a row of BLOCK units.
-template <class P>
+template <class P, class S>
 inline void store_weights(float* row, int n, vfloat first, vfloat second) {
 #if defined(__AVX512BF16__)
-  if constexpr (P::STEP == 2) return store((uint32_t*)row + n / 2, bf16_pairs(first, second));
+  if constexpr (P::STEP == 2 && !BYTES<P, S>) return store((uint32_t*)row + n / 2, bf16_pairs(first, second));
 #endif
   store(row + n, first);
   store(row + n + LANES, second);
@@ -291,7 +296,7 @@ inline void store_weights(float* row, int n, vfloat first, vfloat second) {
 
 // Exponentials of Q queries against their running peaks, as units of the product in the scores' place; weights past the
 // last key are 0. `factor` is for the old sums.
-template <class P, int Q>
+template <class P, class S, int Q>
 void softmax_rows(float unit, int keys, float* scores, float* peak, float* total, const float* v_scales,
                   float* factor) {
   const int padded = int(round_up(keys, 2 * LANES));  // a vector of pairs of keys
@@ -320,8 +325,15 @@ void softmax_rows(float unit, int keys, float* scores, float* peak, float* total
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q) {
       const vfloat first = weight(q, n), second = weight(q, n + LANES);
-      store_weights<P>(scores + q * BLOCK, n, first, second);
+      store_weights<P, S>(scores + q * BLOCK, n, first, second);
     }
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+  if constexpr (BYTES<P, S>)
+    for (int q = 0; q < Q; ++q) {
+      for (int n = padded; n < BLOCK; ++n) scores[q * BLOCK + n] = 0;
+      whole_weights(scores + q * BLOCK);
+    }
+#endif
   across_lanes<LANES / 2>(sum, [](vfloat a, vfloat b) { return a + b; });
   for (int q = 0; q < Q; ++q) total[q] = total[q] * factor[q] + sum[q][0];
 }
@@ -352,14 +364,19 @@ inline void ask_for(const S* row, int64_t dim) {
 
 // Products of a block: four rows at a time with all of their heads. Scores past the last key are junk.
 template <class P, class S>
-void dot_block(const typename P::unit* queries, int64_t heads, int64_t count, int64_t units, const S* const* rows,
-               const S* const* soon, int64_t head_stride, int keys, float* scores) {
+void dot_block(const typename P::unit* queries, const float* query_units, int64_t heads, int64_t count, int64_t units,
+               int64_t dims, const S* const* rows, const S* const* soon, int64_t head_stride, int keys, float* scores) {
   const auto some = [&]<int H, int Q>(int64_t kv, int64_t m, int n) {
     constexpr int GROUP = LANES / (H * Q);
     const S* at[GROUP];
     for (int g = 0; g < GROUP; ++g) at[g] = rows[n + g] + kv * head_stride;
-    dot_keys<P, S, H, Q>(queries + (kv * count + m) * units, count, units, at, head_stride,
-                         scores + (kv * count + m) * BLOCK + n);
+    const int64_t first = kv * count + m;
+    float* to = scores + first * BLOCK + n;
+    if constexpr (BYTES<P, S>)
+      dot_bytes<H, Q>((const uint8_t*)(queries + first * units), query_units + first, count, round_up(dims, 64), dims,
+                      at, head_stride, to, BLOCK, fold_all<LANES / 2>);
+    else
+      dot_keys<P, S, H, Q>(queries + first * units, count, units, at, head_stride, to);
   };
   constexpr int FEW = LANES < 4 ? LANES : 4;
   for (int n0 = 0; n0 < keys; n0 += FEW)
@@ -367,7 +384,7 @@ void dot_block(const typename P::unit* queries, int64_t heads, int64_t count, in
       // Queries of several heads fill a vector where those of one do not.
       step = LANES == 16 && count == 1 && kv + 4 <= heads ? 4 : LANES == 16 && count == 2 && kv + 2 <= heads ? 2 : 1;
       for (int64_t h = kv; h < kv + step; ++h)
-        for (int n = n0; n < n0 + FEW; ++n) ask_for(soon[n] + h * head_stride, units * P::STEP);
+        for (int n = n0; n < n0 + FEW; ++n) ask_for(soon[n] + h * head_stride, dims);
       if (step == 4) {
         some.template operator()<LANES == 16 ? 4 : 1, 1>(kv, 0, n0);
         continue;
@@ -391,16 +408,23 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
   typedef typename P::unit unit_t;
   const int64_t group = p.group(), count = task.rows * group;  // queries of a kv head: row by row, each with its heads
   DecodeScratch<P> s(p, count, memory);
-  const int64_t units = p.head_dim / P::STEP, dims = p.head_dim_v, heads = p.heads_kv;
+  constexpr bool WHOLE = BYTES<P, S>;
+  const int64_t units = WHOLE ? 3 * round_up(p.head_dim, 64) / 4 : p.head_dim / P::STEP, heads = p.heads_kv;
+  const int64_t dims = p.head_dim_v, width = WHOLE ? round_up(dims, 64) : dims;
   const HeadScores first_head{p, task.seq, task.b, 0};
   const Span& span = task.seq.span;
   const int32_t* table = pages.table + task.b * pages.table_row;
   const float unit = first_head.unit();
   for (int64_t kv = 0; kv < heads; ++kv)
-    for (int64_t m = 0; m < count; ++m)
-      pack_query<P, E>(s.queries + (kv * count + m) * units,
-                       p.q.at<E>(task.b, task.seq.row_q + task.row + m / group, kv * group + m % group), p.head_dim);
-  memset(s.out, 0, heads * count * dims * sizeof(float));
+    for (int64_t m = 0; m < count; ++m) {
+      unit_t* to = s.queries + (kv * count + m) * units;
+      const E* from = p.q.at<E>(task.b, task.seq.row_q + task.row + m / group, kv * group + m % group);
+      if constexpr (WHOLE)
+        s.units[kv * count + m] = pack_whole((uint8_t*)to, round_up(p.head_dim, 64), from, p.head_dim);
+      else
+        pack_query<P, E>(to, from, p.head_dim);
+    }
+  memset(s.out, 0, heads * count * width * sizeof(float));
   for (int64_t n = 0; n < heads * count; ++n) {
     s.peak[n] = -INF;
     s.total[n] = 0;
@@ -433,7 +457,8 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
     const int64_t run_end = span.run_end(task.row, row_end, j0);
     keys = clamp((run_end < key_end ? run_end : key_end) - j0, 1, BLOCK);
     find_rows(j0, keys);
-    dot_block<P, S>(s.queries, heads, count, units, k_rows, k_soon, pages.k.head, int(keys), s.scores);
+    dot_block<P, S>(s.queries, s.units, heads, count, units, p.head_dim, k_rows, k_soon, pages.k.head, int(keys),
+                    s.scores);
 
     const bool scaled_keys = QUANTISED<S> && pages.k_scales, scaled_values = QUANTISED<S> && pages.v_scales;
     const bool plain =
@@ -449,8 +474,8 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
       }
       in_fours(count, [&]<int Q>(int64_t m) {
         const int64_t at = kv * count + m;
-        softmax_rows<P, Q>(unit, int(keys), s.scores + at * BLOCK, s.peak + at, s.total + at,
-                           scaled_values ? s.v_scales : nullptr, s.factor + at);
+        softmax_rows<P, S, Q>(unit, int(keys), s.scores + at * BLOCK, s.peak + at, s.total + at,
+                              scaled_values ? s.v_scales : nullptr, s.factor + at);
       });
     }
     for (int64_t n = 0; n < keys; n += ROWS_OF_VALUES)
@@ -459,8 +484,13 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
         in_fours(count, [&]<int Q>(int64_t m) {
           static constexpr float ones[4] = {1, 1, 1, 1};
           const int64_t at = kv * count + m;
-          Accumulate<P, S, Q>::run((const unit_t*)s.scores + at * BLOCK + n / P::STEP, v_rows + n, kv * pages.v.head,
-                                   dims, s.out + at * dims, n == 0 ? s.factor + at : ones);
+          const float* factor = n == 0 ? s.factor + at : ones;
+          if constexpr (WHOLE)
+            add_values<ROWS_OF_VALUES, Q>(s.scores + at * BLOCK, BLOCK, int(n), v_rows + n, kv * pages.v.head, width,
+                                          dims, s.out + at * width, factor);
+          else
+            Accumulate<P, S, Q>::run((const unit_t*)s.scores + at * BLOCK + n / P::STEP, v_rows + n, kv * pages.v.head,
+                                     dims, s.out + at * dims, factor);
         });
       }
   }
@@ -476,9 +506,9 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
       const float lse = all.lse(), scale = sum == 0 ? 0 : 1 / sum * all.share(0);
       const int64_t out_row = is_final ? task.seq.row_q + task.row + r : task.slot + r;
       (is_final ? p.lse + task.b * p.lse_batch + h * p.lse_head : p.parts_lse + h * p.parts_lse_head)[out_row] = lse;
-      const float* from = s.out + at * dims;
+      const float* from = s.out + at * width;
       for (int64_t x = 0; x < dims; x += LANES) {
-        for (int c = 0; c < LANES; ++c) row[c] = scale == 0 ? 0.0f : from[place<P>(x + c)] * scale;
+        for (int c = 0; c < LANES; ++c) row[c] = scale == 0 ? 0.0f : from[place<P, S>(x + c)] * scale;
         if (is_final)
           narrow(p.out.at<E>(task.b, out_row, h) + x, load<vfloat>(row));
         else

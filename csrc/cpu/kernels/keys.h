@@ -115,11 +115,12 @@ struct PagedKeys {
   // What the numbers of keys j0 .. j0 + count are worth; 0 where no query sees them and past the end.
   void scales(const ScaleView& view, int64_t kv, float* to, int64_t j0, int count, int padded) const {
     int64_t page = j0 / pages.page_size, slot = j0 % pages.page_size;
-    for (int n = 0; n < count; ++n) {
-      to[n] = !seen(j0 + n) ? 0.0f
-              : view        ? view.data[table[page] * view.page + slot * view.slot + kv * view.head]
-                            : 1.0f;
-      if (++slot == pages.page_size) slot = 0, ++page;
+    for (int n = 0; n < count; ++page, slot = 0) {
+      const float* at = view ? view.data + table[page] * view.page + slot * view.slot + kv * view.head : nullptr;
+      for (; n < count && slot < pages.page_size; ++n, ++slot) {
+        to[n] = !seen(j0 + n) ? 0.0f : at ? *at : 1.0f;
+        if (at) at += view.slot;
+      }
     }
     for (int n = count; n < padded; ++n) to[n] = 0;
   }
