@@ -169,9 +169,12 @@ void finish_tile(const HeadScores& head, const TileRange& t, float* out_t, float
   alignas(64) float factor[TILE], share[TILE];
   for (int m = 0; m < t.rows; ++m) {
     const float sum = empty ? 0 : total[m], of_keys = sum == 0 ? -INF : peak[m] * head.unit() + __builtin_logf(sum);
+    factor[m] = sum == 0 ? 0 : 1 / sum * p.keep_scale;
+    share[m] = 1;
+    lse[m] = of_keys;
+    if (!sink_of_head) continue;
     const auto lse_of = [&](int) { return of_keys; };
     const Union all(1, lse_of, sink_of_head);
-    factor[m] = sum == 0 ? 0 : 1 / sum * p.keep_scale;
     share[m] = all.share(0);  // in a step of its own, as where parts are put together: so no bit depends on how many
     lse[m] = all.lse();
   }
