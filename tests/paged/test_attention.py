@@ -175,6 +175,15 @@ def test_scales_and_queries_of_any_size(lane: Lane, stored: torch.dtype, invaria
     torch.testing.assert_close(got / largest, want / largest, rtol=0.02, atol=0.01)
 
 
+def test_values_of_the_smallest_worth(lane: Lane) -> None:
+    """Near the end of bfloat16's range, where a quotient by the largest weight is none."""
+    pool = make(Case(((1, 1), (150, 70)), (4, 2), (64, 64), BFLOAT16, torch.int8))
+    assert pool.v_scales is not None
+    want = pool.run(lane)["out"].double()
+    pool.v_scales *= 2.0**-112
+    torch.testing.assert_close(pool.run(lane)["out"].double() * 2.0**112, want, rtol=0.02, atol=0.01)
+
+
 @pytest.mark.parametrize("head_dims", [(96, 32), (64, 160)], ids=str)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_queries_with_one_large_number_and_scales_of_any_sign(

@@ -20,6 +20,12 @@ inline __m512i load_bytes(const int8_t* row, int64_t x, int64_t dims) {
   return dims - x >= 64 ? _mm512_loadu_si512(row + x) : _mm512_maskz_loadu_epi8((1ull << (dims - x)) - 1, row + x);
 }
 
+// So that the largest of some numbers is `most` units; it and what one is worth are normal numbers.
+inline float units_in_one(float most, float largest) {
+  const float units = most / largest;
+  return units < 0x1p126f ? units : 0x1p126f;
+}
+
 // A query as three rows of `width` bytes, highest first: round(x / unit) + 2^23. Returns its unit; NaN makes it NaN.
 inline float pack_whole(uint8_t* to, int64_t width, const bf16* from, int64_t dims) {
   constexpr float LARGEST = 8388600.0f;  // below 2^23, whatever is rounded
@@ -30,14 +36,14 @@ inline float pack_whole(uint8_t* to, int64_t width, const bf16* from, int64_t di
     is_nan |= any(value != value);
     most = max(abs(value), most);
   }
-  const float largest = _mm512_reduce_max_ps((__m512)most), per_unit = largest > 0 ? LARGEST / largest : 0;
+  const float per_unit = units_in_one(LARGEST, _mm512_reduce_max_ps((__m512)most));
   for (int64_t x = 0; x < width; x += LANES) {
     const vfloat value = x < dims ? widen(from + x) * per_unit : vfloat{};
     const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)value), _mm512_set1_epi32(1 << 23));
     for (int n = 0; n < 3; ++n)
       _mm_storeu_si128((__m128i*)(to + n * width + x), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 16 - 8 * n)));
   }
-  return is_nan ? __builtin_nanf("") : largest / LARGEST;
+  return is_nan ? __builtin_nanf("") : 1 / per_unit;
 }
 
 // scores[(h * queries_a_kv + q) * stride + n] = <q, k_n> for H kv heads, Q queries of each and 16 / (H * Q) keys.
@@ -86,14 +92,14 @@ inline void whole_weights(float* row) {
     weight[n] = load<vfloat>(row + n * LANES);
     most = max(abs(weight[n]), most);
   }
-  const float largest = _mm512_reduce_max_ps((__m512)most), per_unit = largest > 0 ? LARGEST / largest : 0;
+  const float per_unit = units_in_one(LARGEST, _mm512_reduce_max_ps((__m512)most));
   for (int n = 0; n < 4; ++n) {
     const __m512i whole =
         _mm512_add_epi32(_mm512_cvtps_epi32((__m512)(weight[n] * per_unit)), _mm512_set1_epi32(1 << 15));
     _mm_storeu_si128((__m128i*)(row + HIGH) + n, _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
     _mm_storeu_si128((__m128i*)(row + LOW) + n, _mm512_cvtepi32_epi8(whole));
   }
-  row[UNIT] = largest / LARGEST;
+  row[UNIT] = 1 / per_unit;
 }
 
 // Of bytes x to x + 64 of four rows those that one half of unpacking gives, as two vectors, of one column in each four.
