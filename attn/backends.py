@@ -28,7 +28,7 @@ from .paged.call import AppendCall, PagedCall
 _INTERPRET_HINT = " (TRITON_INTERPRET=1 interprets it on the CPU)"
 _FLOAT64 = "float64 runs in the reference only"
 _OLDEST = (8, 0)  # compute capability
-_NOT_RUN = "compiled and emulated, it has not run on a card yet"
+_NOT_RUN = "compiled and emulated, this kernel has not run on such a card yet"
 _ROW_BIAS = "row_distance_bias and col_distance_bias run in the reference only"
 
 
@@ -194,6 +194,7 @@ class TritonBackend(KernelBackend):
         kernels = self._kernels()
         return str(kernels.forward_tile(call, kernels.tuning.table_for(call.q.device)))
 
+    @cache  # noqa: B019  one instance lives as long as the process
     def _kernels(self, module: str = "attention") -> Any:
         return importlib.import_module(f"{__package__}.kernels.{module}")  # triton is slow to import: when first needed
 
@@ -279,12 +280,13 @@ class CudaBackend(NativeBackend):
         return None if call.bias is None else "its kernels have no bias"
 
     def detail(self) -> str:
-        return f"forward, backward and paged calls; {_NOT_RUN}"
+        return "forward, backward and paged calls"
 
     def tile(self, call: Call) -> str:
         head_dim = max(call.q.shape[-1], call.v.shape[-1])
         major, minor = self.capability(call.q.device)
-        return f"{torch.ops.duplex_attn_cuda.forward_tile(10 * major + minor, head_dim)}; {_NOT_RUN}"
+        tile = torch.ops.duplex_attn_cuda.forward_tile(10 * major + minor, head_dim)
+        return tile if (major, minor) == (9, 0) else f"{tile}; {_NOT_RUN}"
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         return _capability(device)

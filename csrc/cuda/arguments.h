@@ -34,7 +34,7 @@ struct ForwardArguments {
   const float* sink;  // (heads_q,) or null
   int32_t heads_q, group, section, head_dim_v;
   Entries entries;
-  const int32_t* order;  // how many entries there are, then those by rank
+  Order order;
 
   void* out;  // 16-bit, (batch, row, head, head_dim_v) with strides in elements
   int64_t out_batch, out_row, out_head;

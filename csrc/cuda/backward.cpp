@@ -30,10 +30,11 @@ Tensor rank(const Lengths& lengths, const Entries& entries, int64_t heads, int32
             void* stream, Tiles& tiles) {
   const int64_t count = entries.count(lengths);
   expect(count < FAR, "at most 2^29 blocks of rows");
-  Tensor order = new_int(on, {1 + count});
-  int32_t* to = static_cast<int32_t*>(order.data_ptr());
-  schedule(lengths, entries, to, stream);
-  tiles = {entries, to, int32_t(heads), section};
+  tiles = {entries, {}, int32_t(heads), section};
+  if (all_alike(lengths)) return new_int(on, {0});
+  Tensor order = new_int(on, {Order::size(count)});
+  tiles.order = {static_cast<int32_t*>(order.data_ptr())};
+  if (count > 0) schedule(lengths, entries, tiles.order, stream);
   return order;
 }
 
@@ -139,7 +140,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
     const Tensor order = rank(a.lengths, entries_of(variant, a.lengths.max_q, false), heads,
                               section_of(heads, a.group, read), q, l.stream, a.row_tiles);
     // dS as dq has it is bent by the soft cap, as distances have it is not.
-    if (dq.numel() > 0 && order.numel() > 1 && (!distances || softcap > 0)) variant.launch(l);
+    if (dq.numel() > 0 && a.row_tiles.entries.count(a.lengths) > 0 && (!distances || softcap > 0)) variant.launch(l);
     if (softcap > 0) a.dq = {};
     if (distances) sum_distances(l, variant, memory, ddistance);
   }
@@ -152,7 +153,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
     a.dv = rows_of(dv);
     clear(dk, true);
     clear(dv, true);
-    if (order.numel() > 1) variant.launch(l);
+    if (a.key_tiles.entries.count(a.lengths) > 0) variant.launch(l);
   }
   if (wanted(7))
     sink_gradient({a.lengths, data<float>(sink), a.sums, static_cast<float*>(dsink.data_ptr())}, int(heads), l.stream);

@@ -10,7 +10,7 @@ namespace duplex {
 using torch::headeronly::ScalarType;
 
 namespace {
-constexpr int64_t L2_BYTES = 16 << 20;  // of what is read again and again at one time
+constexpr int64_t L2_BYTES = 32 << 20;  // of what is read again and again at one time
 }  // namespace
 
 void expect(bool holds, const char* what) {

@@ -29,28 +29,29 @@ struct KeyBlocks {
 };
 
 // Of rows [i0, i1), i0 < i1, against blocks of `block` keys counted from the sequence's key 0.
-DUPLEX_HOST_DEVICE inline KeyBlocks key_blocks(const Span& s, int64_t i0, int64_t i1, int64_t block) {
-  const auto within = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
-  const auto up = [block](int64_t x) { return (x + block - 1) / block; };
+DUPLEX_HOST_DEVICE inline KeyBlocks key_blocks(const Span& s, int64_t i0, int64_t i1, int32_t block) {
+  // Rows fit 32 bits, in which a division is a fifth of one in 64.
+  const auto within = [](int64_t x, int64_t low, int64_t high) { return int32_t(x < low ? low : x > high ? high : x); };
+  const auto up = [block](int32_t x) { return (x + block - 1) / block; };
   const bool empty = s.left + s.right < 0;                        // no row has a window
-  const int64_t first_all = within(s.first(i1 - 1), 0, s.len_k);  // keys [first_all, last_all) are in all windows,
-  const int64_t last_all = empty ? 0 : within(s.last(i0) + 1, 0, s.len_k);
-  const int64_t low = within(s.first(i0), s.prefix, s.len_k);  // keys [low, high) in some, past the prefix
-  const int64_t high = empty ? low : within(s.last(i1 - 1) + 1, low, s.len_k);
+  const int32_t first_all = within(s.first(i1 - 1), 0, s.len_k);  // keys [first_all, last_all) are in all windows,
+  const int32_t last_all = empty ? 0 : within(s.last(i0) + 1, 0, s.len_k);
+  const int32_t low = within(s.first(i0), s.prefix, s.len_k);  // keys [low, high) in some, past the prefix
+  const int32_t high = empty ? low : within(s.last(i1 - 1) + 1, low, s.len_k);
 
-  const int64_t prefix_end = up(s.prefix), first = s.prefix / block;
-  int64_t outer = prefix_end, outer_end = prefix_end;
+  const int32_t prefix = int32_t(s.prefix), prefix_end = up(prefix), first = prefix / block;
+  int32_t outer = prefix_end, outer_end = prefix_end;
   if (low < high) {
     outer = low / block;
     outer_end = up(high) > prefix_end ? up(high) : prefix_end;
   }
   const bool apart = outer > prefix_end;
-  const int64_t gap = apart ? prefix_end - first : 0;
+  const int32_t gap = apart ? prefix_end - first : 0;
   if (!apart) outer = first;
   // A block that the prefix ends in is inside where the window of every row goes on from there.
-  const int64_t inner = within(first_all <= s.prefix ? first : up(first_all), outer, outer_end);
-  const int64_t inner_end = within(last_all / block, inner, outer_end);
-  return {int32_t(first), int32_t(gap), int32_t(outer), int32_t(inner), int32_t(inner_end), int32_t(outer_end)};
+  const int32_t inner = within(first_all <= s.prefix ? first : up(first_all), outer, outer_end);
+  const int32_t inner_end = within(last_all / block, inner, outer_end);
+  return {first, gap, outer, inner, inner_end, outer_end};
 }
 
 }  // namespace duplex

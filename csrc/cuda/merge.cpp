@@ -13,6 +13,7 @@ std::tuple<Tensor, Tensor> merge_attention(std::vector<Tensor> outs, std::vector
   const bool dense = d == 4;
   const int64_t batch = dense ? like.size(0) : 1;
   expect(batch * rows * heads < int64_t(1) << 32, "at most 2^32 rows");
+  expect(dim > 0 && dim <= 256, "a head_dim of 1 to 256");
   const Device device(device_index(like));
   Tensor out = dense ? new_tensor(like, {batch, rows, heads, dim}) : new_tensor(like, {rows, heads, dim});
   Tensor lse = dense ? new_float(like, {batch, heads, rows}) : new_float(like, {heads, rows});

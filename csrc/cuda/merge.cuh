@@ -1,32 +1,34 @@
-// A warp merges a row.
+// A few lanes of a warp merge a row.
 #pragma once
 
 #include "cuda/merge.h"
 #include "cuda/merge_row.cuh"
-#include "cuda/vector.cuh"
 
 namespace duplex {
 
 constexpr int MERGE_THREADS = 128;
 
-template <class T>
-DUPLEX_KERNEL(MERGE_THREADS)
-merge_kernel(DUPLEX_PARAMETER Merge m) {
+template <class T, int COUNT>
+DUPLEX_KERNEL_SHARING(MERGE_THREADS, COUNT > 1 ? 6 : 4)
+merge_kernel(DUPLEX_PARAMETER Merge m, int log2_lanes) {
   using Stored = typename T::Stored;
-  const int lane = ptx::thread_index() % 32;
-  const int64_t n = int64_t(ptx::block_index()) * (MERGE_THREADS / 32) + ptx::thread_index() / 32;
-  if (n >= m.batch * m.rows * m.heads) return;
-  const int64_t head = n % m.heads, row = n / m.heads % m.rows, b = n / m.heads / m.rows;
-  Stored* to = static_cast<Stored*>(m.out) + n * m.dim;
-  const float lse = merge_row(
-      m.count, -INFINITY, m.dim, lane,
+  const Lanes lanes(log2_lanes);
+  const uint32_t rows = uint32_t(m.rows), heads = uint32_t(m.heads), all = uint32_t(m.batch) * rows * heads;
+  const uint32_t own = uint32_t(ptx::block_index()) * (MERGE_THREADS >> log2_lanes) + lanes.row();
+  const bool live = own < all;
+  const uint32_t n = live ? own : 0, head = n % heads, row = n / heads % rows, b = n / heads / rows;
+  Stored* to = static_cast<Stored*>(m.out) + int64_t(n) * m.dim;
+  const float lse = merge_rows<T, COUNT>(
+      lanes, m.count, -INFINITY, m.dim,
       [&](int t) {
         const MergePart& p = m.parts[t];
         return p.lse[b * p.lse_batch + head * p.lse_head + row * p.lse_row];
       },
-      [&](int t, int column) { return widen<T>(m.parts[t].out.template at<Stored>(b, row, head)[column]); },
-      [&](int column, float x) { to[column] = narrow<T>(x); });
-  if (lane == 0) m.lse[(b * m.heads + head) * m.rows + row] = lse;
+      [&](int t) { return m.parts[t].out.template at<Stored>(b, row, head); },
+      [&](int column, const float (&x)[COUNT]) {
+        if (live) *reinterpret_cast<Run<T, COUNT>*>(to + column) = narrow_run<T>(x);
+      });
+  if (live && lanes.lane() == 0) m.lse[(int64_t(b) * heads + head) * rows + row] = lse;
 }
 
 }  // namespace duplex

@@ -3,49 +3,120 @@
 
 #include <math.h>
 
-#include "cuda/ptx.cuh"
+#include "cuda/lanes.cuh"
 
 namespace duplex {
 
-constexpr int MERGE_NUMBERS = 8;  // a lane's at most: a row has up to 256
+// Runs that a lane has, of a row of at most 256 numbers.
+template <int COUNT>
+constexpr int MERGE_RUNS = COUNT > 1 ? 2 : 8;
+constexpr int MERGE_AT_ONCE = 4;  // parts whose numbers are on their way together
 
-// A warp merges a row of `dim` numbers. lse_of(part) and number_of(part, column) read parts, store(column, x) writes;
-// the sink is a part without numbers. A part without weight adds nothing, whatever it holds. Returns the row's lse.
-template <class Lse, class Number, class Store>
-DUPLEX_DEVICE float merge_row(int parts, float sink, int dim, int lane, Lse&& lse_of, Number&& number_of,
-                              Store&& store) {
-  float largest = sink;
-  for (int t = 0; t < parts; ++t) largest = fmaxf(largest, lse_of(t));
-  const float reference = largest == -INFINITY ? 0.f : largest;
-  float total = ptx::exp2((sink - reference) * LOG2E), sum[MERGE_NUMBERS];
+// The weights of a row's parts, against the largest lse of all. The sink is a part without numbers.
+struct Weights {
+  float reference, total;
+
+  DUPLEX_DEVICE Weights(float largest, float sink) : reference(largest == -INFINITY ? 0.f : largest), total(of(sink)) {}
+  DUPLEX_DEVICE float of(float lse) const { return ptx::exp2((lse - reference) * LOG2E); }
+  DUPLEX_DEVICE float inverse() const { return total != 0 ? 1 / total : 0.f; }
+  DUPLEX_DEVICE float lse() const { return total != 0 ? reference + ptx::log2(total) * LN2 : -INFINITY; }
+};
+
+// How many lanes take a row: enough for all of its numbers, and for the weights of all parts that are read at once.
+template <int COUNT>
+int log2_merge_lanes(int dim) {
+  constexpr int NUMBERS = MERGE_RUNS<COUNT> * COUNT;
+  const int lanes = (dim + NUMBERS - 1) / NUMBERS;
+  return log2_above(lanes < MERGE_AT_ONCE ? MERGE_AT_ONCE : lanes);
+}
+
+// Each group of a warp's lanes merges a row of `dim` numbers, all of as many parts, one at least: lse_of(part), numbers
+// from row_of(part) on. store(column, x) writes. A part without weight adds nothing, whatever it holds, and the others
+// are added in order, so it changes no bit. Returns the row's lse.
+template <class T, int COUNT, class Lse, class Row, class Store>
+DUPLEX_DEVICE float merge_rows(const Lanes& lanes, int parts, float sink, int dim, Lse&& lse_of, Row&& row_of,
+                               Store&& store) {
+  constexpr int RUNS = MERGE_RUNS<COUNT>, AT_ONCE = MERGE_AT_ONCE;
+  const int width = lanes.width(), lane = lanes.lane();
+  const auto column = [&](int run) { return (run * width + lane) * COUNT; };
+
+  Run<T, COUNT> x[AT_ONCE][RUNS];
+  const auto bring = [&](int part) {
 #pragma unroll
-  for (int n = 0; n < MERGE_NUMBERS; ++n) sum[n] = 0;
-  for (int t = 0; t < parts; ++t) {
-    const float weight = ptx::exp2((lse_of(t) - reference) * LOG2E);
-    if (weight == 0) continue;  // NaN goes on
-    total += weight;
+    for (int t = 0; t < AT_ONCE; ++t) {
+      const auto* row = row_of(part + t < parts ? part + t : parts - 1);
 #pragma unroll
-    for (int n = 0; n < MERGE_NUMBERS; ++n)
-      if (lane + 32 * n < dim) sum[n] = ptx::fma(number_of(t, lane + 32 * n), weight, sum[n]);
+      for (int r = 0; r < RUNS; ++r) x[t][r] = load_run<T, COUNT>(row + (column(r) < dim ? column(r) : 0));
+    }
+  };
+  // Each lane has a part's lse, of as many parts as there are lanes.
+  const auto lse_from = [&](int part) { return part + lane < parts ? lse_of(part + lane) : -INFINITY; };
+
+  float lse = lse_from(0), largest = fmaxf(sink, lse), sum[RUNS][COUNT] = {};
+  bring(0);
+#pragma unroll 1
+  for (int part = width; part < parts; part += width) largest = fmaxf(largest, lse_from(part));
+  for (int mask = width / 2; mask > 0; mask /= 2) largest = fmaxf(largest, ptx::shuffle_xor(largest, mask));
+  Weights weights(largest, sink);
+#pragma unroll 1
+  for (int part = 0; part < parts;) {
+    const float own = weights.of(lse);
+#pragma unroll
+    for (int t = 0; t < AT_ONCE; ++t) {
+      const float weight = lanes.of(own, (part & (width - 1)) + t);
+      if (weight == 0) continue;  // NaN goes on
+      weights.total += weight;
+#pragma unroll
+      for (int r = 0; r < RUNS; ++r) {
+        float numbers[COUNT];
+        widen_run<T>(x[t][r], numbers);
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) sum[r][n] = ptx::fma(numbers[n], weight, sum[r][n]);
+      }
+    }
+    part += AT_ONCE;
+    if (part < parts) bring(part);
+    if (part < parts && (part & (width - 1)) == 0) lse = lse_from(part);
   }
-  const bool seen = total != 0;
+  const float inverse = weights.inverse();
 #pragma unroll
-  for (int n = 0; n < MERGE_NUMBERS; ++n)
-    if (lane + 32 * n < dim) store(lane + 32 * n, seen ? sum[n] / total : 0.f);
-  return seen ? reference + ptx::log2(total) * LN2 : -INFINITY;
+  for (int r = 0; r < RUNS; ++r) {
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) sum[r][n] *= inverse;
+    if (column(r) < dim) store(column(r), sum[r]);
+  }
+  return weights.lse();
 }
 
 // The same of one part, number by number, to the same bits.
 struct OnePart {
-  float weight, total, lse;
+  float weight, inverse, lse;
 
   DUPLEX_DEVICE OnePart(float part_lse, float sink) {
-    const float largest = fmaxf(sink, part_lse), reference = largest == -INFINITY ? 0.f : largest;
-    weight = ptx::exp2((part_lse - reference) * LOG2E);
-    total = ptx::exp2((sink - reference) * LOG2E) + weight;
-    lse = total != 0 ? reference + ptx::log2(total) * LN2 : -INFINITY;
+    Weights weights(fmaxf(sink, part_lse), sink);
+    weight = weights.of(part_lse);
+    weights.total += weight;
+    inverse = weights.inverse();
+    lse = weights.lse();
   }
-  DUPLEX_DEVICE float number(float x) const { return weight != 0 ? x * weight / total : 0.f; }
+  DUPLEX_DEVICE float number(float x) const { return weight != 0 ? x * weight * inverse : 0.f; }
 };
+
+// The same by a warp: number_of(column) is what the part has, store(column, x) writes.
+template <class Number, class Store>
+DUPLEX_DEVICE float merge_one(float part_lse, float sink, int dim, int lane, Number&& number_of, Store&& store) {
+  constexpr int NUMBERS = 256 / 32;
+  const OnePart whole(part_lse, sink);
+  float x[NUMBERS] = {};
+  if (whole.weight != 0) {
+#pragma unroll
+    for (int n = 0; n < NUMBERS; ++n)
+      if (lane + 32 * n < dim) x[n] = number_of(lane + 32 * n) * whole.weight;
+  }
+#pragma unroll
+  for (int n = 0; n < NUMBERS; ++n)
+    if (lane + 32 * n < dim) store(lane + 32 * n, x[n] * whole.inverse);
+  return whole.lse;
+}
 
 }  // namespace duplex

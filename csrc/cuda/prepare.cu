@@ -8,7 +8,7 @@
 
 namespace duplex {
 
-void schedule(const Lengths& lengths, const Entries& entries, int32_t* order, void* stream) {
+void schedule(const Lengths& lengths, const Entries& entries, Order order, void* stream) {
   const int64_t blocks = (entries.count(lengths) + SCHEDULE_THREADS - 1) / SCHEDULE_THREADS;
   if (blocks > 0)
     launch<schedule_kernel>("schedule", int(blocks), SCHEDULE_THREADS, SCHEDULE_SHARED, stream, lengths, entries,

@@ -5,8 +5,8 @@
 
 namespace duplex {
 
-// Ranks the entries of the call into `order`: their number, then the entries.
-void schedule(const Lengths& lengths, const Entries& entries, int32_t* order, void* stream);
+// Ranks the entries of the call into `order`.
+void schedule(const Lengths& lengths, const Entries& entries, Order order, void* stream);
 
 // Fills the rows that belong to no sequence.
 void clear_outside(const OutsideArguments& arguments, int processors, void* stream);

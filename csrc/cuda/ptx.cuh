@@ -57,6 +57,9 @@ DUPLEX_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_syn
 DUPLEX_DEVICE uint32_t reduce_max(uint32_t x) { return __reduce_max_sync(0xffffffff, x); }
 DUPLEX_DEVICE bool any(bool x) { return __any_sync(0xffffffff, x); }
 
+// Adds to a number that other blocks add to as well, and returns what was there.
+DUPLEX_DEVICE int32_t add_to(int32_t* to, int32_t x) { return atomicAdd(to, x); }
+
 // Shared memory by ordinary loads and stores: the generic proxy.
 
 DUPLEX_DEVICE void shared_store(uint32_t address, int x) {

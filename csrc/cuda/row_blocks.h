@@ -24,13 +24,13 @@ struct RowBlocks {
 };
 
 // Of keys [j0, j1), j0 < j1 <= s.len_k, against blocks of `block` rows counted from the sequence's row 0.
-DUPLEX_HOST_DEVICE inline RowBlocks row_blocks(const Span& s, int64_t len_q, int64_t j0, int64_t j1, int64_t block) {
-  const auto within = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
-  const auto up = [block](int64_t x) { return (x + block - 1) / block; };
+DUPLEX_HOST_DEVICE inline RowBlocks row_blocks(const Span& s, int32_t len_q, int64_t j0, int64_t j1, int32_t block) {
+  const auto within = [](int64_t x, int64_t low, int64_t high) { return int32_t(x < low ? low : x > high ? high : x); };
+  const auto up = [block](int32_t x) { return (x + block - 1) / block; };
   const bool empty = s.left + s.right < 0;                 // no row has a window
   const int64_t windowed = j0 < s.prefix ? s.prefix : j0;  // keys [windowed, j1) are left to the windows
-  int64_t low = 0, high = len_q, first = 0,
-          last = len_q;  // some of rows [low, high) see a key, all of [first, last) all
+  // Some of rows [low, high) see a key, all of [first, last) all.
+  int32_t low = 0, high = len_q, first = 0, last = len_q;
   if (j0 >= s.prefix) {
     low = within(j0 - s.right - s.offset, 0, len_q);
     high = empty ? low : within(j1 + s.left - s.offset, low, len_q);
@@ -39,11 +39,11 @@ DUPLEX_HOST_DEVICE inline RowBlocks row_blocks(const Span& s, int64_t len_q, int
     first = within(j1 - 1 - s.right - s.offset, 0, len_q);
     last = empty ? first : within(windowed + s.left - s.offset + 1, first, len_q);
   }
-  const int64_t outer = low / block, outer_end = low < high ? up(high) : outer;
+  const int32_t outer = low / block, outer_end = low < high ? up(high) : outer;
   // The last block is whole where the sequence ends in it.
-  const int64_t inner = within(up(first), outer, outer_end);
-  const int64_t inner_end = within(last == len_q ? up(last) : last / block, inner, outer_end);
-  return {int32_t(outer), int32_t(inner), int32_t(inner_end), int32_t(outer_end)};
+  const int32_t inner = within(up(first), outer, outer_end);
+  const int32_t inner_end = within(last == len_q ? up(last) : last / block, inner, outer_end);
+  return {outer, inner, inner_end, outer_end};
 }
 
 }  // namespace duplex

@@ -46,11 +46,34 @@ DUPLEX_HOST_DEVICE inline int64_t tile_of(int64_t round, int32_t block, int32_t 
   return round * blocks + (round % 2 ? blocks - 1 - block : block);
 }
 
+// Whether all entries cost the same: every row sees every key, and nothing about lengths lies on the device.
+inline bool all_alike(const Lengths& l) {
+  const int32_t reach = l.max_q > l.max_k ? l.max_q : l.max_k;
+  return !(l.cu_q || l.cu_k || l.len_q || l.len_k || l.start_q || l.start_k || l.prefix) && l.left >= reach &&
+         l.right >= reach;
+}
+
+// Entries by rank, as the schedule kernel writes them. Without such an order, entries are alike, and ranked as they
+// are.
+struct Order {
+  static constexpr int32_t HEAD = 2;  // how many entries there are; how many tiles have been taken; then the entries
+  int32_t* data;
+
+  DUPLEX_HOST_DEVICE static int64_t size(int64_t entries) { return HEAD + entries; }
+  DUPLEX_HOST_DEVICE int32_t* taken() const { return data ? data + 1 : nullptr; }
+  DUPLEX_HOST_DEVICE int32_t& rank(int32_t n) const { return data[HEAD + n]; }
+};
+
 // What a kernel walks over.
 struct Tiles {
   Entries entries;
-  const int32_t* order;  // how many entries there are, then those by rank
+  Order order;
   int32_t heads, section;
+
+  DUPLEX_HOST_DEVICE int32_t count(const Lengths& l) const {
+    return order.data ? order.data[0] : int32_t(entries.count(l));
+  }
+  DUPLEX_HOST_DEVICE int32_t entry(int32_t rank) const { return order.data ? order.rank(rank) : rank; }
 };
 
 struct TilePlace {
@@ -58,10 +81,13 @@ struct TilePlace {
 };
 
 // Tiles by number: sections of heads whose keys and values share the L2 cache, in each the entries by rank, in each of
-// those the section's heads.
+// those the section's heads. What sections leave over comes first: the last one should have many tiles, whose short
+// ones then fill the end.
 DUPLEX_HOST_DEVICE inline TilePlace place_of(int64_t tile, int32_t entries, int32_t heads, int32_t section) {
-  const int64_t start = tile / (int64_t(section) * entries) * section;
-  const int64_t width = section < heads - start ? section : heads - start;
+  const int64_t rest = heads % section, rest_tiles = rest * entries;
+  const bool first = tile < rest_tiles;
+  const int64_t start = first ? 0 : rest + (tile - rest_tiles) / (int64_t(section) * entries) * section;
+  const int64_t width = first ? rest : section;
   const int64_t place = tile - start * entries;
   return {int32_t(place / width), int32_t(start + place % width)};
 }

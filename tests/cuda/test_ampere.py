@@ -19,7 +19,9 @@ TILES = {
 }
 DIVIDED = (192, 256)  # half of the warps have dv, half dk
 # With terms, these have a few numbers too many for their registers: loads and stores of local memory a turn of the loop.
-LOCAL = {("forward", 128, True): (10, 4), ("dq", 128, True): (3, 0)}
+LOCAL = {
+    ("forward", 128, True): (10, 4), ("forward", 128, False): (3, 1), ("dq", 128, True): (3, 0), ("dkdv", 64, True): (3, 0),
+}  # fmt: skip
 
 
 class Kernel(NamedTuple):

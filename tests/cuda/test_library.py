@@ -29,8 +29,11 @@ KERNELS: list[Kernel] = [
 FORWARD = [kernel for kernel in KERNELS if kernel[0] in ("forward", "paged")]
 BACKWARD = [kernel for kernel in KERNELS if kernel[0] in ("dq", "distances", "dkdv")]
 FUSED = [kernel for kernel in KERNELS if kernel[0] == "fused"]
-# These with terms have a number or two too many for their registers.
-SPILLED = {("forward", 256): 1, ("paged", 256): 4, ("dkdv", 256): 2, ("distances", 128): 1}
+# These with terms have a few numbers too many for their registers.
+SPILLED = {
+    ("forward", 256): 1, ("paged", 192): 1, ("paged", 256): 4, ("dq", 128): 5, ("dq", 256): 7, ("dkdv", 256): 2,
+    ("distances", 96): 1, ("distances", 128): 6, ("distances", 256): 3,
+}  # fmt: skip
 LOCAL_LOADS = {(name, d, dtype, True): n for (name, d), n in SPILLED.items() for dtype in ("Bfloat16", "Float16")}
 
 
@@ -122,7 +125,7 @@ def loops_of(kernel: Kernel, products: int) -> list[list[str]]:
 
 def assert_local(kernel: Kernel, loop: list[str]) -> None:
     assert count(loop, "LDL") <= LOCAL_LOADS.get(kernel, 0)
-    assert count(loop, "STL") == 0
+    assert count(loop, "STL") <= (kernel[:2] == ("distances", 128))
 
 
 @pytest.mark.parametrize("kernel", FORWARD, ids=str)

@@ -120,6 +120,13 @@ FAULTS = (
 )  # fmt: skip
 
 
+def mbarriers(names: list[str]) -> list[tuple[int, str]]:
+    """Of a kernel of Hopper's that hands out tiles, by number: its own, then those of its two tickets. The second ticket is always
+    written by the time that the machine lets anyone read it, so that nothing shows when its readers do not wait."""
+    tickets = ["ticket_full_0", "ticket_empty_0", "ticket_full_1", "ticket_empty_1"]
+    return [(n, name) for n, name in enumerate([*names, *tickets]) if name != "ticket_full_1"]
+
+
 @contextmanager
 def left_out(what: str, number: int = 0) -> Iterator[None]:
     """The machine ignores an operation of the kernels, where it numbers them (block.h) the one with this number."""

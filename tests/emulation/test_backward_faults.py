@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cases import Case, Problem, make
 from ..lanes import Lane
 from ..oracle import assert_accurate
-from .library import CARDS, EMULATED, draw, launched, left_out
+from .library import CARDS, EMULATED, draw, launched, left_out, mbarriers
 
 # All stages come round, several tiles a block, rows of strangers behind queries and keys. The widest has fewer blocks of
 # values in flight than of keys: elsewhere the waits for room for keys cover those for values.
@@ -93,7 +93,8 @@ def test_what_ampere_leaves_out_is_noticed(emulated: Lane, what: str, case: Case
 
 
 @pytest.mark.parametrize(
-    ("what", "number"), [*(pytest.param("mbarrier_wait", n, id=name) for n, name in enumerate(DQ)), *FENCES]
+    ("what", "number"),
+    [*(pytest.param("mbarrier_wait", n, id=name) for n, name in mbarriers(DQ)), *FENCES],
 )
 def test_what_dq_leaves_out_is_noticed(emulated: Lane, what: str, number: int) -> None:
     forward(WIDEST)
@@ -102,7 +103,8 @@ def test_what_dq_leaves_out_is_noticed(emulated: Lane, what: str, number: int) -
 
 
 @pytest.mark.parametrize(
-    ("what", "number"), [*(pytest.param("mbarrier_wait", n, id=name) for n, name in enumerate(DKDV)), *FENCES]
+    ("what", "number"),
+    [*(pytest.param("mbarrier_wait", n, id=name) for n, name in mbarriers(DKDV)), *FENCES],
 )
 def test_what_dk_and_dv_leave_out_is_noticed(emulated: Lane, what: str, number: int) -> None:
     forward(CASE)
@@ -123,7 +125,8 @@ def test_what_sums_of_distances_leave_out_is_noticed(emulated: Lane, card: int, 
 
 
 @pytest.mark.parametrize(
-    ("what", "number"), [*(pytest.param("mbarrier_wait", n, id=name) for n, name in enumerate(FUSED)), *FUSED_FENCES]
+    ("what", "number"),
+    [*(pytest.param("mbarrier_wait", n, id=name) for n, name in mbarriers(FUSED)), *FUSED_FENCES],
 )
 def test_what_all_gradients_at_once_leave_out_is_noticed(emulated: Lane, what: str, number: int) -> None:
     forward(CASE)

@@ -8,19 +8,19 @@ import torch
 from ..cases import Case, make
 from ..lanes import Lane, run
 from ..oracle import assert_accurate
-from .library import CARDS, EMULATED, EMULATED_ONLY, draw, left_out
+from .library import CARDS, EMULATED, EMULATED_ONLY, draw, left_out, mbarriers
 
-# Two stages in flight, several tiles a block, rows of strangers behind the keys.
-CASE = Case("packed_with_tail", ((150, 70), (150, 300)), (2, 1), (128, 128), torch.bfloat16, mask="causal")
-STAGES = 2
-MBARRIERS = ["q_full", "q_empty"]
+# Four stages in flight and two tiles of queries, several tiles a block, of which one begins with each stage, rows of strangers behind the keys.
+CASE = Case("packed_with_tail", ((150, 70, 40), (150, 300, 290)), (2, 1), (64, 64), torch.bfloat16, mask="causal")
+STAGES = 4
+MBARRIERS = [f"q_{of}_{stage}" for stage in range(2) for of in ("full", "empty")]
 MBARRIERS += [f"{of}_{stage}" for stage in range(STAGES) for of in ("k_full", "k_empty", "v_full", "v_empty")]
 ALL_COMPUTE = 3  # the named barrier of both computing warpgroups
 SEEDS = 24  # every way that the machine divides what is late
 NEEDED = {
     "sm80": [("copy_wait", 0, "copy_wait"), ("block_sync", 0, "block_sync")],
     "sm90": [
-        *(("mbarrier_wait", n, name) for n, name in enumerate(MBARRIERS)),
+        *(("mbarrier_wait", n, name) for n, name in mbarriers(MBARRIERS)),
         ("named_sync", ALL_COMPUTE, "strangers_cleared"),
         *((what, 0, what) for what in ("proxy_fence", "product_wait", "product_fence", "block_sync")),
     ],

@@ -142,12 +142,12 @@ def test_entries_are_ranked_longest_first(left: int, right: int, keys: bool) -> 
     lengths, kept = packed(lens_q, lens_k, left, right)
     lens, block, other = (lens_k, 128, 64) if keys else (lens_q, 64, 32)
     entries = Entries(-(-max(lens) // block), 64, 128 if keys else 32, keys)
-    order = np.full(1 + entries.blocks * 400, -1, np.int32)
+    order = np.full(2 + entries.blocks * 400, -1, np.int32)
     draw(1)
     assert run(functions(), "schedule_of", ctypes.byref(lengths), ctypes.byref(entries), order) is None
     real = {b * entries.blocks + n for b, length in enumerate(lens) for n in range(-(-length // block))}
-    assert order[0] == len(real) and (order[1 + len(real) :] == -1).all()
-    ranked = order[1 : 1 + len(real)].tolist()
+    assert order[0] == len(real) and order[1] == 0 and (order[2 + len(real) :] == -1).all()
+    ranked = order[2 : 2 + len(real)].tolist()
     assert set(ranked) == real
     costs = []
     for entry in ranked:
@@ -185,6 +185,7 @@ def test_each_tile_is_done_once(blocks: int) -> None:
         done = [(r, h) for t, r, h in zip(tiles, ranks, head, strict=True) if t < entries * heads]
         assert sorted(done) == list(itertools.product(range(entries), range(heads)))
         in_time = sorted(zip(tiles, ranks, head, strict=True))[: entries * heads]
-        for s in range(0, heads, section):  # within a section of heads the longest come first
-            of_section = [int(r) for _, r, h in in_time if s <= h < s + section]
+        ends = [0, *range(heads % section or section, heads + 1, section)]
+        for first, end in itertools.pairwise(ends):  # within a section of heads the longest come first
+            of_section = [int(r) for _, r, h in in_time if first <= h < end]
             assert of_section == sorted(of_section)

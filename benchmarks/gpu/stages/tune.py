@@ -44,6 +44,15 @@ MEASURED_BY: dict[str, Callable[[Workload], bool]] = {
 GAIN = 0.02  # of the time
 SECONDS = 0.1  # of measuring one
 COMPILING = 0.6  # of the time left, at most
+# More than a step away from what is in use: rows, keys, warps and stages that keep two programs on a multiprocessor of Hopper,
+# or more copies in flight. By kernel and class of head_dim, in 16 bits.
+FURTHER = {
+    ("forward", 128): ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (256, 64, 8, 2)),
+    ("forward", 64): ((128, 128, 4, 2), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3)),
+    ("dq", 128): ((64, 64, 4, 2), (128, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 3)),
+    ("dkdv", 128): ((64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 3), (32, 128, 4, 3)),
+    ("paged_decode", 128): ((16, 128, 4, 2), (16, 64, 4, 3), (16, 128, 8, 3), (16, 32, 4, 4)),
+}
 ROWS, KEYS, WARPS, STAGES = (32, 64, 128, 256), (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
 
 
@@ -70,9 +79,14 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     current = {goal: tuning.config(goal.kernel, table, goal.bits, goal.head_dim_class) for goal in goals}
     record.update(tried=0, winners={}, gains={}, refused={})
     best: dict[Target, float] = {}
+    tried = {goal: further(goal, current[goal]) for goal in goals}
     while goals and time.monotonic() < deadline:
         compiled = compile_all(
-            settings, store, record, [(g, c) for g in goals for c in neighbours(current[g])], deadline
+            settings,
+            store,
+            record,
+            [(g, c) for g in goals for c in (*tried.pop(g, ()), *neighbours(current[g]))],
+            deadline,
         )
         moved = []
         for goal in goals:
@@ -119,6 +133,11 @@ def targets(settings: Settings, table: str) -> Iterator[Target]:
                 chosen.setdefault((kind, 8 * workload.dtype.itemsize, head_dim_class), workload)
     for (kind, bits, head_dim_class), workload in chosen.items():
         yield Target(kind, bits, head_dim_class, workload)
+
+
+def further(goal: Target, c: Config) -> list[Config]:
+    numbers = FURTHER.get((goal.kernel, goal.head_dim_class), ()) if goal.bits == 16 else ()
+    return [found for n in numbers if (found := Config(*n, c.descriptors)) not in (c, *neighbours(c))]
 
 
 def neighbours(c: Config) -> list[Config]:

@@ -6,17 +6,32 @@
 namespace duplex::paged {
 namespace {
 
+constexpr int HEADS_A_THREAD = 4;
+
+template <class T, Storage S, int COUNT>
+void append_by(const Append& a, void* stream) {
+  constexpr int NUMBERS = 2 * COUNT * APPEND_PAIRS<COUNT>;
+  const int log2_lanes = log2_above((std::max(a.keys.dim, a.values.dim) + NUMBERS - 1) / NUMBERS);
+  const int slices = (a.heads + HEADS_A_THREAD - 1) / HEADS_A_THREAD;
+  const int64_t each = APPEND_THREADS >> log2_lanes, blocks = 2 * slices * ((a.tokens + each - 1) / each);
+  launch<append_kernel<T, S, COUNT>>("append", int(blocks), APPEND_THREADS, 0, stream, a, log2_lanes, slices);
+}
+
+template <class T, Storage S>
+void append_into(const Append& a, void* stream) {
+  const Rope& rope = a.keys.rope;
+  const uintptr_t tables = reinterpret_cast<uintptr_t>(rope.cos) | reinterpret_cast<uintptr_t>(rope.sin);
+  const bool vectors = a.vectors && rope.reach % VECTOR<T> == 0 && tables % 16 == 0;
+  vectors ? append_by<T, S, VECTOR<T>>(a, stream) : append_by<T, S, 1>(a, stream);
+}
+
 template <class T>
 void append_as(const Append& a, void* stream) {
-  const int lanes = (std::max(a.keys.dim, a.values.dim) + APPEND_NUMBERS - 1) / APPEND_NUMBERS;
-  int width = 1;
-  while (width < lanes) width *= 2;
-  const int64_t rows = a.tokens * a.heads, each = APPEND_THREADS / width;
-  const int blocks = int(2 * ((rows + each - 1) / each));
-  if (a.vectors)
-    launch<append_kernel<T, VECTOR<T>>>("append", blocks, APPEND_THREADS, 0, stream, a, width);
-  else
-    launch<append_kernel<T, 1>>("append", blocks, APPEND_THREADS, 0, stream, a, width);
+  switch (a.storage) {
+    case Storage::AS_QUERIES: return append_into<T, Storage::AS_QUERIES>(a, stream);
+    case Storage::INT8: return append_into<T, Storage::INT8>(a, stream);
+    case Storage::FLOAT8_E4M3: return append_into<T, Storage::FLOAT8_E4M3>(a, stream);
+  }
 }
 
 }  // namespace

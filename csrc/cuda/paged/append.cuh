@@ -1,102 +1,202 @@
-// A few lanes of a warp take a row: one head of one token, at most 8 numbers a lane.
+// A few lanes of a warp take the keys or the values of a token, some heads one after the other: where they go, and what
+// turns them, is looked up once.
 #pragma once
 
 #include <math.h>
 
+#include "cuda/lanes.cuh"
 #include "cuda/paged/append.h"
 #include "cuda/paged/rope.cuh"
 #include "cuda/paged/sequence.h"
 
 namespace duplex::paged {
 
-constexpr int APPEND_THREADS = 128, APPEND_NUMBERS = 8;
-constexpr float INT8_LARGEST = 127, FLOAT8_LARGEST = 448;
+constexpr int APPEND_THREADS = 128;
 
-// To nearest, ties to even; what is no number becomes 0, its scale tells.
-DUPLEX_DEVICE uint8_t to_int8(float x) {
-  return x != x ? 0 : uint8_t(int8_t(rintf(fminf(fmaxf(x, -INT8_LARGEST), INT8_LARGEST))));
-}
+template <class T, Storage S>
+using Kept = std::conditional_t<S == Storage::AS_QUERIES, typename T::Stored, uint8_t>;
 
-// To the nearest float8_e4m3fn, ties to even, by whole numbers: for any card.
-DUPLEX_DEVICE uint8_t to_float8(float x) {
-  const uint32_t bits = ptx::bits_of(x), sign = bits >> 24 & 0x80, size = bits & 0x7FFFFFFF;
-  const float magnitude = ptx::float_of(size);
-  if (x != x) return uint8_t(sign | 0x7F);
-  if (magnitude >= FLOAT8_LARGEST) return uint8_t(sign | 0x7E);
-  if (magnitude < 0x1p-6f) return uint8_t(sign | uint32_t(int(rintf(magnitude * 512))));  // subnormal: m * 2^-9
-  return uint8_t(sign | (((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3)));      // three bits of mantissa stay
-}
+template <Storage S>
+constexpr float LARGEST = S == Storage::INT8 ? 127 : 448;
 
-// The largest magnitude of `width` lanes' numbers, NaN if one is.
-DUPLEX_DEVICE float largest_of(const float (&x)[APPEND_NUMBERS], int width) {
-  float most = 0;
-#pragma unroll
-  for (int n = 0; n < APPEND_NUMBERS; ++n) {
-    const float size = fabsf(x[n]);
-    most = size > most || size != size ? size : most;
+// To nearest, ties to even. Of int8, what is no number becomes 0, its scale tells; float8_e4m3fn by whole numbers, for
+// any card.
+template <Storage S>
+DUPLEX_DEVICE uint8_t to_byte(float x) {
+  constexpr float MOST = LARGEST<S>;
+  if constexpr (S == Storage::INT8) {
+    return x != x ? 0 : uint8_t(int8_t(rintf(fminf(fmaxf(x, -MOST), MOST))));
+  } else {
+    const uint32_t bits = ptx::bits_of(x), sign = bits >> 24 & 0x80, size = bits & 0x7FFFFFFF;
+    const float magnitude = ptx::float_of(size);
+    if (x != x) return uint8_t(sign | 0x7F);
+    if (magnitude >= MOST) return uint8_t(sign | 0x7E);
+    if (magnitude < 0x1p-6f) return uint8_t(sign | uint32_t(int(rintf(magnitude * 512))));  // subnormal: m * 2^-9
+    return uint8_t(sign | (((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3)));  // three bits of mantissa stay
   }
-  for (int mask = 1; mask < width; mask *= 2) {
-    const float other = ptx::shuffle_xor(most, mask);
-    most = other > most || other != other ? other : most;
-  }
-  return most;
 }
 
+// Pairs of runs that a lane has, of a row of at most 256 numbers.
+template <int COUNT>
+constexpr int APPEND_PAIRS = COUNT > 1 ? 1 : 4;
+
+// A lane's part of a row. Runs that turn about each other are a pair: they lie apart, or, where numbers are
+// interleaved, side by side, as those do that do not turn.
 template <class T, int COUNT>
-DUPLEX_KERNEL(APPEND_THREADS)
-append_kernel(DUPLEX_PARAMETER Append a, int width) {
-  using Stored = typename T::Stored;
+struct AppendRow {
+  static constexpr int PAIRS = APPEND_PAIRS<COUNT>;
+  struct Loaded {
+    Run<T, COUNT> run[PAIRS][2];
+  };
+
+  const AppendSide& side;
+  const Lanes& lanes;
+  int column[PAIRS][2];
+  float x[PAIRS][2][COUNT], cos[PAIRS][COUNT], sin[PAIRS][COUNT];
+
+  DUPLEX_DEVICE AppendRow(const AppendSide& side, const Lanes& lanes) : side(side), lanes(lanes) {
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+      const bool apart = turns(p) && !side.rope.interleaved;
+      column[p][0] = apart ? first(p) : 2 * first(p);
+      column[p][1] = column[p][0] + (apart ? int(side.rope.reach) : COUNT);
+    }
+  }
+
+  DUPLEX_DEVICE int first(int pair) const { return (pair * lanes.width() + lanes.lane()) * COUNT; }
+  DUPLEX_DEVICE bool turns(int pair) const { return first(pair) < int(side.rope.reach); }
+
+  // f(pair, half) of each run that the row has.
+  template <class F>
+  DUPLEX_DEVICE void each_run(F&& f) const {
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (column[p][h] < side.dim) f(p, h);
+  }
+
+  DUPLEX_DEVICE Loaded load(const typename T::Stored* from) const {
+    Loaded loaded{};
+    each_run([&](int p, int h) { loaded.run[p][h] = load_run<T, COUNT>(from + column[p][h]); });
+    return loaded;
+  }
+
+  DUPLEX_DEVICE void load_rope(int32_t position) {
+    const Rope& rope = side.rope;
+    const int64_t last = rope.positions - 1, at = position < 0 ? 0 : position > last ? last : position;
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+      if (!turns(p)) continue;
+      load_floats(rope.cos + at * rope.reach + first(p), cos[p]);
+      load_floats(rope.sin + at * rope.reach + first(p), sin[p]);
+    }
+  }
+
+  // x is what was loaded, turned.
+  DUPLEX_DEVICE void turn(const Loaded& loaded) {
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) widen_run<T>(loaded.run[p][h], x[p][h]);
+      if (!turns(p)) continue;
+      float (&pair)[2 * COUNT] = reinterpret_cast<float (&)[2 * COUNT]>(x[p]);
+      if (side.rope.interleaved)
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) paged::turn(pair[2 * n], pair[2 * n + 1], cos[p][n], sin[p][n]);
+      else
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) paged::turn(pair[n], pair[COUNT + n], cos[p][n], sin[p][n]);
+    }
+  }
+
+  // To numbers of the type, as if they had been turned before.
+  DUPLEX_DEVICE void round() {
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) widen_run<T>(narrow_run<T>(x[p][h]), x[p][h]);
+  }
+
+  // The largest magnitude of the whole row, NaN if there is one.
+  DUPLEX_DEVICE float largest() const {
+    float most = 0;
+    each_run([&](int p, int h) {
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) {
+        const float size = fabsf(x[p][h][n]);
+        most = size > most || size != size ? size : most;
+      }
+    });
+    for (int mask = 1; mask < lanes.width(); mask *= 2) {
+      const float other = ptx::shuffle_xor(most, mask);
+      most = other > most || other != other ? other : most;
+    }
+    return most;
+  }
+
+  DUPLEX_DEVICE void store(typename T::Stored* to) const {
+    each_run([&](int p, int h) { *reinterpret_cast<Run<T, COUNT>*>(to + column[p][h]) = narrow_run<T>(x[p][h]); });
+  }
+
+  template <Storage S>
+  DUPLEX_DEVICE void store_bytes(uint8_t* to, float worth) const {
+    each_run([&](int p, int h) {
+      Vector<uint8_t, COUNT> bytes;
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) bytes.number[n] = to_byte<S>(worth > 0 ? x[p][h][n] / worth : 0.f);
+      *reinterpret_cast<Vector<uint8_t, COUNT>*>(to + column[p][h]) = bytes;
+    });
+  }
+};
+
+struct Slot {
+  int32_t position, page, slot;  // page -1: the token is skipped
+};
+
+DUPLEX_DEVICE Slot slot_of(const Append& a, int32_t token) {
+  const Slot none{-1, -1, 0};
+  if (token >= int32_t(a.tokens)) return none;
+  const int32_t position = a.positions[token], sequence = a.cu ? sequence_of(a.cu, token, a.batch) : token;
+  const int32_t n = position / a.page_size;
+  if (sequence >= a.batch || position < 0 || n >= a.max_pages) return none;
+  const int32_t page = a.table[sequence * a.table_row + n];
+  return page < 0 || page >= a.num_pages ? none : Slot{position, page, position - n * a.page_size};
+}
+
+// Keys and values take turns, block by block, and so do the slices of their heads.
+template <class T, Storage S, int COUNT>
+DUPLEX_KERNEL_SHARING(APPEND_THREADS, S == Storage::AS_QUERIES ? 8 : 6)
+append_kernel(DUPLEX_PARAMETER Append a, int log2_lanes, int slices) {
+  const Lanes lanes(log2_lanes);
+  const int block = ptx::block_index() / 2, slice = block % slices;
+  const int32_t token = block / slices * (APPEND_THREADS >> log2_lanes) + lanes.row();
   const AppendSide& side = ptx::block_index() % 2 ? a.values : a.keys;
-  const int thread = ptx::thread_index();
-  const int64_t n = int64_t(ptx::block_index() / 2) * (APPEND_THREADS / width) + thread / width;
-  const int64_t token = n / a.heads;
-  const int head = int(n % a.heads);
-  bool live = token < a.tokens;
-  const int32_t position = live ? a.positions[token] : -1;
-  const int64_t sequence = live && a.cu ? sequence_of(a.cu, token, a.batch) : token;
-  live = live && sequence < a.batch && position >= 0 && position / a.page_size < a.max_pages;
-  const int32_t page = live ? a.table[sequence * a.table_row + position / a.page_size] : -1;
-  live = live && page >= 0 && page < a.num_pages;
-  const int slot = live ? position % a.page_size : 0;
-
-  const Stored* row = side.from.template at<Stored>(0, live ? token : 0, head);
-  float x[APPEND_NUMBERS / COUNT][COUNT];
-  float (&all)[APPEND_NUMBERS] = reinterpret_cast<float (&)[APPEND_NUMBERS]>(x);
-#pragma unroll
-  for (int c = 0; c < APPEND_NUMBERS / COUNT; ++c) {
-    const int column = (c * width + thread % width) * COUNT;
-#pragma unroll
-    for (int e = 0; e < COUNT; ++e) x[c][e] = 0;
-    if (live && column < side.dim) load_rotated<T>(row, column, position, side.rope, x[c]);
-  }
-
-  float worth = 1;
-  if (a.storage != Storage::AS_QUERIES) {
-    float* scale = const_cast<float*>(side.scales.data) + (live ? page : 0) * side.scales.page +
-                   slot * side.scales.slot + head * side.scales.head;
-    if (side.set_scales) {
-      worth = largest_of(all, width) / (a.storage == Storage::INT8 ? INT8_LARGEST : FLOAT8_LARGEST);
-      if (live && thread % width == 0) *scale = worth;
-    } else if (live) {
-      worth = *scale;
+  AppendRow<T, COUNT> row(side, lanes);
+  const auto* from = side.from.template at<typename T::Stored>(0, token < int32_t(a.tokens) ? token : 0, slice);
+  auto next = row.load(from);
+  const Slot slot = slot_of(a, token);
+  const bool live = slot.page >= 0;
+  row.load_rope(slot.position);
+  auto* to = side.to.template at<Kept<T, S>>(slot.page, slot.slot, slice);
+  for (int head = slice; head < a.heads; head += slices, to += slices * side.to.head) {
+    const auto now = next;
+    if (head + slices < a.heads) next = row.load(from += slices * side.from.head);
+    row.turn(now);
+    if constexpr (S == Storage::AS_QUERIES) {
+      if (live) row.store(to);
+    } else {
+      row.round();
+      float worth = 1, *scale = const_cast<float*>(side.scales.data) + slot.page * side.scales.page +
+                                slot.slot * side.scales.slot + head * side.scales.head;
+      if (side.set_scales) {
+        worth = row.largest() / LARGEST<S>;
+        if (live && lanes.lane() == 0) *scale = worth;
+      } else if (live) {
+        worth = *scale;
+      }
+      if (live) row.template store_bytes<S>(to, worth);
     }
-  }
-  if (!live) return;
-#pragma unroll
-  for (int c = 0; c < APPEND_NUMBERS / COUNT; ++c) {
-    const int column = (c * width + thread % width) * COUNT;
-    if (column >= side.dim) continue;
-    if (a.storage == Storage::AS_QUERIES) {
-      store_vector<T>(side.to.template at<Stored>(page, slot, head) + column, x[c]);
-      continue;
-    }
-    Vector<uint8_t, COUNT> bytes;
-#pragma unroll
-    for (int e = 0; e < COUNT; ++e) {
-      const float number = worth > 0 ? x[c][e] / worth : 0.f;
-      bytes.number[e] = a.storage == Storage::INT8 ? to_int8(number) : to_float8(number);
-    }
-    *reinterpret_cast<Vector<uint8_t, COUNT>*>(side.to.template at<uint8_t>(page, slot, head) + column) = bytes;
   }
 }
 

@@ -22,7 +22,8 @@ const Attention& attention(int64_t head_dim) {
 
 namespace {
 
-constexpr int64_t TILES_A_PROCESSOR = 4;  // at once, and to spare, so that the longest leaves little idling at the end
+// What a tile costs besides its keys, and what the merge of parts does, in keys that a tile reads meanwhile.
+constexpr int64_t START_COST = 96, MERGE_COST = 128, PART_COST = 4;
 
 // All rows of a sequence and their heads fill no more than the small tile. Not where bits must not depend on how many
 // there are.
@@ -42,28 +43,40 @@ int box_rows(const Call& c, const sm90::PagedVariant& v) {
 struct Chosen {
   const sm90::PagedVariant* hopper;  // or null
   int tile_rows, block_n, box_rows;
+  int blocks;  // on a multiprocessor at once
 };
 Chosen choose(const Call& c, const Attention& of_every_card, bool small, int capability) {
   if (capability == 90 && (small || c.pages.storage == Storage::AS_QUERIES)) {
     const int64_t head_dim = std::max(c.head_dim, c.head_dim_v);
     const sm90::PagedVariant& v =
         small ? sm90::decode_variant(head_dim, c.pages.storage) : sm90::paged_variant(head_dim);
-    if (const int rows = box_rows(c, v)) return {&v, v.block_m, v.block_n, rows};
+    if (const int rows = box_rows(c, v)) return {&v, v.block_m, v.block_n, rows, v.blocks};
   }
   const int rows = small ? SMALL_ROWS : LARGE_ROWS;
-  return {nullptr, rows, of_every_card.block_n(c.pages.storage, rows), 0};
+  return {nullptr, rows, of_every_card.block_n(c.pages.storage, rows), 0, 2};
 }
 
-// What follows from shapes alone. `parts` of the keys are worth a merge where there are too few blocks for the card.
-Division divide(const PagedArguments& p, const Call& c, int tile_rows, int block, int processors) {
-  const Packing pack = packing(c.group(), tile_rows);
+// Parts of the keys by which tiles end soonest, of which the card does so many at once.
+int64_t splits_of(int64_t tiles, int64_t longest, int64_t at_once) {
+  const int64_t most = std::clamp<int64_t>((longest + LEAST_SPLIT - 1) / LEAST_SPLIT, 1, at_once);
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const int64_t rounds = (tiles * splits + at_once - 1) / at_once;
+    const int64_t cost = rounds * (longest / splits + START_COST) + (splits > 1 ? MERGE_COST + PART_COST * splits : 0);
+    if (cost < least) best = splits, least = cost;
+  }
+  return best;
+}
+
+// What follows from shapes alone.
+Division divide(const PagedArguments& p, const Call& c, const Chosen& by, int processors) {
+  const Packing pack = packing(c.group(), by.tile_rows);
   const int64_t blocks = (p.max_seqlen_q + pack.rows - 1) / pack.rows;
   const int64_t tiles = std::max<int64_t>(1, c.batch.batch * blocks * c.heads_kv * pack.chunks);
-  const int64_t longest = c.batch.longest, wanted = TILES_A_PROCESSOR * processors;
-  const int64_t splits = p.batch_invariant
-                             ? (longest + FIXED_SPLIT - 1) / FIXED_SPLIT
-                             : std::min((wanted + tiles - 1) / tiles, (longest + LEAST_SPLIT - 1) / LEAST_SPLIT);
-  return {int32_t(blocks), int32_t(std::max<int64_t>(splits, 1)), pack.rows, block, p.batch_invariant};
+  const int64_t longest = c.batch.longest;
+  const int64_t splits =
+      p.batch_invariant ? (longest + FIXED_SPLIT - 1) / FIXED_SPLIT : splits_of(tiles, longest, by.blocks * processors);
+  return {int32_t(blocks), int32_t(std::max<int64_t>(splits, 1)), pack.rows, by.block_n, p.batch_invariant};
 }
 
 Call describe(const PagedArguments& p) {
@@ -114,7 +127,7 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   const Attention& kernels = attention(std::max(c.head_dim, c.head_dim_v));
   const Chosen large = choose(c, kernels, false, device.capability);
   const Chosen own = is_small(p, c) ? choose(c, kernels, true, device.capability) : large;
-  c.division = divide(p, c, own.tile_rows, own.block_n, device.processors);
+  c.division = divide(p, c, own, device.processors);
   // A plan's tiles of shared keys are not for terms that depend on distances.
   const bool planned = plan && !distance_bias && !alibi_slopes && c.batch.batch > 0;
   const Division& d = c.division;

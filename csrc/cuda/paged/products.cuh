@@ -143,7 +143,7 @@ struct Products {
       total += weight[w] * ptx::shared_load_float(state_at(w, m) + 4);
     }
     const float lse = total != 0 ? reference + ptx::log2(total) * LN2 : -INFINITY;
-    const auto number = [&](int, int column) {
+    const auto number = [&](int column) {
       float x = 0;
 #pragma unroll
       for (int w = 0; w < L::WARPS_N; ++w) x = ptx::fma(ptx::shared_load_float(sum_at(w, m, column)), weight[w], x);
@@ -152,7 +152,7 @@ struct Products {
     if (piece.slot >= 0) {
       const int64_t slot = piece.slot + r.i - piece.begin;
       float* to = c.parts + (slot * c.heads_q + r.head) * c.head_dim_v;
-      for (int column = lane; column < c.head_dim_v; column += 32) to[column] = total != 0 ? number(0, column) : 0.f;
+      for (int column = lane; column < c.head_dim_v; column += 32) to[column] = total != 0 ? number(column) : 0.f;
       if (lane == 0) c.parts_lse[int64_t(r.head) * c.slots + slot] = lse;
       return;
     }
@@ -160,9 +160,8 @@ struct Products {
     using Stored = typename T::Stored;
     const int64_t row = piece.row + r.i;
     Stored* to = c.out.template at<Stored>(0, row, r.head);
-    const float whole = merge_row(
-        1, c.sink ? c.sink[r.head] : -INFINITY, c.head_dim_v, lane, [&](int) { return lse; }, number,
-        [&](int column, float x) { to[column] = narrow<T>(x); });
+    const float whole = merge_one(lse, c.sink ? c.sink[r.head] : -INFINITY, c.head_dim_v, lane, number,
+                                  [&](int column, float x) { to[column] = narrow<T>(x); });
     if (lane == 0) c.lse[int64_t(r.head) * c.batch.rows_q + row] = whole;
   }
 };

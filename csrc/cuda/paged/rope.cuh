@@ -7,6 +7,12 @@
 
 namespace duplex::paged {
 
+DUPLEX_DEVICE void turn(float& first, float& second, float cos, float sin) {
+  const float turned = first * cos - second * sin;
+  second = second * cos + first * sin;
+  first = turned;
+}
+
 // Numbers [column, column + COUNT) of a row, turned by its position and rounded as their type: as if they had been
 // turned before. With COUNT > 1, no pair's halves and no end of the turning part lie inside such a run but where pairs
 // are interleaved.

@@ -58,10 +58,15 @@ struct RowTile {
     int32_t page, slot;
   };
   DUPLEX_DEVICE Place place_of(int32_t j) const {
-    const uint32_t key = uint32_t(piece.first + j), size = uint32_t(c.pages.page_size), page = key / size;
-    return {clamp32(c.pages.table[piece.sequence * c.pages.table_row + page], 0, c.num_pages - 1),
-            int32_t(key - page * size)};
+    const Place found = entry_of(j);
+    return {page(found.page), found.slot};
   }
+  // The same as the table has it, for who can wait for it and look later whether it is a page.
+  DUPLEX_DEVICE Place entry_of(int32_t j) const {
+    const uint32_t key = uint32_t(piece.first + j), size = uint32_t(c.pages.page_size), page = key / size;
+    return {c.pages.table[piece.sequence * c.pages.table_row + page], int32_t(key - page * size)};
+  }
+  DUPLEX_DEVICE int32_t page(int32_t entry) const { return clamp32(entry, 0, c.num_pages - 1); }
 
   // Where a row stands in its own sequence.
   DUPLEX_DEVICE int64_t position(const Row& r) const {

@@ -116,7 +116,7 @@ struct Compute {
   }
 
   DUPLEX_DEVICE void run() {
-    for_each_tile(a.lengths, a.tiles(), [&](const Work& w) { tile(w); });
+    walk<Work>(a.lengths, a.tiles(), [&](const Work& w) { tile(w); });
   }
 };
 

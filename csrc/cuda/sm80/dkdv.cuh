@@ -149,7 +149,7 @@ struct KeyGradients {
   }
 
   DUPLEX_DEVICE void run() {
-    for_each_key_tile(a.lengths, a.key_tiles, [&](const KeyWork& w) { tile(w); });
+    walk<KeyWork>(a.lengths, a.key_tiles, [&](const KeyWork& w) { tile(w); });
   }
 };
 

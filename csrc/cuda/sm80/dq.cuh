@@ -113,7 +113,7 @@ struct QueryGradients {
 
   DUPLEX_DEVICE void run() {
     if constexpr (DISTANCES) clear_slot(a.distances, ptx::block_index(), ptx::thread_index());
-    for_each_row_tile<DISTANCES>(a, [&](const Work& w) { tile(w); });
+    walk<Work>(a.lengths, a.row_tiles, [&](const Work& w) { tile(moved<DISTANCES>(a, w)); });
   }
 };
 

@@ -36,8 +36,9 @@ struct Compute : Pipeline<T, S> {
       const auto live = [&](int t) {
         return w.row_k + w.len_k < a.lengths.rows_k ? w.len_k - w.keys.at(t) * S::BLOCK_N : S::BLOCK_N;
       };
-      ptx::barrier_wait(shared.q_full(), tiles & 1);
-      this->template sum_values<TERMS>(count, w.keys.edges(), out, weigh, live, [&] { release(shared.q_empty()); });
+      const int q = this->q_stage = tiles % S::Q_STAGES;
+      ptx::barrier_wait(shared.q_full(q), tiles / S::Q_STAGES & 1);
+      this->template sum_values<TERMS>(count, w.keys.edges(), out, weigh, live, [&] { release(shared.q_empty(q)); });
       ++tiles;
     } else {
 #pragma unroll
@@ -49,9 +50,9 @@ struct Compute : Pipeline<T, S> {
     store_lse(a, w, i, lse, quad_lane());
   }
 
-  DUPLEX_DEVICE void run() {
+  DUPLEX_DEVICE void run(Tickets<Work> tickets) {
     this->open();
-    for_each_tile(a.lengths, a.tiles(), [&](const Work& w) { tile(w); });
+    tickets.for_each<true>([&](const Work& w) { tile(w); });
   }
 };
 

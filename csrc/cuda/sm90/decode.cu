@@ -21,7 +21,8 @@ void launch_decode(const PagedLaunch& l, paged::Which which, int32_t units) {
 }
 
 template <Storage S>
-constexpr PagedVariant VARIANT = {Built<S>::HEAD_DIM, Built<S>::ROWS, Built<S>::BLOCK_N, &launch_decode<S>};
+constexpr PagedVariant VARIANT = {Built<S>::HEAD_DIM, Built<S>::ROWS, Built<S>::BLOCK_N, Built<S>::BLOCKS,
+                                  &launch_decode<S>};
 
 }  // namespace
 

@@ -13,12 +13,14 @@ struct DecodeShape {
   static constexpr int BLOCK_N = HEAD_DIM == 256 && S == Storage::AS_QUERIES ? 32 : 64;
   static constexpr int WARPS_M = 1, WARPS_N = BLOCK_N / 16, WARPS = WARPS_N, KEYS = 16;  // that compute; keys of each
   static constexpr int COMPUTING = 32 * WARPS, THREADS = COMPUTING + 32;
-  static constexpr int BLOCKS = HEAD_DIM == 256 ? 1 : 2;  // on a multiprocessor, where registers and memory allow
+  // On a multiprocessor, where registers and memory allow. Bytes take arithmetic more than time to arrive.
+  static constexpr int BLOCKS = HEAD_DIM == 256 ? 1 : S == Storage::AS_QUERIES ? 2 : 3;
   using Keys = Tile<BLOCK_N, HEAD_DIM * paged::STORED_BYTES<S> / 2>;  // two bytes a number as if they were one
   using Side = Keys;
   static constexpr bool CONVERTS = true;            // float8 in hardware
   static constexpr bool Q_STAYS = HEAD_DIM == 256;  // queries are in registers, which the widest have none left for
-  static constexpr int FITTING = 192 * 1024 / BLOCKS / (2 * Keys::BYTES), STAGES = FITTING < 6 ? FITTING : 6;
+  static constexpr int FITTING = (BLOCKS == 3 ? 64 * 1024 : 192 * 1024 / BLOCKS) / (2 * Keys::BYTES),
+                       STAGES = FITTING < 6 ? FITTING : 6;
 
   static constexpr int KV = 0, Q = KV + STAGES * 2 * Keys::BYTES, STATE = Q + ROWS * HEAD_DIM * 2;
   static constexpr int UNITS = STATE + WARPS * ROWS * 8, BARRIERS = UNITS + ROWS * 4,
@@ -102,14 +104,15 @@ struct Decode : DecodeRows<T, S, L, TILES> {
   };
   using Where = paged::RowTile::Place;
   DUPLEX_DEVICE Where where_of(int block) const {
-    if (!QUANTISED || block < 0 || lane % L::KEYS >= live(block)) return {-1, 0};
-    return tile.place_of(block * L::BLOCK_N + warp_n * L::KEYS + lane % L::KEYS);
+    if (!QUANTISED || block < 0 || lane % L::KEYS >= live(block)) return {0, -1};
+    return tile.entry_of(block * L::BLOCK_N + warp_n * L::KEYS + lane % L::KEYS);
   }
   DUPLEX_DEVICE int block_at(int t) const { return t < tile.keys.count() ? tile.block_at(t) : -1; }
   DUPLEX_DEVICE Scales scales_at(Where at) const {
-    if (!QUANTISED || at.page < 0) return {0, 0};
+    if (!QUANTISED || at.slot < 0) return {0, 0};
+    const int32_t page = tile.page(at.page);
     const auto read = [&](const ScaleView& s) {
-      return s ? s.data[at.page * s.page + at.slot * s.slot + tile.share.kv_head * s.head] : 0.f;
+      return s ? s.data[page * s.page + at.slot * s.slot + tile.share.kv_head * s.head] : 0.f;
     };
     return {read(c.pages.k_scales), read(c.pages.v_scales)};
   }

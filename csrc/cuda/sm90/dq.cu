@@ -10,7 +10,7 @@ using Built = QueryShape<DUPLEX_HEAD_DIM>;
 template <class T, bool TERMS, bool DISTANCES>
 void launch_kernel(const BackwardLaunch& l, const BackwardMaps& maps) {
   constexpr int TEAMS = Built::WARPGROUPS;
-  constexpr int SHARED = Built::SHARED_BYTES + DISTANCES * TEAMS * Diagonals<16, Built::BLOCK_N>::BYTES;
+  constexpr int SHARED = SHARED_WITH_TICKETS<Built, Work> + DISTANCES * TEAMS * Diagonals<16, Built::BLOCK_N>::BYTES;
   static_assert(SHARED <= 227 * 1024);
   const int blocks = DISTANCES ? l.arguments.distances.count / TEAMS : blocks_of(l, l.arguments.row_tiles);
   launch<dq_kernel<T, Built, TERMS, DISTANCES>>("dq", blocks, Built::THREADS, SHARED, l.stream, l.arguments, maps);

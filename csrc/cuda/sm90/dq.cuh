@@ -7,14 +7,26 @@
 
 namespace duplex::sm90 {
 
-template <class S, bool DISTANCES>
-DUPLEX_DEVICE void load_keys(const BackwardArguments& a, const BackwardMaps& maps, typename S::Shared shared) {
+// Terms leave no registers for what is read of a ticket: each warp then works out its tiles for itself. What a block
+// gets is fixed, which sums of distances, in slots of blocks, need to be deterministic.
+template <bool TERMS, bool WARP, class F>
+DUPLEX_DEVICE void for_each_tile(const BackwardArguments& a, Tickets<Work> tickets, F&& f) {
+  if constexpr (TERMS)
+    walk<Work>(a.lengths, a.row_tiles, f);
+  else
+    tickets.for_each<WARP>(f);
+}
+
+template <class S, bool TERMS, bool DISTANCES>
+DUPLEX_DEVICE void load_keys(const BackwardArguments& a, const BackwardMaps& maps, typename S::Shared shared,
+                             Tickets<Work> tickets) {
   ptx::prefetch(maps.q);
   ptx::prefetch(maps.k);
   ptx::prefetch(maps.v);
   ptx::prefetch(maps.dout);
   int step = 0, tiles = 0;  // blocks of keys and tiles so far
-  for_each_row_tile<DISTANCES>(a, [&](const Work& w) {
+  for_each_tile<TERMS, false>(a, tickets, [&](const Work& as_handed) {
+    const Work w = moved<DISTANCES>(a, as_handed);
     const int count = w.keys.count(), kv_head = w.head / a.group, batch = a.lengths.cu_q ? 0 : w.batch;
     for (int t = 0; t < count; ++t, ++step) {
       const int k = step % S::K_STAGES, v = step % S::V_STAGES, row = w.row_k + w.keys.at(t) * S::BLOCK_N;
@@ -57,7 +69,7 @@ struct QueryGradients : Gradients<TERMS> {
   }
 
   DUPLEX_DEVICE Team team() const {
-    return {shared.base + S::SHARED_BYTES + warpgroup * Distances::BYTES, ptx::anew(thread),
+    return {shared.base + SHARED_WITH_TICKETS<S, Work> + warpgroup * Distances::BYTES, ptx::anew(thread),
             Base::BARRIER_ALL + 1 + warpgroup};
   }
   DUPLEX_DEVICE int slot() const { return Warpgroups::WARPGROUPS * ptx::block_index() + warpgroup; }
@@ -163,9 +175,9 @@ struct QueryGradients : Gradients<TERMS> {
     store_rows<T>(a.dq, w.batch, w.row_q, w.head, i, w.len_q, a.head_dim, dq, weight, quad_lane());
   }
 
-  DUPLEX_DEVICE void run() {
+  DUPLEX_DEVICE void run(Tickets<Work> tickets) {
     if constexpr (DISTANCES) clear_slot(a.distances, slot(), thread);
-    for_each_row_tile<DISTANCES>(a, [&](const Work& w) { tile(w); });
+    for_each_tile<TERMS, true>(a, tickets, [&](const Work& w) { tile(moved<DISTANCES>(a, w)); });
   }
 };
 
@@ -173,6 +185,7 @@ template <class T, class S, bool TERMS, bool DISTANCES>
 DUPLEX_KERNEL(S::THREADS)
 dq_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps maps) {
   const typename S::Shared shared{ptx::shared_base()};
+  const auto tickets = tickets_of<S, Work>(shared.base);
   if (ptx::thread_index() == 0) {
     ptx::barrier_init(shared.rows_full(), 1);
     ptx::barrier_init(shared.rows_empty(), S::WARPS);
@@ -184,12 +197,19 @@ dq_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps ma
       ptx::barrier_init(shared.v_full(n), 1);
       ptx::barrier_init(shared.v_empty(n), S::WARPS);
     }
+    tickets.init(1 + S::WARPS);
     ptx::barrier_init_fence();
   }
   ptx::block_sync();
   using Compute = QueryGradients<T, S, TERMS, DISTANCES>;
-  divide_roles<1, S>([&](int) { load_keys<S, DISTANCES>(a, maps, shared); },
-                     [&](int warpgroup, int thread) { Compute(a, shared, warpgroup, thread).run(); });
+  divide_roles<TERMS ? 1 : 2, S>(
+      [&](int mover) {
+        if (mover == 0)
+          load_keys<S, TERMS, DISTANCES>(a, maps, shared, tickets);
+        else
+          hand_out(a.lengths, a.row_tiles, tickets);
+      },
+      [&](int warpgroup, int thread) { Compute(a, shared, warpgroup, thread).run(tickets); });
 }
 
 }  // namespace duplex::sm90

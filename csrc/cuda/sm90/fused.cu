@@ -10,8 +10,8 @@ using Built = FusedShape<DUPLEX_HEAD_DIM>;
 template <class T>
 void launch_kernels(const BackwardLaunch& l, const BackwardMaps& maps) {
   const auto go = [&]<auto KERNEL>() {
-    launch<KERNEL>("fused", blocks_of(l, l.arguments.key_tiles), Built::THREADS, Built::SHARED_BYTES, l.stream,
-                   l.arguments, maps);
+    launch<KERNEL>("fused", blocks_of(l, l.arguments.key_tiles), Built::THREADS, SHARED_WITH_TICKETS<Built, KeyWork>,
+                   l.stream, l.arguments, maps);
   };
   l.terms ? go.template operator()<fused_kernel<T, Built, true>>()
           : go.template operator()<fused_kernel<T, Built, false>>();

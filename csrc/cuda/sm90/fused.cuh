@@ -9,9 +9,10 @@ namespace duplex::sm90 {
 
 // A thread for each computing warpgroup adds to memory what that has staged.
 template <class S>
-DUPLEX_DEVICE void add_to_dq(const BackwardArguments& a, typename S::Shared shared, int warpgroup) {
+DUPLEX_DEVICE void add_to_dq(const BackwardArguments& a, typename S::Shared shared, Tickets<KeyWork> tickets,
+                             int warpgroup) {
   int step = 0;
-  for_each_key_tile(a.lengths, a.key_tiles, [&](const KeyWork& w) {
+  tickets.for_each<false>([&](const KeyWork& w) {
     const int64_t sums = RowSums::start(a.lengths, w.batch, w.row_q);
     for_each_block_of_rows<S>(a, w, [&](int head, int i0) {
       float* to = a.dq_sums + (head * a.sums.head + sums + i0) * S::HEAD_DIM + S::BLOCK_M * S::first_column(warpgroup);
@@ -29,22 +30,31 @@ template <class T, class S, bool TERMS>
 DUPLEX_KERNEL(S::THREADS)
 fused_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps maps) {
   const typename S::Shared shared{ptx::shared_base()};
+  const auto tickets = tickets_of<S, KeyWork>(shared.base);
   if (ptx::thread_index() == 0) {
     init_barriers<S>(shared);
     for (int w = 0; w < S::WARPGROUPS; ++w) {
       ptx::barrier_init(shared.staged_full(w), S::WARPS / S::WARPGROUPS);
       ptx::barrier_init(shared.staged_empty(w), 1);
     }
+    tickets.init(1 + S::WARPGROUPS + S::WARPS);
     ptx::barrier_init_fence();
   }
   ptx::block_sync();
-  divide_roles<1 + S::WARPGROUPS, S>(
-      [&](int mover) { mover == 0 ? load_rows<S>(a, maps, shared) : add_to_dq<S>(a, shared, mover - 1); },
+  divide_roles<2 + S::WARPGROUPS, S>(
+      [&](int mover) {
+        if (mover == 0)
+          load_rows<S>(a, maps, shared, tickets);
+        else if (mover == 1)
+          hand_out(a.lengths, a.key_tiles, tickets);
+        else
+          add_to_dq<S>(a, shared, tickets, mover - 2);
+      },
       [&](int warpgroup, int thread) {
         if (S::EVEN || warpgroup == 0)
-          KeyGradients<T, S, TERMS, true, true, S::columns(0)>(a, shared, warpgroup, thread).run();
+          KeyGradients<T, S, TERMS, true, true, S::columns(0)>(a, shared, warpgroup, thread).run(tickets);
         else if constexpr (!S::EVEN)
-          KeyGradients<T, S, TERMS, true, true, S::columns(1)>(a, shared, warpgroup, thread).run();
+          KeyGradients<T, S, TERMS, true, true, S::columns(1)>(a, shared, warpgroup, thread).run(tickets);
       });
 }
 

@@ -26,13 +26,14 @@ DUPLEX_DEVICE void for_each_block_of_rows(const BackwardArguments& a, const KeyW
 }
 
 template <class S>
-DUPLEX_DEVICE void load_rows(const BackwardArguments& a, const BackwardMaps& maps, typename S::Shared shared) {
+DUPLEX_DEVICE void load_rows(const BackwardArguments& a, const BackwardMaps& maps, typename S::Shared shared,
+                             Tickets<KeyWork> tickets) {
   ptx::prefetch(maps.q);
   ptx::prefetch(maps.k);
   ptx::prefetch(maps.v);
   ptx::prefetch(maps.dout);
   int step = 0, tiles = 0;  // blocks of rows and tiles so far
-  for_each_key_tile(a.lengths, a.key_tiles, [&](const KeyWork& w) {
+  tickets.for_each<false>([&](const KeyWork& w) {
     const int batch = a.lengths.cu_q ? 0 : w.batch;
     if (w.rows.count() == 0) return;
     ptx::barrier_wait(shared.keys_empty(), (tiles++ & 1) ^ 1);
@@ -245,8 +246,8 @@ struct KeyGradients : Gradients<TERMS> {
     }
   }
 
-  DUPLEX_DEVICE void run() {
-    for_each_key_tile(a.lengths, a.key_tiles, [&](const KeyWork& w) { tile(w); });
+  DUPLEX_DEVICE void run(Tickets<KeyWork> tickets) {
+    tickets.for_each<true>([&](const KeyWork& w) { tile(w); });
   }
 };
 

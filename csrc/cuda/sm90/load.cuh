@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/shape.h"
-#include "cuda/work.cuh"
+#include "cuda/sm90/tickets.cuh"
 
 namespace duplex::sm90 {
 
@@ -25,12 +25,12 @@ DUPLEX_DEVICE void load_tile(uint32_t to, const ptx::TensorMap& map, uint32_t ba
 }
 
 template <class S>
-DUPLEX_DEVICE void load(const ForwardArguments& a, const Maps& maps, Shared<S> shared) {
+DUPLEX_DEVICE void load(const ForwardArguments& a, const Maps& maps, Shared<S> shared, Tickets<Work> tickets) {
   ptx::prefetch(maps.q);
   ptx::prefetch(maps.k);
   ptx::prefetch(maps.v);
   int step = 0, tiles = 0;  // blocks of keys and tiles so far
-  for_each_tile(a.lengths, a.tiles(), [&](const Work& w) {
+  tickets.for_each<false>([&](const Work& w) {
     const int count = w.keys.count(), kv_head = w.head / a.group;
     const int batch = a.lengths.cu_q ? 0 : w.batch;
     for (int t = 0; t < count; ++t, ++step) {
@@ -39,8 +39,9 @@ DUPLEX_DEVICE void load(const ForwardArguments& a, const Maps& maps, Shared<S> s
       ptx::barrier_wait(shared.k_empty(stage), empty);
       load_tile<typename S::Keys>(shared.k(stage), maps.k, shared.k_full(stage), row, kv_head, batch);
       if (t == 0) {
-        ptx::barrier_wait(shared.q_empty(), (tiles & 1) ^ 1);
-        load_tile<typename S::Queries>(shared.q(), maps.q, shared.q_full(), w.row_q + w.i0, w.head, batch);
+        const int q = tiles % S::Q_STAGES;
+        ptx::barrier_wait(shared.q_empty(q), (tiles / S::Q_STAGES & 1) ^ 1);
+        load_tile<typename S::Queries>(shared.q(q), maps.q, shared.q_full(q), w.row_q + w.i0, w.head, batch);
       }
       ptx::barrier_wait(shared.v_empty(stage), empty);
       load_tile<typename S::Keys>(shared.v(stage), maps.v, shared.v_full(stage), row, kv_head, batch);

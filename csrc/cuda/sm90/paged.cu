@@ -26,7 +26,7 @@ void launch_paged(const PagedLaunch& l, paged::Which which, int32_t units) {
 #define DUPLEX_JOIN(a, b) a##b
 #define DUPLEX_NAME(a, b) DUPLEX_JOIN(a, b)
 extern const PagedVariant DUPLEX_NAME(PAGED_, DUPLEX_HEAD_DIM);
-const PagedVariant DUPLEX_NAME(PAGED_, DUPLEX_HEAD_DIM) = {Built::HEAD_DIM, Built::BLOCK_M, Built::BLOCK_N,
+const PagedVariant DUPLEX_NAME(PAGED_, DUPLEX_HEAD_DIM) = {Built::HEAD_DIM, Built::BLOCK_M, Built::BLOCK_N, 1,
                                                            &launch_paged};
 
 }  // namespace duplex::sm90

@@ -137,7 +137,10 @@ DUPLEX_KERNEL(S::THREADS)
 paged_kernel(DUPLEX_PARAMETER PagedArguments a) {
   const Shared<S> shared{ptx::shared_base()};
   const int warpgroup = ptx::uniform(ptx::thread_index() / 128), warp = ptx::uniform(ptx::thread_index() / 32);
-  if (ptx::thread_index() == 0) init_barriers(shared);
+  if (ptx::thread_index() == 0) {
+    init_barriers(shared);
+    ptx::barrier_init_fence();
+  }
   ptx::block_sync();
   if (warpgroup == 0) {
     ptx::fewer_registers<S::LOADER_REGISTERS>();

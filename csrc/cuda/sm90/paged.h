@@ -16,6 +16,7 @@ struct PagedLaunch {
 
 struct PagedVariant {
   int head_dim, block_m, block_n;
+  int blocks;  // on a multiprocessor at once
   // Of `units`: tiles of the plan or pieces of the division.
   void (*launch)(const PagedLaunch& launch, paged::Which which, int32_t units);
 };

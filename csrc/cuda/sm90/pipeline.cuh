@@ -14,15 +14,16 @@ namespace duplex::sm90 {
 template <class S>
 DUPLEX_DEVICE void init_barriers(Shared<S> shared) {
   constexpr int WARPS = 4 * S::WARPGROUPS;
-  ptx::barrier_init(shared.q_full(), 1);
-  ptx::barrier_init(shared.q_empty(), WARPS);
+  for (int n = 0; n < S::Q_STAGES; ++n) {
+    ptx::barrier_init(shared.q_full(n), 1);
+    ptx::barrier_init(shared.q_empty(n), WARPS);
+  }
   for (int n = 0; n < S::STAGES; ++n) {
     ptx::barrier_init(shared.k_full(n), 1);
     ptx::barrier_init(shared.k_empty(n), WARPS);
     ptx::barrier_init(shared.v_full(n), 1);
     ptx::barrier_init(shared.v_empty(n), WARPS);
   }
-  ptx::barrier_init_fence();
 }
 
 template <class T, class S>
@@ -33,6 +34,7 @@ struct Pipeline {
   const Shared<S> shared;
   const int warpgroup, thread, lane;  // thread: of the warpgroup
   int step = 0;                       // blocks of keys so far
+  int q_stage = 0;                    // of the tile's queries
 
   DUPLEX_DEVICE Pipeline(Shared<S> shared, int warpgroup, int thread)
       : shared(shared), warpgroup(warpgroup), thread(thread), lane(thread % 32) {}
@@ -57,7 +59,7 @@ struct Pipeline {
   }
 
   DUPLEX_DEVICE void multiply_keys(float (&x)[PRODUCTS], int n) {
-    multiply_rows<T, typename S::Queries, typename S::Keys>(x, shared.q(), 64 * warpgroup, shared.k(stage(n)));
+    multiply_rows<T, typename S::Queries, typename S::Keys>(x, shared.q(q_stage), 64 * warpgroup, shared.k(stage(n)));
   }
 
   DUPLEX_DEVICE void multiply_values(float (&out)[OUT], const uint32_t (&p)[WEIGHTS][4], int n, bool accumulate) {

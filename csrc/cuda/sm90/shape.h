@@ -41,14 +41,16 @@ struct Shape : Choice<HEAD_DIM_> {
   static constexpr int LEFT = (ENTRY_REGISTERS * (WARPGROUPS + 1) - LOADER_REGISTERS) / WARPGROUPS / 8 * 8;
   static constexpr int COMPUTE_REGISTERS = LEFT < 240 ? LEFT : 240;
 
+  static constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;  // tiles of queries in flight, where there is room
+
   using Queries = Tile<BLOCK_M, HEAD_DIM>;
   using Keys = Tile<BLOCK_N, HEAD_DIM>;
 
   static constexpr int Q = 0;
-  static constexpr int K = Q + Queries::BYTES;
+  static constexpr int K = Q + Q_STAGES * Queries::BYTES;
   static constexpr int V = K + STAGES * Keys::BYTES;
   static constexpr int BARRIERS = V + STAGES * Keys::BYTES;
-  static constexpr int SHARED_BYTES = BARRIERS + 8 * (2 + 4 * STAGES);
+  static constexpr int SHARED_BYTES = BARRIERS + 8 * (2 * Q_STAGES + 4 * STAGES);
   static_assert(SHARED_BYTES <= 227 * 1024);
 };
 
@@ -57,17 +59,17 @@ template <class S>
 struct Shared {
   uint32_t base;
 
-  DUPLEX_HOST_DEVICE uint32_t q() const { return base + S::Q; }
+  DUPLEX_HOST_DEVICE uint32_t q(int stage = 0) const { return base + S::Q + stage * S::Queries::BYTES; }
   DUPLEX_HOST_DEVICE uint32_t k(int stage) const { return base + S::K + stage * S::Keys::BYTES; }
   DUPLEX_HOST_DEVICE uint32_t v(int stage) const { return base + S::V + stage * S::Keys::BYTES; }
   DUPLEX_HOST_DEVICE uint32_t barrier(int n) const { return base + S::BARRIERS + 8 * n; }
   // Full: its bytes have come. Empty: every warp that computes has read it.
-  DUPLEX_HOST_DEVICE uint32_t q_full() const { return barrier(0); }
-  DUPLEX_HOST_DEVICE uint32_t q_empty() const { return barrier(1); }
-  DUPLEX_HOST_DEVICE uint32_t k_full(int stage) const { return barrier(2 + stage); }
-  DUPLEX_HOST_DEVICE uint32_t k_empty(int stage) const { return barrier(2 + S::STAGES + stage); }
-  DUPLEX_HOST_DEVICE uint32_t v_full(int stage) const { return barrier(2 + 2 * S::STAGES + stage); }
-  DUPLEX_HOST_DEVICE uint32_t v_empty(int stage) const { return barrier(2 + 3 * S::STAGES + stage); }
+  DUPLEX_HOST_DEVICE uint32_t k_full(int stage) const { return barrier(stage); }
+  DUPLEX_HOST_DEVICE uint32_t k_empty(int stage) const { return barrier(S::STAGES + stage); }
+  DUPLEX_HOST_DEVICE uint32_t v_full(int stage) const { return barrier(2 * S::STAGES + stage); }
+  DUPLEX_HOST_DEVICE uint32_t v_empty(int stage) const { return barrier(3 * S::STAGES + stage); }
+  DUPLEX_HOST_DEVICE uint32_t q_full(int stage) const { return barrier(4 * S::STAGES + stage); }
+  DUPLEX_HOST_DEVICE uint32_t q_empty(int stage) const { return barrier(4 * S::STAGES + S::Q_STAGES + stage); }
 };
 
 }  // namespace duplex::sm90

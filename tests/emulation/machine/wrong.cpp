@@ -168,7 +168,7 @@ EXPORTED void places_of(int entries, int heads, int section, int blocks, int64_t
 }
 
 EXPORTED const char* schedule_of(const Lengths* lengths, const Entries* entries, int* order) {
-  return report([&] { schedule(*lengths, *entries, order, nullptr); });
+  return report([&] { schedule(*lengths, *entries, Order{order}, nullptr); });
 }
 
 EXPORTED int cost_of(const Lengths* lengths, const Entries* entries, int entry) {

@@ -79,6 +79,8 @@ inline bool any(bool x) {
   return x;
 }
 
+inline int32_t add_to(int32_t* to, int32_t x) { return __atomic_fetch_add(to, x, __ATOMIC_RELAXED); }
+
 inline void shared_store(uint32_t address, int x) { block->store(address, &x, 4); }
 inline int shared_load(uint32_t address) {
   int x;
