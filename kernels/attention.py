@@ -1,7 +1,7 @@
 """The Triton backend: launchers with the signature that every backend has (attn/call.py).
 
 A call becomes a list of `Launch`es, which the tests also compile ahead of time for cards that are not there. Nothing is
-allocated but outputs and the workspace that `attention_backward` names; nothing waits for the device.
+allocated but outputs and the workspaces that `attention_backward` names; nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -27,30 +27,34 @@ from .schedule import section
 
 def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """out (like q with v's head_dim) and lse, float32 (B, Hq, Sq) or (Hq, total); both contiguous."""
-    c = Call(*arguments)
+    c = Call._make(arguments)
     *rows, heads, _ = c.q.shape
-    out = c.q.new_empty(*rows, heads, c.v.shape[-1])
-    lse = c.q.new_empty((heads, *rows) if _packed(c) else (rows[0], heads, rows[1]), dtype=torch.float32)
+    out = c.q.new_empty((*rows, heads, c.v.shape[-1]))
+    lse = c.q.new_empty((heads, *rows) if c.packed else (rows[0], heads, rows[1]), dtype=torch.float32)
     if c.batch == 0 or c.max_seqlen_q == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    run(c.q.device, forward(c, out, lse, tuning.table_for(c.q.device)))
+    run("forward", c, (out, lse), lambda: [forward(c, out, lse, tuning.table_for(c.q.device))])
     return out, lse
 
 
 def attention_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, bias, distance_bias, (two that this backend refuses) and sink: those that `output_mask` wants.
 
-    Workspace: float32, one number for each of lse and, for the gradient of distance_bias, two for each distance and head.
+    Workspaces: float32, one number for each of lse and, for the gradient of distance_bias, two for each distance and head.
     """
     *arguments, wanted = rest
-    c = Call(*arguments)
+    c = Call._make(arguments)
     table = tuning.table_for(c.q.device)
     made = [wanted[0], *[wanted[1] or wanted[2]] * 2, *wanted[3:]]  # k and v share their kernel
     inputs = (c.q, c.k, c.v, c.bias, c.distance_bias, None, None, c.sink)
-    grads = [x.new_empty(x.shape) if want and x is not None else None for x, want in zip(inputs, made, strict=True)]
-    partial = 0 if grads[4] is None else diagonals(c, table).size
-    workspace = lse.new_empty(lse.numel() + partial)
-    run(c.q.device, *backward(c, dout, dlse, out, lse, grads, workspace, table))
+    new = Tensor.new_empty if _has_scores(c) else Tensor.new_zeros
+    grads = [new(x, x.shape) if want and x is not None else None for x, want in zip(inputs, made, strict=True)]
+    delta = torch.empty_like(lse)
+    partial = None if grads[4] is None else lse.new_empty(diagonals(c, table).size)
+    run(
+        "backward", (dout, dlse, out, lse, *c, *made), [x for x in (*grads, delta, partial) if x is not None],
+        lambda: backward(c, dout, dlse, out, lse, grads, delta, partial, table),
+    )  # fmt: skip
     return tuple(
         grad if grad is not None and want else c.q.new_empty(0, dtype=torch.float32)
         for grad, want in zip(grads, wanted, strict=True)
@@ -60,7 +64,7 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tens
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """outs (B, S, H, D) or (T, H, D) in any strides, lses (B, H, S) or (H, T); the results are contiguous."""
     out, lse = outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
-    run(out.device, merge(outs, lses, out, lse))
+    run("merge", (*outs, *lses), (out, lse), lambda: [merge(outs, lses, out, lse)])
     return out, lse
 
 
@@ -69,7 +73,7 @@ def forward(c: Call, out: Tensor, lse: Tensor, table: str) -> Launch:
     blocks = triton.cdiv(c.max_seqlen_q, tile.block_m)
     return Launch(
         forward_kernel, c.batch * c.q.shape[-2] * blocks,
-        (*_qkv(c), *_descriptors(tile, tile.block_n, c.k, c.v), view(out), row_view(lse), c.sink,
+        (*_qkv(c), *_descriptors(c, tile, tile.block_n, c.k, c.v), view(out), row_view(lse), c.sink,
          *_shared(c), *_query_heads(c), blocks),
         _constants(c, tile), options(tile),
     )  # fmt: skip
@@ -77,25 +81,20 @@ def forward(c: Call, out: Tensor, lse: Tensor, table: str) -> Launch:
 
 def backward(
     c: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    grads: Sequence[Tensor | None], workspace: Tensor, table: str,
+    grads: Sequence[Tensor | None], delta: Tensor, partial: Tensor | None, table: str,
 ) -> list[Launch]:  # fmt: skip
-    """Fills those of `grads` that are there; without a single score at once, with zeroes."""
+    """Fills those of `grads` that are there; without a single score the sink's alone, since the others are zero as they come."""
     dq, dk, dv, dbias, ddistance, _, _, dsink = grads
-    delta, partial = workspace[: lse.numel()].view(lse.shape), workspace[lse.numel() :]
     given = (view(dout), row_view(lse), row_view(delta))
     launches = [delta_of(dout, dlse, out, lse, delta)]
-    if c.batch == 0 or c.max_seqlen_q == 0 or c.max_seqlen_k == 0:  # no score, but a sink may still have a gradient
-        for grad in (dq, dk, dv, dbias, ddistance):
-            if grad is not None:
-                grad.zero_()
-    else:
+    if _has_scores(c):
         if dq is not None:
             launches.append(dq_of(c, given, dq, table))
         if dk is not None and dv is not None:
             launches.append(dkdv_of(c, given, dk, dv, table))
         if dbias is not None:
             launches.append(dbias_of(c, given, dbias, table))
-        if ddistance is not None:
+        if ddistance is not None and partial is not None:
             launches += ddistance_of(c, given, diagonals(c, table), partial, ddistance, table)
     if dsink is not None:
         launches.append(dsink_of(c, lse, delta, dsink))
@@ -119,7 +118,7 @@ def dq_of(c: Call, given: tuple, dq: Tensor, table: str) -> Launch:
     blocks = triton.cdiv(c.max_seqlen_q, tile.block_m)
     return Launch(
         dq_kernel, c.batch * c.q.shape[-2] * blocks,
-        (*_qkv(c), *_descriptors(tile, tile.block_n, c.k, c.v), *given, view(dq), *_shared(c), *_query_heads(c), blocks),
+        (*_qkv(c), *_descriptors(c, tile, tile.block_n, c.k, c.v), *given, view(dq), *_shared(c), *_query_heads(c), blocks),
         _constants(c, tile), options(tile),
     )  # fmt: skip
 
@@ -131,7 +130,7 @@ def dkdv_of(c: Call, given: tuple, dk: Tensor, dv: Tensor, table: str) -> Launch
     read = c.max_seqlen_q * group * (c.q.shape[-1] + c.v.shape[-1]) * c.q.element_size()
     return Launch(
         dkdv_kernel, c.batch * heads_kv * blocks,
-        (*_qkv(c), *_descriptors(tile, tile.block_m, c.q, given[0].data), *given, view(dk), view(dv),
+        (*_qkv(c), *_descriptors(c, tile, tile.block_m, c.q, given[0].data), *given, view(dk), view(dv),
          *_shared(c), heads_kv, group, section(c.batch * heads_kv, 1, read), blocks),
         _constants(c, tile), options(tile),
     )  # fmt: skip
@@ -218,8 +217,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tens
     )  # fmt: skip
 
 
-def _packed(c: Call) -> bool:
-    return c.cu_seqlens_q is not None
+def _has_scores(c: Call) -> bool:
+    return c.batch > 0 and c.max_seqlen_q > 0 and c.max_seqlen_k > 0
 
 
 def forward_tile(c: Call, table: str) -> tuning.Config:
@@ -235,8 +234,14 @@ def _qkv(c: Call) -> tuple:
     return view(c.q), view(c.k), view(c.v)
 
 
-def _descriptors(tile: tuning.Config, rows: int, *tensors: Tensor) -> list:
-    return [descriptor(x, rows) if tile.descriptors else None for x in tensors]
+def _descriptors(c: Call, tile: tuning.Config, rows: int, *tensors: Tensor) -> list:
+    """Of a tensor as wide as keys, and of one as wide as values."""
+    return [descriptor(x, rows, n) if tile.descriptors else None for x, n in zip(tensors, _widths(c), strict=True)]
+
+
+def _widths(c: Call) -> tuple[int, int]:
+    head_dim, head_dim_v = c.q.shape[-1], c.v.shape[-1]
+    return tuning.padded(head_dim), tuning.padded_values(head_dim_v, head_dim)
 
 
 def _shared(c: Call) -> tuple:
@@ -256,14 +261,14 @@ def _query_heads(c: Call) -> tuple[int, int, int]:
 
 
 def _constants(c: Call, tile: tuning.Config) -> dict[str, Any]:
-    head_dim, head_dim_v = c.q.shape[-1], c.v.shape[-1]
+    block_d, block_dv = _widths(c)
     return {
         "TOP_LEFT": c.top_left,
         "PLAIN": problem.plain(problem.terms(c)),
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim_v,
-        "BLOCK_D": tuning.padded(head_dim),
-        "BLOCK_DV": tuning.padded(head_dim_v),
+        "HEAD_DIM": c.q.shape[-1],
+        "HEAD_DIM_V": c.v.shape[-1],
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }

@@ -42,7 +42,7 @@ def forward_kernel(
     live = s.len_q - i0
     origin = bias_origin(lengths, s)
     # A finite score in every row of an inside block: no row's maximum can be -inf there.
-    FINITE: tl.constexpr = terms.bias is None and terms.keep is None
+    FINITE: tl.constexpr = terms.bias is None
     FILLED: tl.constexpr = lengths.cu_k is None and lengths.len_k is None
     UNIT: tl.constexpr = LN2 if PLAIN else 1.0  # of `largest` and of sums in the exponent
 

@@ -204,7 +204,7 @@ def attend(
         tile_q = (tile_q.to(tl.float32) * inverse(unit_q)).to(tl.float16)
     unit_v = power_of_two(0.0)  # of scales so far
     i, head = (i0 + r)[:, None], h[:, None]
-    FINITE: tl.constexpr = terms.bias is None and terms.keep is None
+    FINITE: tl.constexpr = terms.bias is None
     UNIT: tl.constexpr = LN2 if PLAIN else 1.0  # of `largest` and of sums in the exponent
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

@@ -1,7 +1,7 @@
 """The paged calls of the Triton backend: launchers with the signatures of attn/paged/call.py, as `Launch`es like those of attention.py.
 
 Work is divided by the call's plan, or without one on the device (division.py); so is that of calls whose terms depend on distances,
-since a plan's shared tiles are not for them. The workspace holds results of parts: float32, head_dim_v + 1 numbers for each part,
+since a plan's shared tiles are not for them. The workspaces hold results of parts: float32, head_dim_v + 1 numbers for each part,
 row and head.
 """
 
@@ -37,24 +37,23 @@ def paged_attention(*arguments: Any) -> None:
         return
     table = tuning.table_for(c.q.device)
     if c.plan is not None and c.bias is None and c.distance_bias is None and c.alibi_slopes is None:
-        workspace = c.q.new_empty(workspace_size(c, c.plan.shape[0]), dtype=torch.float32)
-        run(c.q.device, *planned(c, c.plan, out, lse, workspace, table))
+        plan, parts = c.plan, partial_results(c, c.plan.shape[0])
+        run("planned", arguments, parts, lambda: planned(c, plan, out, lse, parts, table))
     else:
         division = divided(c, table, workers(c.q.device))
-        workspace = c.q.new_empty(workspace_size(c, division.slots), dtype=torch.float32)
-        run(c.q.device, *attention(c, out, lse, workspace, division, table))
+        parts = partial_results(c, division.slots)
+        run("paged", arguments, parts, lambda: attention(c, out, lse, parts, division, table))
 
 
 def paged_append(*arguments: Any) -> None:
-    c = AppendCall._make(arguments)
-    run(c.k.device, *append(c))
+    run("append", arguments, (), lambda: append(AppendCall._make(arguments)))
 
 
 def copy_pages(
     k_pages: Tensor, v_pages: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
 ) -> None:
     of_pages = [x for x in (k_pages, v_pages, k_scales, v_scales) if x is not None and x.shape[0] == k_pages.shape[0]]
-    run(k_pages.device, *(copy(x, src, dst) for x in of_pages))
+    run("copy", (*of_pages, src, dst), (), lambda: [copy(x, src, dst) for x in of_pages])
 
 
 class Packing(NamedTuple):
@@ -83,8 +82,16 @@ def planned_workers(device: torch.device, heads_kv: int) -> Workers:
     return Workers(64, max(1, workers(device) // (4 * heads_kv)))
 
 
-def workspace_size(c: PagedCall, slots: int) -> int:
-    return slots * c.q.shape[1] * (c.v_pages.shape[3] + 1)
+class PartialResults(NamedTuple):
+    out: Tensor  # float32 (slots, Hq, Dv)
+    lse: Tensor  # float32 (Hq, slots)
+
+
+def partial_results(c: PagedCall, slots: int) -> PartialResults:
+    heads, dim_v = c.q.shape[1], c.v_pages.shape[3]
+    return PartialResults(
+        c.q.new_empty((slots, heads, dim_v), dtype=torch.float32), c.q.new_empty((heads, slots), dtype=torch.float32)
+    )
 
 
 def packing(c: PagedCall, tile: tuning.Config) -> Packing:
@@ -105,8 +112,8 @@ def divided(c: PagedCall, table: str, workers: int) -> Division:
     return Division(pack, blocks, splits, c.batch * blocks * splits * pack.rows if splits > 1 else 0)
 
 
-def attention(c: PagedCall, out: Tensor, lse: Tensor, workspace: Tensor, d: Division, table: str) -> list[Launch]:
-    shared = _shared(c, d.packing, out, lse, workspace)
+def attention(c: PagedCall, out: Tensor, lse: Tensor, parts: PartialResults, d: Division, table: str) -> list[Launch]:
+    shared = _shared(c, d.packing, out, lse, parts)
     blocks = c.batch * d.blocks * c.k_pages.shape[2] * d.packing.chunks
     launches = [
         Launch(
@@ -121,13 +128,13 @@ def attention(c: PagedCall, out: Tensor, lse: Tensor, workspace: Tensor, d: Divi
     return launches
 
 
-def planned(c: PagedCall, plan: Tensor, out: Tensor, lse: Tensor, workspace: Tensor, table: str) -> list[Launch]:
+def planned(c: PagedCall, plan: Tensor, out: Tensor, lse: Tensor, parts: PartialResults, table: str) -> list[Launch]:
     """As many programs as the plan has rows, whatever it holds: a CUDA graph can keep them."""
     capacity, large = plan.shape[0], packing(c, large_tile(c, table))
     small = small_tile(c, table)
     launches = []
     for pack, of_shared in ((large, True), (packing(c, small) if small else large, False)):
-        shared = _shared(c, pack, out, lse, workspace)
+        shared = _shared(c, pack, out, lse, parts)
         launches.append(
             Launch(
                 planned_kernel, (capacity - 1) * c.k_pages.shape[2] * pack.chunks,
@@ -153,18 +160,16 @@ class Shared(NamedTuple):
     constants: dict[str, Any]
 
 
-def _shared(c: PagedCall, pack: Packing, out: Tensor, lse: Tensor, workspace: Tensor) -> Shared:
+def _shared(c: PagedCall, pack: Packing, out: Tensor, lse: Tensor, parts: PartialResults) -> Shared:
     heads_q, heads_kv, dim_v = c.q.shape[1], c.k_pages.shape[2], c.v_pages.shape[3]
-    slots = workspace.numel() // (heads_q * (dim_v + 1))
-    parts_out = view(workspace[: slots * heads_q * dim_v].view(slots, heads_q, dim_v))
-    parts_lse = row_view(workspace[slots * heads_q * dim_v :].view(heads_q, slots))
     left, right = (UNBOUNDED if x is None else x for x in (c.left, c.right))
     batch = Batch(c.seqlens_k, c.cu_seqlens_q, c.prefix)
     return Shared(
-        (batch, view(out), row_view(lse), parts_out, parts_lse, c.sink, left, right, c.q.shape[0], c.max_seqlen_q,
+        (batch, view(out), row_view(lse), view(parts.out), row_view(parts.lse), c.sink, left, right, c.q.shape[0], c.max_seqlen_q,
          c.longest if len(c.k_pages) else 0, c.batch, heads_kv * pack.chunks, heads_q // heads_kv, pack.chunks),
         {"TOP_LEFT": c.top_left, "FIXED": FIXED_SPLIT if c.batch_invariant else 0, "HEADS": pack.heads,
-         "HEAD_DIM_V": dim_v, "BLOCK_DV": tuning.padded(dim_v), "BLOCK_M": pack.tile.block_m, "BLOCK_N": pack.tile.block_n},
+         "HEAD_DIM_V": dim_v, "BLOCK_DV": tuning.padded_values(dim_v, c.q.shape[2]), "BLOCK_M": pack.tile.block_m,
+         "BLOCK_N": pack.tile.block_n},
     )  # fmt: skip
 
 

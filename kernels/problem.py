@@ -1,6 +1,7 @@
 """One attention call as the kernels take it: plain named tuples of tensors and numbers, built once on the host.
 
-A field that is None costs nothing: a kernel is compiled without the code that would read it.
+A field that is None costs nothing: a kernel is compiled without the code that would read it. No field is a tuple itself: Triton 3.6
+forgets the constants of an inner tuple where an early return parts a kernel (it keeps the outer one's type as it was at first).
 """
 
 from __future__ import annotations
@@ -58,8 +59,11 @@ class Terms(NamedTuple):
     distance_bias: Any  # (heads_q, 2 * radius + 1)
     radius: int | None
     alibi_slopes: Any  # (heads_q,)
-    bias: Plane | None
-    keep: Plane | None  # a boolean bias, as uint8
+    bias: Any  # and its strides, as in Plane; a boolean one as uint8
+    bias_batch: int | None
+    bias_head: int | None
+    bias_row: int | None
+    bias_column: int | None
 
 
 class Dropout(NamedTuple):
@@ -87,17 +91,16 @@ def lengths(c: Call) -> Lengths:
 
 
 def terms(c: Call) -> Terms:
-    boolean = c.bias is not None and c.bias.dtype == torch.bool
+    bias = c.bias.view(torch.uint8) if c.bias is not None and c.bias.dtype == torch.bool else c.bias
     scale = c.q.shape[-1] ** -0.5 if c.scale is None else c.scale
     return Terms(
-        scale=scale,
-        log2_scale=scale * LOG2E,
-        softcap=c.softcap if c.softcap > 0 else None,
-        distance_bias=c.distance_bias,
-        radius=None if c.distance_bias is None else c.distance_bias.shape[-1] // 2,
-        alibi_slopes=c.alibi_slopes,
-        bias=None if c.bias is None or boolean else plane(c.bias),
-        keep=plane(c.bias.view(torch.uint8)) if c.bias is not None and boolean else None,
+        scale,
+        scale * LOG2E,
+        c.softcap if c.softcap > 0 else None,
+        c.distance_bias,
+        None if c.distance_bias is None else c.distance_bias.shape[-1] // 2,
+        c.alibi_slopes,
+        *([None] * 5 if bias is None else plane(bias)),
     )
 
 
@@ -110,11 +113,4 @@ def dropout(c: Call) -> Dropout | None:
 
 def plain(t: Terms) -> bool:
     """A score is a positive multiple of <q, k>: the factor can be applied inside the exponent."""
-    return (
-        t.scale > 0
-        and t.softcap is None
-        and t.distance_bias is None
-        and t.alibi_slopes is None
-        and t.bias is None
-        and t.keep is None
-    )
+    return t.scale > 0 and t.softcap is None and t.distance_bias is None and t.alibi_slopes is None and t.bias is None

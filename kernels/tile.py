@@ -156,10 +156,10 @@ def tanh(x):
 
 
 @triton.jit
-def bias_at(plane, s, batch, head, i, j, origin):
-    """A bias for rows i and keys j; 0 outside the sequence, where it is never read."""
-    pointers = plane.data + tl.cast(batch, tl.int64) * plane.batch + tl.cast(head, tl.int64) * plane.head
-    pointers += tl.cast(origin[0] + i, tl.int64) * plane.row + tl.cast(origin[1] + j, tl.int64) * plane.column
+def bias_at(terms, s, batch, head, i, j, origin):
+    """The bias for rows i and keys j; 0 outside the sequence, where it is never read."""
+    pointers = terms.bias + tl.cast(batch, tl.int64) * terms.bias_batch + tl.cast(head, tl.int64) * terms.bias_head
+    pointers += tl.cast(origin[0] + i, tl.int64) * terms.bias_row + tl.cast(origin[1] + j, tl.int64) * terms.bias_column
     mask = (i >= 0) & (i < s.len_q) & (j >= 0) & (j < s.len_k)
     return tl.load(pointers, mask=mask, other=0)
 
@@ -199,9 +199,11 @@ def scores(products, terms, s, batch, head, i, j, nearest, furthest, origin, PLA
     if terms.alibi_slopes is not None:
         x -= tl.load(terms.alibi_slopes + head) * tl.abs(j - (i + s.offset)).to(tl.float32)
     if terms.bias is not None:
-        x += bias_at(terms.bias, s, batch, head, i, j, origin).to(tl.float32)
-    if terms.keep is not None:
-        x = tl.where(bias_at(terms.keep, s, batch, head, i, j, origin) != 0, x, -float("inf"))
+        bias = bias_at(terms, s, batch, head, i, j, origin)
+        if bias.dtype == tl.uint8:  # a boolean one
+            x = tl.where(bias != 0, x, -float("inf"))
+        else:
+            x += bias.to(tl.float32)
     if EDGE:
         x = tl.where(visible(s, i, j), x, -float("inf"))
     return x, slope

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -72,11 +72,15 @@ def config(kernel: str, table: str, bits: int, head_dim: int) -> Config:
     return Config(**found)
 
 
+# Each forgets something that is kept and follows from the tables.
+derived: list[Callable[[], None]] = [table_for.cache_clear, config.cache_clear]
+
+
 def adopt(name: str, table: dict[str, Any]) -> None:
     """Adds a table, or puts it in another's place, for this process."""
     tables()[name] = table
-    table_for.cache_clear()
-    config.cache_clear()
+    for forget in derived:
+        forget()
 
 
 @contextmanager
@@ -95,3 +99,12 @@ def trial(table: str, kernel: str, bits: int, head_dim_class: int, tried: Config
 def padded(head_dim: int) -> int:
     """Width of a tile: matrix products take powers of 2, from 16."""
     return max(16, triton.next_power_of_2(head_dim))
+
+
+def padded_values(head_dim_v: int, head_dim: int) -> int:
+    """Width of a tile of values beside one of keys: as wide as shared memory tells widths apart by how it swizzles rows, up to 128 bytes.
+
+    Where values are narrower and take the place of keys in shared memory, the ptxas of Triton 3.3 to 3.6 (CUDA 12.8) has matrix products
+    on Hopper read most of them from wrong addresses: wrong numbers, or the end of the process.
+    """
+    return max(padded(head_dim_v), min(padded(head_dim), 64))

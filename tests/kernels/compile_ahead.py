@@ -82,6 +82,13 @@ def full_call(dtype: torch.dtype, head_dim: int) -> Call:
     return call._replace(cu_seqlens_q=lengths, cu_seqlens_k=lengths, **packed, **terms)
 
 
+def boolean_call(dtype: torch.dtype, head_dim: int) -> Call:
+    """Padded, with nothing but a boolean bias in its scores, the last of their terms."""
+    lengths = torch.empty(BATCH, dtype=torch.int32)
+    keep = torch.empty(BATCH, 1, ROWS, ROWS, dtype=torch.bool)
+    return plain_call(dtype, head_dim)._replace(seqlens_q=lengths, seqlens_k=lengths, bias=keep)
+
+
 PAGES, PAGE_SIZE, WORKERS = 64, 16, 1024
 STORED = {
     "plain": None,
@@ -92,8 +99,9 @@ STORED = {
 
 
 def paged_calls_of(kind: str, dtype: torch.dtype, head_dim: int) -> tuple[PagedCall, AppendCall]:
-    """Decoding and chunks of prefill with nothing that can be left out, prefill with everything, decoding over float8 pages."""
-    stored = STORED[kind] or dtype
+    """Decoding and chunks of prefill with nothing that can be left out, prefill with everything, decoding over float8 pages, prefill
+    with a boolean bias."""
+    stored = STORED.get(kind) or dtype
     k_pages = torch.empty(PAGES, PAGE_SIZE, HEADS_KV, head_dim, dtype=stored)
     scales = None if stored == dtype else torch.empty(PAGES, PAGE_SIZE, HEADS_KV)
     lengths, angles = torch.empty(BATCH + 1, dtype=torch.int32), torch.empty(ROWS, head_dim // 2)
@@ -101,9 +109,11 @@ def paged_calls_of(kind: str, dtype: torch.dtype, head_dim: int) -> tuple[PagedC
     rows = BATCH
     extra = {"left": None, "right": 0, "top_left": False, "max_seqlen_q": 1, "batch_invariant": False}
     rope = {"rope_cos": None, "rope_sin": None, "rope_interleaved": False}
-    if kind in ("prefill", "everything"):
+    if kind in ("prefill", "everything", "boolean"):
         rows *= ROWS
         extra |= {"cu_seqlens_q": lengths, "max_seqlen_q": ROWS}
+    if kind == "boolean":
+        extra["bias"] = torch.empty(BATCH, 1, ROWS, PAGES * PAGE_SIZE, dtype=torch.bool)
     if kind == "everything":
         c = full_call(dtype, head_dim)
         names = ("prefix", "bias", "distance_bias", "alibi_slopes", "sink")
@@ -126,11 +136,11 @@ def paged_launches(table: str, kind: str, dtype: torch.dtype, head_dim: int) -> 
     division = paged_calls.divided(c, table, WORKERS)
     plan = torch.empty(64, 8, dtype=torch.int32)
     out, lse = torch.empty_like(c.q), torch.empty(HEADS, len(c.q))
-    workspace = torch.empty(paged_calls.workspace_size(c, max(division.slots, len(plan))))
+    parts = paged_calls.partial_results(c, max(division.slots, len(plan)))
     moved = paged_calls.copy(c.k_pages, new.positions, new.positions)
-    reading = paged_calls.attention(c, out, lse, workspace, division, table)
+    reading = paged_calls.attention(c, out, lse, parts, division, table)
     if kind == "prefill":
-        return [*reading, *paged_calls.planned(c, plan, out, lse, workspace, table)]
+        return [*reading, *paged_calls.planned(c, plan, out, lse, parts, table)]
     return [*reading, *paged_calls.append(new), moved]
 
 
@@ -145,7 +155,8 @@ CONFIGURED_ALIKE = {
     "copy_kernel",
     "parts_kernel",
 }
-CALLS = {"plain": plain_call, "everything": full_call}
+CALLS = {"plain": plain_call, "everything": full_call, "boolean": boolean_call}
+BOOLEAN = {"forward_kernel", "dq_kernel", "dkdv_kernel", "paged_kernel"}
 
 
 def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
@@ -156,12 +167,12 @@ def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
     out, dout = torch.empty_like(c.q), torch.empty_like(c.q)
     lse = torch.empty((HEADS, BATCH * ROWS) if c.packed else (BATCH, HEADS, ROWS))
     inputs = (c.q, c.k, c.v, c.bias, c.distance_bias, None, None, c.sink)
-    grads = [None if x is None else torch.empty_like(x) for x in inputs]
-    workspace = torch.empty(lse.numel() + (attention.diagonals(c, table).size if kind == "everything" else 0))
+    grads = [torch.empty_like(x) if x is not None and x.is_floating_point() else None for x in inputs]
+    partial = torch.empty(attention.diagonals(c, table).size) if kind == "everything" else None
     dlse = lse if kind == "everything" else None
     return [
         attention.forward(c, out, lse, table),
-        *attention.backward(c, dout, dlse, out, lse, grads, workspace, table),
+        *attention.backward(c, dout, dlse, out, lse, grads, torch.empty_like(lse), partial, table),
         attention.merge([out, out], [lse, lse], out, lse),
         *paged_launches(table, kind, dtype, head_dim),
     ]
@@ -172,10 +183,13 @@ def jobs(table: str) -> list[tuple[str, str, int, int, int]]:
     found = []
     for bits, repeated in ((32, 64), (16, 128)):
         for head_dim in (256, 128, 64):
-            for kind in STORED if bits == 16 else CALLS:
+            for kind in STORED if bits == 16 else ("plain", "everything"):
                 for n, launch in enumerate(launches(table, kind, bits, head_dim)):
                     if kind != "everything" or head_dim == repeated or launch.kernel.__name__ not in CONFIGURED_ALIKE:
                         found.append((table, kind, bits, head_dim, n))
+    for n, launch in enumerate(launches(table, "boolean", 16, 64)):
+        if launch.kernel.__name__ in BOOLEAN:
+            found.append((table, "boolean", 16, 64, n))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,16 @@ def test_right(): pass
 def test_wrong(): assert 1 == 2
 def test_elsewhere(): pytest.skip("not here")
 """
+ENDLESS = """
+import time
+
+def test_right(): pass
+def test_wrong(): assert 1 == 2
+def test_endless():
+    while True:
+        time.sleep(1)
+def test_right_too(): pass
+"""
 FATAL = """
 import os
 
@@ -213,14 +224,19 @@ def recorded(folder: Path, tests: str, seconds: int, *options: str) -> dict[str,
     return record
 
 
-@pytest.mark.parametrize("seconds", [60, 0])
-def test_what_tests_do_is_recorded(tmp_path: Path, seconds: int) -> None:
-    record = recorded(tmp_path, RECORDED, seconds)
-    assert record["passed"] == 1
-    if seconds == 0:  # over after the first of three
-        assert record["failures"] == [] and record["skips"] == {}
-        return
-    assert record["skips"] == {"not here": 1}
+def test_what_tests_do_is_recorded(tmp_path: Path) -> None:
+    record = recorded(tmp_path, RECORDED, 60)
+    assert record["passed"] == 1 and record["skips"] == {"not here": 1}
+    (failure,) = record["failures"]
+    assert failure["test"].endswith("test_few.py::test_wrong") and "1 == 2" in failure["message"]
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["here", "in a worker"])
+def test_time_is_over_in_the_midst_of_a_test_too(tmp_path: Path, workers: list[str]) -> None:
+    begin = time.monotonic()
+    record = recorded(tmp_path, ENDLESS, 8, *workers)
+    assert time.monotonic() - begin < 30
+    assert (record["total"], record["finished"], record["passed"]) == (4, 2, 1) and "running" not in record
     (failure,) = record["failures"]
     assert failure["test"].endswith("test_few.py::test_wrong") and "1 == 2" in failure["message"]
 

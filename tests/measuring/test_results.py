@@ -327,5 +327,15 @@ def test_a_page_of_a_card_tells_all_that_was_found() -> None:
         assert line in page, page
 
 
+def test_a_page_tells_which_tests_had_no_time() -> None:
+    from benchmarks.gpu.page import of_card
+
+    test = STAMP | {"passed": 7, "skips": {}, "failures": [], "others": {"passed": 2, "not_run": 5}}
+    assert "Tests: 9 passed, 5 had no time to run." in "\n".join(of_card(results({}, test=test), "plot.svg"))
+    test["others"] = {"reason": "no time was left to bring them up"}
+    told = "Tests: 7 passed, all but those that come first had no time to run."
+    assert told in "\n".join(of_card(results({}, test=test), "plot.svg"))
+
+
 def test_the_evidence_is_data_of_the_package() -> None:
     assert json.loads(of_package.FILE.read_text()) == json.loads((ROOT / "attn" / "evidence.json").read_text())

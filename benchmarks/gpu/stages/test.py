@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -18,6 +20,7 @@ from ..store import Store
 FIRST = ("tests/gpu", "tests/emulation", "tests/contracts")  # these must come to their end
 WORKERS = 14  # processes on one card: what takes long is the compiler and the oracle, both of which have one thread
 STUCK = 60  # seconds of one test
+ENDING = 10.0  # seconds that pytest-xdist gives its workers to end, of which those in the midst of a test take all
 SAVED_EVERY = 1.0  # seconds
 
 
@@ -28,6 +31,7 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     arguments += ["-m", "gpu" if on_card else "not gpu", *(["-k", settings.tests] if settings.tests else [])]
     if on_card and importlib.util.find_spec("xdist"):
         arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+        deadline -= ENDING
         if importlib.util.find_spec(
             "pytest_timeout"
         ):  # the worker ends, for nothing else ends a kernel that waits for ever
@@ -42,11 +46,13 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
         record.update(status="failed", reason="no test was found")
     elif first.finished < first.total:
         record.update(status="cut", reason=f"time was over after {first.finished} of {first.total} tests")
-    elif on_card:
+    elif on_card and time.monotonic() + 2 * first.came_up < deadline:
         rest = Recorder(store, record.setdefault("others", {}), deadline)
         ignored = [f"--ignore={folder}" for folder in FIRST]
         pytest.main(["tests", *ignored, *arguments[len(FIRST) :]], plugins=[rest])
         record["others"]["not_run"] = rest.total - rest.finished
+    elif on_card:
+        record["others"] = {"reason": "no time was left to bring them up"}
     record["failures"] += [{"test": test, "message": "its process died"} for test in crashed]
     failures = [*record["failures"], *record.get("others", {}).get("failures", ())]
     if failures:
@@ -54,14 +60,25 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
 
 
 class Recorder:
-    """A plugin of pytest that keeps what failed, what was skipped and why, as it happens."""
+    """A plugin of pytest that keeps what failed, what was skipped and why, as it happens, and ends the run at the deadline, in the
+    midst of tests too: where every worker has the compiler at work, nothing happens for half a minute."""
 
     def __init__(self, store: Store, record: dict[str, Any], deadline: float) -> None:
         self.store, self.record, self.deadline = store, record, deadline
+        self.begin, self.came_up = time.monotonic(), 0.0  # seconds until the first test began
+        self.alarm = threading.Timer(deadline - self.begin, self.wake)
         self.total = self.finished = 0
         self.skips: Counter[str] = Counter()
         self.saved = 0.0
         record.update(passed=0, failures=[], skips={}, slowest={})
+
+    def pytest_sessionstart(self) -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: pytest.exit("time is over"))
+        self.alarm.daemon = True
+        self.alarm.start()
+
+    def wake(self) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.total = max(self.total, len(session.items))
@@ -75,6 +92,7 @@ class Recorder:
             self.failed(report.nodeid, str(report.longrepr))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.came_up = self.came_up or time.monotonic() - self.begin
         self.record["running"] = nodeid
         self.save()
 
@@ -95,6 +113,8 @@ class Recorder:
                 pytest.exit("time is over")
 
     def pytest_sessionfinish(self) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        self.alarm.cancel()
         self.record.pop("running", None)
         self.store.save()
 
