@@ -27,9 +27,7 @@ def of_card(results: Results, plot: str | None) -> Iterator[str]:
     yield f"### {results['device']}"
     yield ""
     software = ", ".join(f"{name} {machine.get(name)}" for name in ("torch", "torch_cuda", "triton", "nvcc"))
-    commit = str(bench.get("commit"))
-    changed = " and changes to it" if commit.endswith("+") else ""
-    yield f"Commit {commit[:12]}{changed}, {bench.get('at', 'not measured')}; {software}."
+    yield f"Commit {str(bench.get('commit'))[:12]}, {bench.get('at', 'not measured')}; {software}."
     for line in results.get("conditions", ()):
         yield f"Note: {line}."
     yield ""
@@ -116,8 +114,7 @@ def findings(stages: dict[str, Any]) -> Iterator[str]:
     test, sanitize, tune = (stages.get(name, {}) for name in ("test", "sanitize", "tune"))
     if "passed" in test:
         others = test.get("others", {})
-        late = "all but those that come first" if "reason" in others else others.get("not_run", 0)
-        yield f"Tests: {test['passed'] + others.get('passed', 0)} passed, {late} had no time to run."
+        yield f"Tests: {test['passed'] + others.get('passed', 0)} passed, {others.get('not_run', 0)} had no time to run."
         yield ""
         failures = [*test["failures"], *others.get("failures", ())]
         yield from table(("failed", ""), ((f"`{one['test']}`", one["message"].splitlines()[0]) for one in failures))
