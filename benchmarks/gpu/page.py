@@ -114,7 +114,8 @@ def findings(stages: dict[str, Any]) -> Iterator[str]:
     test, sanitize, tune = (stages.get(name, {}) for name in ("test", "sanitize", "tune"))
     if "passed" in test:
         others = test.get("others", {})
-        yield f"Tests: {test['passed'] + others.get('passed', 0)} passed, {others.get('not_run', 0)} had no time to run."
+        late = "all but those that come first" if "reason" in others else others.get("not_run", 0)
+        yield f"Tests: {test['passed'] + others.get('passed', 0)} passed, {late} had no time to run."
         yield ""
         failures = [*test["failures"], *others.get("failures", ())]
         yield from table(("failed", ""), ((f"`{one['test']}`", one["message"].splitlines()[0]) for one in failures))
