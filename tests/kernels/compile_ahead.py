@@ -7,6 +7,7 @@ names the card, so that types, specialisations and constants come from the launc
 """
 
 import json
+import math
 import multiprocessing
 import re
 import subprocess
@@ -25,7 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+sys.path.append(str(Path(__file__).parent))
+from operands import astray
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BATCH, ROWS, HEADS, HEADS_KV = 2, 512, 4, 2
 HALVES = {"plain": torch.bfloat16, "everything": torch.float16}
 
@@ -87,6 +91,15 @@ def boolean_call(dtype: torch.dtype, head_dim: int) -> Call:
     lengths = torch.empty(BATCH, dtype=torch.int32)
     keep = torch.empty(BATCH, 1, ROWS, ROWS, dtype=torch.bool)
     return plain_call(dtype, head_dim)._replace(seqlens_q=lengths, seqlens_k=lengths, bias=keep)
+
+
+def narrow_call(dtype: torch.dtype, head_dim: int) -> Call:
+    """Plain, with values narrower than keys, and where nothing is aligned: no copy from memory to shared memory goes ahead of its use,
+    so that keys and values take turns in one place there."""
+    c = plain_call(dtype, head_dim)
+    sizes = {"q": c.q.shape, "k": c.k.shape, "v": (*c.v.shape[:-1], head_dim // 2)}
+    odd = {name: torch.empty(math.prod(size) + 1, dtype=dtype)[1:].view(size) for name, size in sizes.items()}
+    return c._replace(**odd)
 
 
 PAGES, PAGE_SIZE, WORKERS = 64, 16, 1024
@@ -155,8 +168,11 @@ CONFIGURED_ALIKE = {
     "copy_kernel",
     "parts_kernel",
 }
-CALLS = {"plain": plain_call, "everything": full_call, "boolean": boolean_call}
-BOOLEAN = {"forward_kernel", "dq_kernel", "dkdv_kernel", "paged_kernel"}
+CALLS = {"plain": plain_call, "everything": full_call, "boolean": boolean_call, "narrow": narrow_call}
+ONCE = {  # kernels of calls that are compiled in one class alone
+    "boolean": {"forward_kernel", "dq_kernel", "dkdv_kernel", "paged_kernel"},
+    "narrow": {"forward_kernel", "dq_kernel", "dkdv_kernel"},
+}
 
 
 def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
@@ -164,7 +180,7 @@ def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
     if kind not in CALLS:
         return paged_launches(table, kind, dtype, head_dim)
     c = CALLS[kind](dtype, head_dim)
-    out, dout = torch.empty_like(c.q), torch.empty_like(c.q)
+    out, dout = (torch.empty(*c.q.shape[:-1], c.v.shape[-1], dtype=dtype) for _ in range(2))
     lse = torch.empty((HEADS, BATCH * ROWS) if c.packed else (BATCH, HEADS, ROWS))
     inputs = (c.q, c.k, c.v, c.bias, c.distance_bias, None, None, c.sink)
     grads = [torch.empty_like(x) if x is not None and x.is_floating_point() else None for x in inputs]
@@ -174,7 +190,7 @@ def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
         attention.forward(c, out, lse, table),
         *attention.backward(c, dout, dlse, out, lse, grads, torch.empty_like(lse), partial, table),
         attention.merge([out, out], [lse, lse], out, lse),
-        *paged_launches(table, kind, dtype, head_dim),
+        *(paged_launches(table, kind, dtype, head_dim) if kind != "narrow" else []),
     ]
 
 
@@ -187,10 +203,15 @@ def jobs(table: str) -> list[tuple[str, str, int, int, int]]:
                 for n, launch in enumerate(launches(table, kind, bits, head_dim)):
                     if kind != "everything" or head_dim == repeated or launch.kernel.__name__ not in CONFIGURED_ALIKE:
                         found.append((table, kind, bits, head_dim, n))
-    for n, launch in enumerate(launches(table, "boolean", 16, 64)):
-        if launch.kernel.__name__ in BOOLEAN:
-            found.append((table, "boolean", 16, 64, n))
+    for kind, kernels in ONCE.items():
+        for n, launch in enumerate(launches(table, kind, 16, 64)):
+            if launch.kernel.__name__ in kernels:
+                found.append((table, kind, 16, 64, n))
     return found
+
+
+def told_by(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def report(job: tuple[str, str, int, int, int]) -> dict:
@@ -204,9 +225,8 @@ def report(job: tuple[str, str, int, int, int]) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(binary.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True
-        ).stdout
+        usage = told_by("cuobjdump", "--dump-resource-usage", cubin.name)
+        code = told_by("nvdisasm", "-c", cubin.name)
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     ptx = binary.asm["ptx"]
     return {
@@ -225,6 +245,7 @@ def report(job: tuple[str, str, int, int, int]) -> dict:
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
         "bulk": ptx.count("cp.async.bulk.tensor"),
+        "astray": astray(code),
         "slow": len(re.findall(r"cvt\.(?:rn\.)?bf16\.f16", ptx)),  # of one number each
         "descriptors": any(hasattr(x, "block_shape") for x in launch.arguments),
         "products": "HEAD_DIM_V" in launch.constants and "BLOCK_D" in launch.constants,

@@ -41,8 +41,11 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
     for row in rows:
         what = f"{table}: {row}"
         assert row["shared"] <= SHARED[base], what
+        assert not row["astray"], what
         if table in OWN:
             continue
+        if row["call"] == "narrow":
+            continue  # no configuration is made for it
         if row["kernel"] in FREE_OF_SPILLS or (row["kernel"] == "paged" and row["call"] != "everything"):
             assert row["spilled"] <= SPILLS, what
         if row["products"] and row["bits"] == 16:
