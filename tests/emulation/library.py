@@ -128,11 +128,14 @@ def mbarriers(names: list[str]) -> list[tuple[int, str]]:
 
 
 @contextmanager
-def left_out(what: str, number: int = 0) -> Iterator[None]:
-    """The machine ignores an operation of the kernels, where it numbers them (block.h) the one with this number."""
-    functions().emulation_leave_out(FAULTS.index(what), number)
-    yield
-    functions().emulation_leave_out(0, 0)
+def left_out(what: str, number: int = 0, ranks: bool = False) -> Iterator[None]:
+    """The machine ignores an operation of the kernel that ranks entries, or of all others (what ranks wrongly makes those read
+    anywhere); where it numbers operations (block.h) the one with this number."""
+    functions().emulation_leave_out(FAULTS.index(what), number, ranks)
+    try:
+        yield
+    finally:
+        functions().emulation_leave_out(0, 0, False)
 
 
 CARDS = {"sm80": 80, "sm90": 90}  # folders of kernels, and a compute capability that takes them

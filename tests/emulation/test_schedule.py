@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from .library import compiler, draw, functions
+from .library import compiler, draw, functions, left_out
 from .primitives import passed, run
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -130,6 +130,14 @@ def packed(lens_q: list[int], lens_k: list[int], left: int, right: int) -> tuple
     return lengths, cu
 
 
+def ranked_by(seed: int, lengths: Lengths, entries: Entries) -> list[int]:
+    """What the ranking kernel writes: how many entries there are, the tiles taken, the entries; -1 where it writes nothing."""
+    order = np.full(2 + entries.blocks * lengths.batch, -1, np.int32)
+    draw(seed)
+    assert run(functions(), "schedule_of", ctypes.byref(lengths), ctypes.byref(entries), order) is None
+    return order.tolist()
+
+
 @pytest.mark.parametrize(
     ("left", "right", "keys"),
     [(FAR, FAR, False), (FAR, 0, False), (0, FAR, False), (100, 100, False), (FAR, 0, True), (100, 100, True)],
@@ -142,12 +150,10 @@ def test_entries_are_ranked_longest_first(left: int, right: int, keys: bool) -> 
     lengths, kept = packed(lens_q, lens_k, left, right)
     lens, block, other = (lens_k, 128, 64) if keys else (lens_q, 64, 32)
     entries = Entries(-(-max(lens) // block), 64, 128 if keys else 32, keys)
-    order = np.full(2 + entries.blocks * 400, -1, np.int32)
-    draw(1)
-    assert run(functions(), "schedule_of", ctypes.byref(lengths), ctypes.byref(entries), order) is None
+    number, taken, *order = ranked_by(1, lengths, entries)
     real = {b * entries.blocks + n for b, length in enumerate(lens) for n in range(-(-length // block))}
-    assert order[0] == len(real) and order[1] == 0 and (order[2 + len(real) :] == -1).all()
-    ranked = order[2 : 2 + len(real)].tolist()
+    assert number == len(real) and taken == 0 and set(order[len(real) :]) == {-1}
+    ranked = order[: len(real)]
     assert set(ranked) == real
     costs = []
     for entry in ranked:
@@ -158,6 +164,15 @@ def test_entries_are_ranked_longest_first(left: int, right: int, keys: bool) -> 
         costs.append(len({int(x) // other for x in np.flatnonzero(seen)}))
     assert costs == sorted(costs, reverse=True)
     assert all(a < b for (a, x), (b, y) in itertools.pairwise(zip(ranked, costs, strict=True)) if x == y), "not stable"
+
+
+def test_ranking_needs_its_barriers() -> None:
+    lengths, kept = packed([500, 64, 900] * 100, [500, 64, 900] * 100, FAR, 0)
+    entries = Entries(15, 64, 32, False)
+    right = ranked_by(0, lengths, entries)
+    assert all(ranked_by(seed, lengths, entries) == right for seed in range(4))
+    with left_out("block_sync", ranks=True):
+        assert any(ranked_by(seed, lengths, entries) != right for seed in range(4))
 
 
 def test_sequences_share_no_block_of_what_is_kept_of_rows() -> None:

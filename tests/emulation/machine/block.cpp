@@ -34,10 +34,11 @@ bool is_poison(float x) {
 }
 }  // namespace
 
-Block::Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed)
+Block::Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed, const Fault& fault)
     : index(index),
       blocks(blocks),
       threads(threads),
+      fault(fault),
       memory_(shared_bytes, char(0xFF)),  // NaN in both types
       dirty_(shared_bytes / 16 + 1, -1),
       claimed_(shared_bytes / 4 + 1, 0),

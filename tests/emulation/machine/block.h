@@ -40,6 +40,7 @@ struct Fault {
   // order in which a block first reached their places in the source, 0 being all; of waits for reductions 1 for those
   // that cover reading alone, 2 for the others.
   int number = 0;
+  bool ranks = false;  // the kernel that ranks entries, whose faults others take for places in memory; or all but that
 };
 extern Fault fault;
 
@@ -131,8 +132,9 @@ struct Warp {
 class Block {
  public:
   int index, blocks, threads, current = -1;
+  const Fault fault;
 
-  Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed);
+  Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed, const Fault& fault);
   ~Block();
   void run(const std::function<void()>& kernel);
 

@@ -38,4 +38,6 @@ EXPORTED const char* emulation_launched() {
 
 EXPORTED void emulation_card(int capability) { emulation::capability = capability; }
 
-EXPORTED void emulation_leave_out(int kind, int number) { emulation::fault = {emulation::Fault::Kind(kind), number}; }
+EXPORTED void emulation_leave_out(int kind, int number, bool ranks) {
+  emulation::fault = {emulation::Fault::Kind(kind), number, ranks};
+}

@@ -30,9 +30,11 @@ void launch(const char* what, int blocks, int threads, int shared_bytes, void*, 
   std::iota(order.begin(), order.end(), 0);
   const uint64_t seed = emulation::seed++;
   emulation::launched += std::string(what) + " ";
+  const bool faulty = (what == std::string("schedule")) == emulation::fault.ranks;
+  const emulation::Fault fault = faulty ? emulation::fault : emulation::Fault{};
   std::shuffle(order.begin(), order.end(), std::mt19937(uint32_t(seed)));
   for (int index : order) {
-    emulation::Block block(index, blocks, threads, shared_bytes, seed);
+    emulation::Block block(index, blocks, threads, shared_bytes, seed, fault);
     block.run([&] { KERNEL(arguments...); });
   }
 }

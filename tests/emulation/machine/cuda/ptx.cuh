@@ -263,7 +263,7 @@ void unpack(uint32_t x, float& low, float& high) {
   high = widen(uint16_t(x >> 16));
 }
 
-inline void wgmma_fence() { block->lane().fenced = emulation::fault.kind != emulation::Fault::PRODUCT_FENCE; }
+inline void wgmma_fence() { block->lane().fenced = block->fault.kind != emulation::Fault::PRODUCT_FENCE; }
 inline void wgmma_commit() { ++block->lane().commits; }
 template <int PENDING>
 void wgmma_wait() {
