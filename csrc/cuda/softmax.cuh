@@ -83,6 +83,12 @@ DUPLEX_DEVICE void hide(float (&x)[COUNT], const Place& w, int i, int j) {
   }
 }
 
+// Exponentials need not wait for anybody.
+struct NoTurns {
+  DUPLEX_DEVICE float take(float factor, bool) const { return factor; }
+  DUPLEX_DEVICE void pass(bool) const {}
+};
+
 struct Softmax {
   float largest[2], total[2];  // total: of this thread's columns alone
 
@@ -95,28 +101,34 @@ struct Softmax {
     }
   }
 
-  // Scores to probabilities, relative to the largest score so far; `decay` is what earlier ones shrink by.
-  template <bool MAY_BE_EMPTY, bool TERMS, int COUNT>
-  DUPLEX_DEVICE void next(float (&x)[COUNT], float log2_scale, float (&decay)[2]) {
-    float most[2] = {-INFINITY, -INFINITY}, reference[2];
+  // Scores to probabilities, relative to the largest score so far; `decay` is what earlier ones shrink by. Exponentials
+  // are worked out between turns.take(factor, false), which returns the factor, and turns.pass(false): what these take
+  // and return depends on what comes before, and what comes after on them, so that no compiler moves anything across.
+  template <bool MAY_BE_EMPTY, bool TERMS, int COUNT, class Turns = NoTurns>
+  DUPLEX_DEVICE void next(float (&x)[COUNT], float log2_scale, float (&decay)[2], const Turns& turns = {}) {
+    float of_columns[2][2] = {{x[0], x[1]}, {x[2], x[3]}}, reference[2];  // two chains a row
 #pragma unroll
-    for (int n = 0; n < COUNT; ++n) most[row_of(n)] = fmaxf(most[row_of(n)], x[n]);
+    for (int n = 4; n < COUNT; ++n) of_columns[row_of(n)][n % 2] = fmaxf(of_columns[row_of(n)][n % 2], x[n]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      most[r] = fmaxf(most[r], ptx::shuffle_xor(most[r], 1));
-      most[r] = fmaxf(most[r], ptx::shuffle_xor(most[r], 2));
-      const float now = fmaxf(largest[r], TERMS ? most[r] : most[r] * log2_scale);
+      float most = fmaxf(of_columns[r][0], of_columns[r][1]);
+      most = fmaxf(most, ptx::shuffle_xor(most, 1));
+      most = fmaxf(most, ptx::shuffle_xor(most, 2));
+      const float now = fmaxf(largest[r], TERMS ? most : most * log2_scale);
       reference[r] = MAY_BE_EMPTY && now == -INFINITY ? 0.f : now;
       decay[r] = ptx::exp2(TERMS ? (largest[r] - reference[r]) * LOG2E : largest[r] - reference[r]);
       largest[r] = now;
       total[r] *= decay[r];
     }
+    const auto impossible = [](float x) { return ptx::bits_of(x) == 0x7F800001; };  // no maximum is this NaN
+    const float factor = turns.take(TERMS ? LOG2E : log2_scale, impossible(largest[0]) | impossible(largest[1]));
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) {
       const float at = reference[row_of(n)];
-      x[n] = ptx::exp2(TERMS ? (x[n] - at) * LOG2E : ptx::fma(x[n], log2_scale, -at));
+      x[n] = ptx::exp2(TERMS ? (x[n] - at) * factor : ptx::fma(x[n], factor, -at));
       total[row_of(n)] += x[n];
     }
+    turns.pass((total[0] < 0) | (total[1] < 0));
   }
 
   // What rows are multiplied by in the end, and their log-sum-exp.
@@ -126,7 +138,7 @@ struct Softmax {
       total[r] += ptx::shuffle_xor(total[r], 1);
       total[r] += ptx::shuffle_xor(total[r], 2);
       const bool seen = total[r] != 0;
-      weight[r] = seen ? 1 / total[r] : 0;
+      weight[r] = seen ? ptx::divide(1, total[r]) : 0;
       lse[r] = seen ? largest[r] * unit + ptx::log2(total[r]) * LN2 : -INFINITY;
     }
   }

@@ -25,24 +25,26 @@ struct Tile {
 };
 
 // A matrix descriptor: address in bits 0-13, leading and stride offsets from 16 and 32, all in units of 16 bytes;
-// bits 62-63 are 1 for a swizzle of 128 bytes, 2 for 64.
-DUPLEX_HOST_DEVICE constexpr uint64_t descriptor(uint32_t address, int leading, int stride, int row_bytes) {
-  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
-         uint64_t(row_bytes == 128 ? 1 : 2) << 62;
+// bits 62-63 are 1 for a swizzle of 128 bytes, 2 for 64. Shared memory ends before 2^18, so that operands of a tile are
+// one addition apart: `start` is shifted once for all of them.
+DUPLEX_HOST_DEVICE constexpr uint64_t descriptor(uint32_t start, uint32_t offset, uint32_t leading, uint32_t stride,
+                                                 int row_bytes) {
+  const uint32_t low = (start >> 4) + ((offset >> 4) + (leading >> 4 << 16));
+  return low | uint64_t((stride >> 4) + ((row_bytes == 128 ? 1u : 2u) << 30)) << 32;
 }
 
 // The k-th 16 columns of a tile as an operand whose inner dimension is the columns, from row `row` on (of 8s).
 template <class T>
 DUPLEX_HOST_DEVICE constexpr uint64_t columns_operand(uint32_t tile, int row, int k) {
   const int column = 16 * k;
-  const uint32_t at = tile + column / T::PANEL * T::PANEL_BYTES + row * T::ROW_BYTES + column % T::PANEL * 2;
-  return descriptor(at, 16, T::GROUP_BYTES, T::ROW_BYTES);
+  const uint32_t offset = column / T::PANEL * T::PANEL_BYTES + column % T::PANEL * 2;
+  return descriptor(tile + row * T::ROW_BYTES, offset, 16, T::GROUP_BYTES, T::ROW_BYTES);
 }
 
 // The k-th 16 rows of a tile, all of its columns, as an operand whose inner dimension is the rows.
 template <class T>
 DUPLEX_HOST_DEVICE constexpr uint64_t rows_operand(uint32_t tile, int k) {
-  return descriptor(tile + 16 * k * T::ROW_BYTES, T::PANEL_BYTES, T::GROUP_BYTES, T::ROW_BYTES);
+  return descriptor(tile, 16 * k * T::ROW_BYTES, T::PANEL_BYTES, T::GROUP_BYTES, T::ROW_BYTES);
 }
 
 // Where the 16-byte unit `unit` of a row of a panel lies, from the panel's start, which is a multiple of 1024.

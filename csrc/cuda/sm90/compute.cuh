@@ -14,7 +14,7 @@ struct Compute : Pipeline<T, S> {
   static constexpr float UNIT = TERMS ? 1 : LN2;  // of the softmax's references
 
   const ForwardArguments& a;
-  int tiles = 0;  // so far
+  uint32_t tiles = 0;  // so far
 
   DUPLEX_DEVICE Compute(const ForwardArguments& a, Shared<S> shared, int warpgroup, int thread)
       : Base(shared, warpgroup, thread), a(a) {}
@@ -30,7 +30,8 @@ struct Compute : Pipeline<T, S> {
         const int j = w.keys.at(t) * S::BLOCK_N + 2 * quad_lane();
         if constexpr (TERMS) add_terms<false>(x, a.terms, w.head, i, j, w.offset, [](int, float) {});
         if constexpr (EDGE) hide<false>(x, w, i, j);
-        softmax.template next<EDGE || TERMS, TERMS>(x, a.terms.scale * LOG2E, decay);
+        softmax.template next<EDGE || TERMS, TERMS>(x, a.terms.scale * LOG2E, decay,
+                                                    typename Base::Exponentials{*this});
       };
       // What lies behind a tensor's last row arrives as 0.
       const auto live = [&](int t) {

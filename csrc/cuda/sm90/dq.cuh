@@ -24,7 +24,7 @@ DUPLEX_DEVICE void load_keys(const BackwardArguments& a, const BackwardMaps& map
   ptx::prefetch(maps.k);
   ptx::prefetch(maps.v);
   ptx::prefetch(maps.dout);
-  int step = 0, tiles = 0;  // blocks of keys and tiles so far
+  uint32_t step = 0, tiles = 0;  // blocks of keys and tiles so far
   for_each_tile<TERMS, false>(a, tickets, [&](const Work& as_handed) {
     const Work w = moved<DISTANCES>(a, as_handed);
     const int count = w.keys.count(), kv_head = w.head / a.group, batch = a.lengths.cu_q ? 0 : w.batch;
@@ -55,14 +55,14 @@ struct QueryGradients : Gradients<TERMS> {
   using Distances = Diagonals<16, S::BLOCK_N>;
 
   const typename S::Shared shared;
-  int step = 0, tiles = 0;  // blocks of keys and tiles so far
+  uint32_t step = 0, tiles = 0;  // blocks of keys and tiles so far
   Ends ends{};
 
   DUPLEX_DEVICE QueryGradients(const BackwardArguments& a, typename S::Shared shared, int warpgroup, int thread)
       : Base(a, warpgroup, thread), shared(shared) {}
 
-  DUPLEX_DEVICE static int k_stage(int n) { return n % S::K_STAGES; }
-  DUPLEX_DEVICE static int v_stage(int n) { return n % S::V_STAGES; }
+  DUPLEX_DEVICE static int k_stage(uint32_t n) { return n % S::K_STAGES; }
+  DUPLEX_DEVICE static int v_stage(uint32_t n) { return n % S::V_STAGES; }
   DUPLEX_DEVICE void wait_for_keys() const { ptx::barrier_wait(shared.k_full(k_stage(step)), step / S::K_STAGES & 1); }
   DUPLEX_DEVICE void wait_for_values() const {
     ptx::barrier_wait(shared.v_full(v_stage(step)), step / S::V_STAGES & 1);

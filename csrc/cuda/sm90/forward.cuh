@@ -13,7 +13,7 @@ forward_kernel(DUPLEX_PARAMETER ForwardArguments a, DUPLEX_PARAMETER Maps maps) 
   const Tickets<Work> tickets = tickets_of<S, Work>(shared.base);
   const int warpgroup = ptx::uniform(ptx::thread_index() / 128);
   if (ptx::thread_index() == 0) {
-    init_barriers(shared);
+    prepare(shared, TERMS ? LOG2E : a.terms.scale * LOG2E);
     tickets.init(1 + 4 * S::WARPGROUPS);
     ptx::barrier_init_fence();
   }

@@ -11,7 +11,7 @@ namespace duplex::sm90 {
 template <class S>
 DUPLEX_DEVICE void add_to_dq(const BackwardArguments& a, typename S::Shared shared, Tickets<KeyWork> tickets,
                              int warpgroup) {
-  int step = 0;
+  uint32_t step = 0;
   tickets.for_each<false>([&](const KeyWork& w) {
     const int64_t sums = RowSums::start(a.lengths, w.batch, w.row_q);
     for_each_block_of_rows<S>(a, w, [&](int head, int i0) {

@@ -32,7 +32,7 @@ DUPLEX_DEVICE void load_rows(const BackwardArguments& a, const BackwardMaps& map
   ptx::prefetch(maps.k);
   ptx::prefetch(maps.v);
   ptx::prefetch(maps.dout);
-  int step = 0, tiles = 0;  // blocks of rows and tiles so far
+  uint32_t step = 0, tiles = 0;  // blocks of rows and tiles so far
   tickets.for_each<false>([&](const KeyWork& w) {
     const int batch = a.lengths.cu_q ? 0 : w.batch;
     if (w.rows.count() == 0) return;
@@ -66,14 +66,14 @@ struct KeyGradients : Gradients<TERMS> {
   static constexpr bool DQ = DQ_COLUMNS > 0;
 
   const typename S::Shared shared;
-  const int row;            // of the tile of keys, where the warpgroup's 64 begin
-  int step = 0, tiles = 0;  // blocks of rows and tiles so far
+  const int row;                 // of the tile of keys, where the warpgroup's 64 begin
+  uint32_t step = 0, tiles = 0;  // blocks of rows and tiles so far
 
   DUPLEX_DEVICE KeyGradients(const BackwardArguments& a, typename S::Shared shared, int warpgroup, int thread)
       : Base(a, warpgroup, thread), shared(shared), row(S::DIVIDED ? 0 : 64 * warpgroup) {}
 
-  DUPLEX_DEVICE int stage(int n) const { return n % S::STAGES; }
-  DUPLEX_DEVICE int phase(int n) const { return n / S::STAGES & 1; }
+  DUPLEX_DEVICE int stage(uint32_t n) const { return n % S::STAGES; }
+  DUPLEX_DEVICE int phase(uint32_t n) const { return n / S::STAGES & 1; }
 
   // Rows past the sequence's last.
   DUPLEX_DEVICE void clear_strangers(const KeyWork& w, int i0) {

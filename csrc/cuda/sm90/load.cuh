@@ -29,17 +29,17 @@ DUPLEX_DEVICE void load(const ForwardArguments& a, const Maps& maps, Shared<S> s
   ptx::prefetch(maps.q);
   ptx::prefetch(maps.k);
   ptx::prefetch(maps.v);
-  int step = 0, tiles = 0;  // blocks of keys and tiles so far
+  uint32_t step = 0, tiles = 0;  // blocks of keys and tiles so far
   tickets.for_each<false>([&](const Work& w) {
     const int count = w.keys.count(), kv_head = w.head / a.group;
     const int batch = a.lengths.cu_q ? 0 : w.batch;
     for (int t = 0; t < count; ++t, ++step) {
-      const int stage = step % S::STAGES, empty = (step / S::STAGES & 1) ^ 1;
+      const uint32_t stage = step % S::STAGES, empty = (step / S::STAGES & 1) ^ 1;
       const int row = w.row_k + w.keys.at(t) * S::BLOCK_N;
       ptx::barrier_wait(shared.k_empty(stage), empty);
       load_tile<typename S::Keys>(shared.k(stage), maps.k, shared.k_full(stage), row, kv_head, batch);
       if (t == 0) {
-        const int q = tiles % S::Q_STAGES;
+        const uint32_t q = tiles % S::Q_STAGES;
         ptx::barrier_wait(shared.q_empty(q), (tiles / S::Q_STAGES & 1) ^ 1);
         load_tile<typename S::Queries>(shared.q(q), maps.q, shared.q_full(q), w.row_q + w.i0, w.head, batch);
       }

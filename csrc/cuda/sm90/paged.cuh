@@ -64,7 +64,8 @@ struct PagedCompute : Pipeline<T, S> {
       ptx::shared_store16(
           shared.q() + unit / UNITS * Queries::PANEL_BYTES + swizzled(m, unit % UNITS, Queries::ROW_BYTES), words);
     }
-    ptx::fence_async_proxy();  // the warpgroup meets where it takes its turn
+    ptx::fence_async_proxy();
+    ptx::named_sync(BARRIER_OWN + warpgroup, 128);
   }
 
   DUPLEX_DEVICE void tile(const paged::RowTile& tile) {
@@ -80,7 +81,8 @@ struct PagedCompute : Pipeline<T, S> {
         const int32_t j = tile.block_at(t) * S::BLOCK_N + 2 * quad_lane();
         if constexpr (TERMS) paged::add_terms(x, tile, rows, j);
         if constexpr (EDGE) paged::hide(x, tile, rows, j);
-        softmax.template next<EDGE || TERMS, TERMS>(x, a.call.terms.scale * LOG2E, decay);
+        softmax.template next<EDGE || TERMS, TERMS>(x, a.call.terms.scale * LOG2E, decay,
+                                                    typename Base::Exponentials{*this});
       };
       const auto live = [&](int t) { return int(tile.piece.span.len_k) - tile.block_at(t) * S::BLOCK_N; };
       put_queries(tile);
@@ -121,8 +123,11 @@ struct PagedCompute : Pipeline<T, S> {
     for (int n = 0; n < Base::OUT; ++n)
       if (row_of(n) == r) out[n] = whole.number(out[n]);
     const int64_t row = of.live ? tile.piece.row + of.i : 0;
-    store_row<T>(c.out.template at<uint16_t>(0, row, of.head), out, r, 1, c.head_dim_v, of.live, quad_lane(),
-                 c.out_vectors);
+    uint16_t* to = c.out.template at<uint16_t>(0, row, of.head);
+    if (c.out_vectors)
+      store_row<T, true>(to, out, r, 1, c.head_dim_v, of.live, quad_lane());
+    else
+      store_row<T, false>(to, out, r, 1, c.head_dim_v, of.live, quad_lane());
     if (of.live && quad_lane() == 0) c.lse[int64_t(of.head) * c.batch.rows_q + row] = whole.lse;
   }
 
@@ -138,7 +143,7 @@ paged_kernel(DUPLEX_PARAMETER PagedArguments a) {
   const Shared<S> shared{ptx::shared_base()};
   const int warpgroup = ptx::uniform(ptx::thread_index() / 128), warp = ptx::uniform(ptx::thread_index() / 32);
   if (ptx::thread_index() == 0) {
-    init_barriers(shared);
+    prepare(shared, TERMS ? LOG2E : a.call.terms.scale * LOG2E);
     ptx::barrier_init_fence();
   }
   ptx::block_sync();

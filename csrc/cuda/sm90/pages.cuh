@@ -38,7 +38,7 @@ struct PageLoader {
   const PagedArguments& a;
   const Room shared;  // where stages lie, and their barriers
   const int lane = ptx::thread_index() % 32;
-  int step = 0, tiles = 0;  // blocks of keys and tiles so far
+  uint32_t step = 0, tiles = 0;  // blocks of keys and tiles so far
 
   // Of the lane's box in block t of a tile's keys; no page where it has none.
   using Where = paged::RowTile::Place;
@@ -70,7 +70,7 @@ struct PageLoader {
         if (t + 1 < count) next = where_of(tile, t + 1);
         const int live = int(tile.piece.span.len_k) - tile.block_at(t) * S::BLOCK_N;
         const int boxes = ((live < S::BLOCK_N ? live : S::BLOCK_N) + a.maps.box_rows - 1) / a.maps.box_rows;
-        const int stage = step % S::STAGES, empty = (step / S::STAGES & 1) ^ 1;
+        const uint32_t stage = step % S::STAGES, empty = (step / S::STAGES & 1) ^ 1;
         ptx::barrier_wait(shared.k_empty(stage), empty);
         load(shared.k(stage), a.maps.k, shared.k_full(stage), boxes, at, head);
         ptx::barrier_wait(shared.v_empty(stage), empty);

@@ -10,9 +10,10 @@
 
 namespace duplex::sm90 {
 
-// By one thread, before the others come.
+// By one thread, before the others come. `factor` is that of scores in exponents.
 template <class S>
-DUPLEX_DEVICE void init_barriers(Shared<S> shared) {
+DUPLEX_DEVICE void prepare(Shared<S> shared, float factor) {
+  ptx::shared_store(shared.factor(), factor);
   constexpr int WARPS = 4 * S::WARPGROUPS;
   for (int n = 0; n < S::Q_STAGES; ++n) {
     ptx::barrier_init(shared.q_full(n), 1);
@@ -33,7 +34,7 @@ struct Pipeline {
 
   const Shared<S> shared;
   const int warpgroup, thread, lane;  // thread: of the warpgroup
-  int step = 0;                       // blocks of keys so far
+  uint32_t step = 0;                  // blocks of keys so far
   int q_stage = 0;                    // of the tile's queries
 
   DUPLEX_DEVICE Pipeline(Shared<S> shared, int warpgroup, int thread)
@@ -43,11 +44,32 @@ struct Pipeline {
   DUPLEX_DEVICE int row() const {
     return 64 * warpgroup + thread / 32 * 16 + lane / 4;
   }  // the thread's first of a tile
-  DUPLEX_DEVICE int stage(int n) const { return n % S::STAGES; }
-  DUPLEX_DEVICE int phase(int n) const { return n / S::STAGES & 1; }
+  DUPLEX_DEVICE int stage(uint32_t n) const { return n % S::STAGES; }
+  DUPLEX_DEVICE int phase(uint32_t n) const { return n / S::STAGES & 1; }
 
-  DUPLEX_DEVICE void take_turn() { ptx::named_sync(1 + warpgroup, 256); }
-  DUPLEX_DEVICE void pass_turn() { ptx::named_arrive(1 + (warpgroup + 1) % S::WARPGROUPS, 256); }
+  // Of the warpgroups, at what the shape says.
+  DUPLEX_DEVICE void take_turn(bool never = false) const { ptx::named_sync(1 + warpgroup + never, 256); }
+  DUPLEX_DEVICE void pass_turn(bool never = false) const {
+    ptx::named_arrive(1 + (warpgroup + 1) % S::WARPGROUPS + never, 256);
+  }
+  DUPLEX_DEVICE void begin_products() const {
+    if constexpr (S::TURNS == Turns::AT_PRODUCTS) take_turn();
+  }
+  DUPLEX_DEVICE void end_products() const {
+    if constexpr (S::TURNS == Turns::AT_PRODUCTS) pass_turn();
+  }
+  struct Exponentials {
+    const Pipeline& pipeline;
+
+    DUPLEX_DEVICE float take(float factor, bool never) const {
+      if constexpr (S::TURNS != Turns::AT_EXPONENTIALS) return factor;
+      pipeline.take_turn(never);
+      return ptx::shared_load_float(pipeline.shared.factor());
+    }
+    DUPLEX_DEVICE void pass(bool never) const {
+      if constexpr (S::TURNS == Turns::AT_EXPONENTIALS) pipeline.pass_turn(never);
+    }
+  };
   // Before the first tile: who goes first needs a turn passed to it.
   DUPLEX_DEVICE void open() {
     if (warpgroup == S::WARPGROUPS - 1) pass_turn();
@@ -83,10 +105,10 @@ struct Pipeline {
     float x[PRODUCTS], decay[2];
     uint32_t p[WEIGHTS][4];
     ptx::barrier_wait(shared.k_full(stage(step)), phase(step));
-    take_turn();
+    begin_products();
     ptx::wgmma_fence();
     multiply_keys(x, step);
-    pass_turn();
+    end_products();
     ptx::wgmma_wait<0>();
     ptx::settle(x);
     release(shared.k_empty(stage(step)));
@@ -100,13 +122,13 @@ struct Pipeline {
     const auto next = [&]<bool EDGE>(int t) {
       clear_strangers(live(t - 1));
       ptx::barrier_wait(shared.k_full(stage(step + 1)), phase(step + 1));
-      take_turn();
+      begin_products();
       ptx::wgmma_fence();
       multiply_keys(x, step + 1);
       ptx::barrier_wait(shared.v_full(stage(step)), phase(step));
       ptx::wgmma_fence();
       multiply_values(out, p, step, t > 1);
-      pass_turn();
+      end_products();
       ptx::wgmma_wait<1>();
       ptx::settle(x);
       release(shared.k_empty(stage(step + 1)));

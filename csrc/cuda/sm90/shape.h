@@ -16,6 +16,10 @@ struct Chosen {
   static constexpr int LOADER_REGISTERS = LOADER_REGISTERS_;
 };
 
+// What only one of the computing warpgroups does at a time, so that the others do the rest meanwhile: begin products,
+// or exponentials where these take as long.
+enum class Turns { AT_PRODUCTS, AT_EXPONENTIALS };
+
 template <int HEAD_DIM>
 struct Choice;
 template <>
@@ -41,6 +45,7 @@ struct Shape : Choice<HEAD_DIM_> {
   static constexpr int LEFT = (ENTRY_REGISTERS * (WARPGROUPS + 1) - LOADER_REGISTERS) / WARPGROUPS / 8 * 8;
   static constexpr int COMPUTE_REGISTERS = LEFT < 240 ? LEFT : 240;
 
+  static constexpr Turns TURNS = HEAD_DIM <= 64 ? Turns::AT_EXPONENTIALS : Turns::AT_PRODUCTS;
   static constexpr int Q_STAGES = HEAD_DIM <= 128 ? 2 : 1;  // tiles of queries in flight, where there is room
 
   using Queries = Tile<BLOCK_M, HEAD_DIM>;
@@ -50,7 +55,8 @@ struct Shape : Choice<HEAD_DIM_> {
   static constexpr int K = Q + Q_STAGES * Queries::BYTES;
   static constexpr int V = K + STAGES * Keys::BYTES;
   static constexpr int BARRIERS = V + STAGES * Keys::BYTES;
-  static constexpr int SHARED_BYTES = BARRIERS + 8 * (2 * Q_STAGES + 4 * STAGES);
+  static constexpr int FACTOR = BARRIERS + 8 * (2 * Q_STAGES + 4 * STAGES);
+  static constexpr int SHARED_BYTES = FACTOR + 16;
   static_assert(SHARED_BYTES <= 227 * 1024);
 };
 
@@ -70,6 +76,8 @@ struct Shared {
   DUPLEX_HOST_DEVICE uint32_t v_empty(int stage) const { return barrier(3 * S::STAGES + stage); }
   DUPLEX_HOST_DEVICE uint32_t q_full(int stage) const { return barrier(4 * S::STAGES + stage); }
   DUPLEX_HOST_DEVICE uint32_t q_empty(int stage) const { return barrier(4 * S::STAGES + S::Q_STAGES + stage); }
+  // Of scores in exponents.
+  DUPLEX_HOST_DEVICE uint32_t factor() const { return base + S::FACTOR; }
 };
 
 }  // namespace duplex::sm90

@@ -23,7 +23,7 @@ struct Tickets {
   DUPLEX_DEVICE uint32_t ticket(int n) const { return base + n % COUNT * TICKET_BYTES; }
   DUPLEX_DEVICE uint32_t full(int n) const { return base + COUNT * TICKET_BYTES + n % COUNT * 8; }
   DUPLEX_DEVICE uint32_t empty(int n) const { return full(n) + COUNT * 8; }
-  DUPLEX_DEVICE static int phase(int n) { return n / COUNT & 1; }
+  DUPLEX_DEVICE static int phase(uint32_t n) { return n / COUNT & 1; }
 
   // By one thread, before the others come. Readers are whole warps and single threads.
   DUPLEX_DEVICE void init(int readers) const {

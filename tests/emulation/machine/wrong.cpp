@@ -35,7 +35,7 @@ DUPLEX_KERNEL(128) wrong(DUPLEX_PARAMETER ptx::TensorMap map, int kind, float* d
   float x[32];
   for (float& y : x) y = 0;
   if (kind != FENCE) ptx::wgmma_fence();
-  const uint64_t a = descriptor(tile, 16, 1024, 128);
+  const uint64_t a = descriptor(tile, 0, 16, 1024, 128);
   if (kind != LANES || thread != 5) ptx::wgmma<Bfloat16, K, K>(x, a, a, true);
   ptx::wgmma_commit();
   if (kind == TOUCHED) x[3] = 1;
