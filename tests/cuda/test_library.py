@@ -138,6 +138,16 @@ def test_forward(kernel: Kernel) -> None:
         assert_local(kernel, loop)
         # The compiler waits for products where the source does, and nowhere else: they are not serialised.
         assert count(loop, r"WARPGROUP\.DEPBAR\S*") == 2
+        if head_dim == 64:
+            assert_exponentials_take_turns(loop, block_n)
+
+
+def assert_exponentials_take_turns(loop: list[str], block_n: int) -> None:
+    """A thread's, of two rows of a block, lie between a barrier and the arrival at the next warpgroup's, each of 256 threads."""
+    begin = max(n for n, line in enumerate(loop) if re.search(r"BAR\.SYNC\S* R\d+, 0x100", line))
+    end = min(n for n, line in enumerate(loop) if n > begin and re.search(r"BAR\.ARV \S+ 0x100", line))
+    assert count(loop[begin:end], r"MUFU\.EX2") >= block_n // 2
+    assert count(loop[end:], r"MUFU\.EX2") == 0
 
 
 @pytest.mark.parametrize("kernel", BACKWARD, ids=str)

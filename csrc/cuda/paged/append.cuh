@@ -158,10 +158,11 @@ DUPLEX_DEVICE Slot slot_of(const Append& a, int32_t token) {
   const Slot none{-1, -1, 0};
   if (token >= int32_t(a.tokens)) return none;
   const int32_t position = a.positions[token], sequence = a.cu ? sequence_of(a.cu, token, a.batch) : token;
-  const int32_t n = position / a.page_size;
-  if (sequence >= a.batch || position < 0 || n >= a.max_pages) return none;
+  if (sequence >= a.batch || position < 0) return none;
+  const int32_t n = int32_t(a.page_size.quotient(uint32_t(position)));
+  if (n >= a.max_pages) return none;
   const int32_t page = a.table[sequence * a.table_row + n];
-  return page < 0 || page >= a.num_pages ? none : Slot{position, page, position - n * a.page_size};
+  return page < 0 || page >= a.num_pages ? none : Slot{position, page, position - n * int32_t(a.page_size.divisor)};
 }
 
 // Keys and values take turns, block by block, and so do the slices of their heads.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/problem.h"
+#include "cuda/divider.h"
 
 namespace duplex::paged {
 
@@ -20,7 +21,8 @@ struct Append {
   Storage storage;
   const int32_t *table, *positions, *cu;  // cu null: one token a sequence
   int64_t table_row, tokens;
-  int32_t heads, batch, max_pages, page_size, num_pages;
+  int32_t heads, batch, max_pages, num_pages;
+  Divider page_size;
   bool vectors;  // rows on 16 bytes, and no run of 16 bytes that ends inside what turns
 };
 

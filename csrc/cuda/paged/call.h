@@ -3,6 +3,7 @@
 
 #include "common/problem.h"
 #include "cuda/arguments.h"
+#include "cuda/divider.h"
 #include "cuda/paged/sequence.h"
 
 namespace duplex::paged {
@@ -13,6 +14,7 @@ struct Call {
   bool q_vectors, out_vectors;  // rows are read, and written, 16 bytes at a time
   float* lse;                   // (heads_q, packed rows)
   Pages pages;
+  Divider page_size;
   Rope rope;
   Terms terms;
   const float* sink;  // (heads_q,) or null

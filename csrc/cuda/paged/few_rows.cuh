@@ -68,11 +68,13 @@ struct FewRows : Products<T, S, L> {
   };
   DUPLEX_DEVICE int first_key() const { return 16 * warp_n + lane / 4; }  // of the lane's in a block
   DUPLEX_DEVICE static int row(int lane, int r) { return r / 2 * 8 + 2 * (lane % 4) + r % 2; }
+  // Where bytes leave few registers, what follows from it is worked out where it is used.
+  DUPLEX_DEVICE int lane_anew() const { return QUANTISED ? ptx::anew(lane) : lane; }
   // Accumulators: keys lane / 4 + {0, 8}, rows 2 (lane % 4) + {0, 1} of each 8. Two products are always under way.
   DUPLEX_DEVICE void multiply_keys(float (&x)[COUNT], const Queries& q, int n) const {
     constexpr int CHAINS = 2 / TILES;
     float sum[CHAINS][COUNT] = {};
-    const auto keys_at = sm80::Fragments<typename L::Side>::across(this->key_stage(n), lane);
+    const auto keys_at = sm80::Fragments<typename L::Side>::across(this->key_stage(n), lane_anew());
 #pragma unroll
     for (int step = 0; step < STEPS; step += AT_ONCE) {
       uint32_t a[4];  // of 8 keys: two units; of the next 8 keys: the same
@@ -99,7 +101,7 @@ struct FewRows : Products<T, S, L> {
   // Adds values times weights. Accumulators of 16 columns: lane / 4 + {0, 8}, or 2 (lane / 4) + {0, 1} where values are
   // bytes; rows as above.
   DUPLEX_DEVICE void multiply_values(float (&sum)[STEPS][COUNT], const uint32_t (&p)[TILES][2], int n) const {
-    const auto values_at = sm80::Fragments<typename L::Side>::down(this->value_stage(n), lane);
+    const auto values_at = sm80::Fragments<typename L::Side>::down(this->value_stage(n), lane_anew());
 #pragma unroll
     for (int u = 0; u < STEPS; u += AT_ONCE) {
       uint32_t a[4];  // of 8 keys and the next 8: a unit; then the next unit
@@ -162,12 +164,18 @@ struct FewRows : Products<T, S, L> {
       for (int mask = 4; mask < 32; mask *= 2) total += ptx::shuffle_xor(total, mask);
       if (lane / 4 == 0) this->put_state(warp_n, row(lane, r), s.softmax.largest[r], total);
     }
+    // Where sums lie (sum_at) differs between a lane's rows, and between 32 columns, by constants.
+    uint32_t to[2][2];
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+      to[n / 2][n % 2] = this->sum_at(warp_n, row(lane, 0), n / 2 * 16 + column_of_sum(lane, 2 * (n % 2)));
+    const float unit = this->value_unit(s.values);
 #pragma unroll
     for (int u = 0; u < STEPS; ++u)
 #pragma unroll
       for (int n = 0; n < COUNT; ++n)
-        ptx::shared_store(this->sum_at(warp_n, row(lane, Layout::row(n)), 16 * u + column_of_sum(lane, n)),
-                          s.sum[u][n] * this->value_unit(s.values));
+        ptx::shared_store(to[u % 2][n / 2 % 2] + 4 * (u / 2 * 32 + row(0, Layout::row(n)) * HEAD_DIM),
+                          s.sum[u][n] * unit);
   }
 };
 

@@ -47,21 +47,14 @@ struct Products {
   // The tile's queries, rotated, in the order in which lanes hold them as operands of the products: a warp takes a row.
   // Bytes of keys come to lanes four at a time, so their columns are taken in another order, the same for both
   // operands; and rows are divided by the unit of their largest number.
-  DUPLEX_DEVICE void put_queries() const {
-    using Stored = typename T::Stored;
-    for (int m = thread / 32; m < ROWS; m += L::WARPS) {
-      const RowTile::Row r = tile.row(m);
-      const Stored* from = c.q.template at<Stored>(0, r.live ? piece.row + r.i : 0, r.head);
-      const int64_t position = tile.position(r);
+  // Only the first `rows` are read.
+  DUPLEX_DEVICE void put_queries(int rows = ROWS) const {
+    for (int m = thread / 32; m < rows; m += L::WARPS) {
       float x[HEAD_DIM / 64][2] = {};  // the lane's pairs of numbers, 32 pairs apart
-#pragma unroll
-      for (int n = 0; n < HEAD_DIM / 32; ++n) {
-        const int column = 2 * lane + n / 2 * 64 + n % 2;
-        float one[1] = {0};
-        if (r.live && column < c.head_dim) load_rotated<T>(from, column, position, c.rope, one);
-        x[n / 2][n % 2] = one[0];
-      }
-      if constexpr (QUANTISED) divide_by_unit(x, m);
+      if (const RowTile::Row r = tile.row(m); r.live)
+        load_query(r, m, x);
+      else if (QUANTISED && lane == 0)
+        ptx::shared_store(base + L::UNITS + 4 * m, 1.f);
 #pragma unroll
       for (int n = 0; n < HEAD_DIM / 64; ++n) {
         const int pair = lane + 32 * n, step = pair / 8, p = pair % 8;
@@ -71,6 +64,19 @@ struct Products {
                           int(ptx::pack<Factor>(x[n][0], x[n][1])));
       }
     }
+  }
+  template <int COUNT>
+  DUPLEX_DEVICE void load_query(const RowTile::Row& r, int m, float (&x)[COUNT][2]) const {
+    const auto* from = c.q.template at<typename T::Stored>(0, piece.row + r.i, r.head);
+    const int64_t position = tile.position(r);
+#pragma unroll
+    for (int n = 0; n < 2 * COUNT; ++n) {
+      const int column = 2 * lane + n / 2 * 64 + n % 2;
+      float one[1] = {0};
+      if (column < c.head_dim) load_rotated<T>(from, column, position, c.rope, one);
+      x[n / 2][n % 2] = one[0];
+    }
+    if constexpr (QUANTISED) divide_by_unit(x, m);
   }
   template <int COUNT>
   DUPLEX_DEVICE void divide_by_unit(float (&x)[COUNT][2], int m) const {
@@ -143,11 +149,12 @@ struct Products {
       total += weight[w] * ptx::shared_load_float(state_at(w, m) + 4);
     }
     const float lse = total != 0 ? reference + ptx::log2(total) * LN2 : -INFINITY;
+    const float inverse = ptx::divide(1, total);
     const auto number = [&](int column) {
       float x = 0;
 #pragma unroll
       for (int w = 0; w < L::WARPS_N; ++w) x = ptx::fma(ptx::shared_load_float(sum_at(w, m, column)), weight[w], x);
-      return x / total;
+      return x * inverse;
     };
     if (piece.slot >= 0) {
       const int64_t slot = piece.slot + r.i - piece.begin;

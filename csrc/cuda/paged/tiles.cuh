@@ -63,8 +63,8 @@ struct RowTile {
   }
   // The same as the table has it, for who can wait for it and look later whether it is a page.
   DUPLEX_DEVICE Place entry_of(int32_t j) const {
-    const uint32_t key = uint32_t(piece.first + j), size = uint32_t(c.pages.page_size), page = key / size;
-    return {c.pages.table[piece.sequence * c.pages.table_row + page], int32_t(key - page * size)};
+    const uint32_t key = uint32_t(piece.first + j), page = c.page_size.quotient(key);
+    return {c.pages.table[piece.sequence * c.pages.table_row + page], int32_t(key - page * c.page_size.divisor)};
   }
   DUPLEX_DEVICE int32_t page(int32_t entry) const { return clamp32(entry, 0, c.num_pages - 1); }
 

@@ -104,8 +104,10 @@ struct Decode : DecodeRows<T, S, L, TILES> {
   };
   using Where = paged::RowTile::Place;
   DUPLEX_DEVICE Where where_of(int block) const {
-    if (!QUANTISED || block < 0 || lane % L::KEYS >= live(block)) return {0, -1};
-    return tile.entry_of(block * L::BLOCK_N + warp_n * L::KEYS + lane % L::KEYS);
+    const int thread = ptx::anew(this->thread);
+    const int32_t j = block * L::BLOCK_N + thread / 32 * L::KEYS + thread % L::KEYS;
+    if (!QUANTISED || block < 0 || j >= int32_t(piece.span.len_k)) return {0, -1};
+    return tile.entry_of(j);
   }
   DUPLEX_DEVICE int block_at(int t) const { return t < tile.keys.count() ? tile.block_at(t) : -1; }
   DUPLEX_DEVICE Scales scales_at(Where at) const {
@@ -122,7 +124,7 @@ struct Decode : DecodeRows<T, S, L, TILES> {
     int block = block_at(0), next = block_at(1);  // next: after this one
     Scales scales = scales_at(where_of(block));
     Where where = where_of(next);
-    this->put_queries();
+    this->put_queries(8 * TILES);
     meet();
     typename Base::State state;
     paged::start(*this, state);
@@ -143,7 +145,7 @@ struct Decode : DecodeRows<T, S, L, TILES> {
     meet();
     this->put_sums(state);
     meet();
-    for (int m = thread / 32; m < L::ROWS; m += L::WARPS) this->finish(m);
+    for (int m = thread / 32; m < 8 * TILES; m += L::WARPS) this->finish(m);
     ptx::fence_async_proxy();
     ptx::warp_sync();
     release(shared.tile_done());

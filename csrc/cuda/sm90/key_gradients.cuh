@@ -93,29 +93,27 @@ struct KeyGradients : Gradients<TERMS> {
     this->meet();
   }
 
-  // Of the thread's accumulators 4 g to 4 g + 3, whose columns are two rows, one after the other.
-  DUPLEX_DEVICE void load_pair(uint32_t sums, int g, float (&x)[2]) const {
-    ptx::shared_load2(sums + 4 * (8 * g + 2 * quad_lane()), x);
-  }
-
-  DUPLEX_DEVICE void subtract_deltas(float (&dp)[PRODUCTS]) const {
+  // One number of each row that the thread has columns of, whose accumulator n belongs to row_of_column(n). Loaded
+  // while products go on.
+  using RowNumbers = float[PRODUCTS / 2];
+  DUPLEX_DEVICE static constexpr int row_of_column(int n) { return n / 4 * 2 + n % 2; }
+  DUPLEX_DEVICE void load(uint32_t sums, RowNumbers& x) const {
 #pragma unroll
     for (int g = 0; g < PRODUCTS / 4; ++g) {
-      float delta[2];
-      load_pair(shared.deltas(stage(step)), g, delta);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) dp[4 * g + n] -= delta[n % 2];
+      float pair[2];
+      ptx::shared_load2(sums + 4 * (8 * g + 2 * quad_lane()), pair);
+      x[2 * g] = pair[0], x[2 * g + 1] = pair[1];
     }
   }
 
-  DUPLEX_DEVICE void weigh(float (&x)[PRODUCTS]) const {
+  DUPLEX_DEVICE void subtract(float (&dp)[PRODUCTS], const RowNumbers& deltas) const {
 #pragma unroll
-    for (int g = 0; g < PRODUCTS / 4; ++g) {
-      float reference[2];
-      load_pair(shared.references(stage(step)), g, reference);
+    for (int n = 0; n < PRODUCTS; ++n) dp[n] -= deltas[row_of_column(n)];
+  }
+
+  DUPLEX_DEVICE void weigh(float (&x)[PRODUCTS], const RowNumbers& references) const {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) x[4 * g + n] = ptx::exp2(ptx::fma(x[4 * g + n], factor, -reference[n % 2]));
-    }
+    for (int n = 0; n < PRODUCTS; ++n) x[n] = ptx::exp2(ptx::fma(x[n], factor, -references[row_of_column(n)]));
   }
 
   // dS^T of the warpgroup's keys to where both warpgroups read that of all. They have waited for the products with one
@@ -172,11 +170,14 @@ struct KeyGradients : Gradients<TERMS> {
       ptx::wgmma_fence();
       multiply_rows<T, typename S::Keys, typename S::Rows>(dp, shared.v(), row, shared.dout(at));
     }
+    RowNumbers references, deltas;
+    load(shared.references(at), references);
     ptx::wgmma_wait<DK && !TERMS>();
     ptx::settle(x);
     if constexpr (TERMS && DK) {
       ptx::settle(dp);
-      subtract_deltas(dp);
+      load(shared.deltas(at), deltas);
+      subtract(dp, deltas);
     }
     const int i = i0 + 2 * quad_lane(), j = w.j0 + row + thread / 32 * 16 + lane / 4;
     if constexpr (TERMS)
@@ -184,7 +185,7 @@ struct KeyGradients : Gradients<TERMS> {
         if constexpr (DK) dp[n] *= factor;
       });
     if (edge) hide<true>(x, w, i, j);
-    weigh(x);
+    weigh(x, references);
     if constexpr (DV) {
       pack_operand<T>(x, p);
       ptx::wgmma_fence();
@@ -192,9 +193,10 @@ struct KeyGradients : Gradients<TERMS> {
     }
     if constexpr (DK) {
       if constexpr (!TERMS) {
+        load(shared.deltas(at), deltas);
         ptx::wgmma_wait<DV>();
         ptx::settle(dp);
-        subtract_deltas(dp);
+        subtract(dp, deltas);
       }
 #pragma unroll
       for (int n = 0; n < PRODUCTS; ++n) dp[n] *= x[n];

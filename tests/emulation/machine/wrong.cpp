@@ -1,6 +1,7 @@
 // Kernels that are wrong on purpose, and arithmetic that needs no machine, behind plain functions.
 #include "cuda/device.cuh"
 #include "cuda/distance_sums.h"
+#include "cuda/divider.h"
 #include "cuda/key_blocks.h"
 #include "cuda/prepare.h"
 #include "cuda/row_blocks.h"
@@ -142,6 +143,11 @@ EXPORTED int row_blocks_of(int64_t len_k, int64_t prefix, int64_t offset, int64_
   *edges = rows.edges();
   for (int t = 0; t < rows.count(); ++t) visited[t] = rows.at(t);
   return rows.count();
+}
+
+EXPORTED void quotients_of(int64_t divisor, int count, const uint32_t* numbers, uint32_t* quotients) {
+  const Divider divider = Divider::of(divisor);
+  for (int n = 0; n < count; ++n) quotients[n] = divider.quotient(numbers[n]);
 }
 
 EXPORTED int64_t sums_start_of(const Lengths* lengths, int b) {
