@@ -29,12 +29,14 @@ KERNELS: list[Kernel] = [
 FORWARD = [kernel for kernel in KERNELS if kernel[0] in ("forward", "paged")]
 BACKWARD = [kernel for kernel in KERNELS if kernel[0] in ("dq", "distances", "dkdv")]
 FUSED = [kernel for kernel in KERNELS if kernel[0] == "fused"]
-# These with terms have a few numbers too many for their registers.
+# These have a few numbers too many for their registers: name, head_dim, with terms.
 SPILLED = {
-    ("forward", 256): 1, ("paged", 192): 1, ("paged", 256): 4, ("dq", 128): 5, ("dq", 256): 7, ("dkdv", 256): 2,
-    ("distances", 96): 1, ("distances", 128): 6, ("distances", 256): 3,
+    ("forward", 256, True): 2, ("paged", 256, True): 5, ("dq", 128, True): 5, ("dq", 256, True): 5,
+    ("distances", 96, True): 1, ("distances", 128, True): 6, ("distances", 256, True): 1, ("fused", 128, False): 1,
 }  # fmt: skip
-LOCAL_LOADS = {(name, d, dtype, True): n for (name, d), n in SPILLED.items() for dtype in ("Bfloat16", "Float16")}
+LOCAL_LOADS = {
+    (name, d, dtype, terms): n for (name, d, terms), n in SPILLED.items() for dtype in ("Bfloat16", "Float16")
+}
 
 
 def tool(name: str) -> str | None:
@@ -174,7 +176,8 @@ def test_all_gradients_at_once(kernel: Kernel) -> None:
     _, head_dim, _, terms = kernel
     wide = 64 // 16
     inner = loops_of(kernel, 2 * head_dim // 16 + 2 * wide + 128 // 16)
-    inner = [loop for loop in inner if not any(count(loop, name) for name in ("UBLKRED", "LDL", "STL"))]
+    inner = [loop for loop in inner if not any(count(loop, name) for name in ("UBLKRED", "STL"))]
+    inner = [loop for loop in inner if count(loop, "LDL") <= LOCAL_LOADS.get(kernel, 0)]
     roles = 2 if head_dim == 96 else 1  # its panels of columns are not divided evenly
     assert len(inner) >= roles
     for loop in inner[:roles]:

@@ -93,8 +93,8 @@ struct KeyGradients : Gradients<TERMS> {
     this->meet();
   }
 
-  // One number of each row that the thread has columns of, whose accumulator n belongs to row_of_column(n). Loaded
-  // while products go on.
+  // One number of each row that the thread has columns of; accumulator n belongs to row_of_column(n). They are loaded
+  // while products go on, but where terms of scores take the registers.
   using RowNumbers = float[PRODUCTS / 2];
   DUPLEX_DEVICE static constexpr int row_of_column(int n) { return n / 4 * 2 + n % 2; }
   DUPLEX_DEVICE void load(uint32_t sums, RowNumbers& x) const {
@@ -171,7 +171,7 @@ struct KeyGradients : Gradients<TERMS> {
       multiply_rows<T, typename S::Keys, typename S::Rows>(dp, shared.v(), row, shared.dout(at));
     }
     RowNumbers references, deltas;
-    load(shared.references(at), references);
+    if constexpr (!TERMS) load(shared.references(at), references);
     ptx::wgmma_wait<DK && !TERMS>();
     ptx::settle(x);
     if constexpr (TERMS && DK) {
@@ -185,6 +185,7 @@ struct KeyGradients : Gradients<TERMS> {
         if constexpr (DK) dp[n] *= factor;
       });
     if (edge) hide<true>(x, w, i, j);
+    if constexpr (TERMS) load(shared.references(at), references);
     weigh(x, references);
     if constexpr (DV) {
       pack_operand<T>(x, p);

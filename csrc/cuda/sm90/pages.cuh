@@ -40,18 +40,20 @@ struct PageLoader {
   const int lane = ptx::thread_index() % 32;
   uint32_t step = 0, tiles = 0;  // blocks of keys and tiles so far
 
-  // Of the lane's box in block t of a tile's keys; no page where it has none.
+  // Of the lane's box in block t of a tile's keys; no slot where it has none.
   using Where = paged::RowTile::Place;
   DUPLEX_DEVICE Where where_of(const paged::RowTile& tile, int t) const {
+    const Where none{0, -1};
+    if (t >= tile.keys.count() || lane * a.maps.box_rows >= S::BLOCK_N) return none;
     const int32_t j = tile.block_at(t) * S::BLOCK_N + lane * a.maps.box_rows;
-    return lane * a.maps.box_rows < S::BLOCK_N && j < tile.piece.span.len_k ? tile.place_of(j) : Where{-1, 0};
+    return j < tile.piece.span.len_k ? tile.entry_of(j) : none;
   }
 
   DUPLEX_DEVICE void load(uint32_t to, const ptx::TensorMap& map, uint32_t full, int boxes, Where at, int head) const {
     using Keys = typename S::Keys;
     if (lane == 0) ptx::barrier_expect(full, boxes * a.maps.box_rows * 2 * Keys::COLUMNS);
     ptx::warp_sync();
-    if (at.page < 0) return;
+    if (at.slot < 0) return;
     to += lane * a.maps.box_rows * Keys::ROW_BYTES;
 #pragma unroll
     for (int p = 0; p < Keys::PANELS; ++p)
@@ -63,11 +65,12 @@ struct PageLoader {
     ptx::prefetch(a.maps.v);
     for_each_paged_tile<S>(a, [&](const paged::RowTile& tile) {
       const int count = tile.keys.count(), head = tile.share.kv_head;
+      Where next = where_of(tile, 0), later = where_of(tile, 1);  // what the table says is not waited for here
       shared.wait_for_tile(tiles++);
-      Where next = count > 0 ? where_of(tile, 0) : Where{-1, 0};
       for (int t = 0; t < count; ++t, ++step) {
-        const Where at = next;
-        if (t + 1 < count) next = where_of(tile, t + 1);
+        const Where at{tile.page(next.page), next.slot};
+        next = later;
+        later = where_of(tile, t + 2);
         const int live = int(tile.piece.span.len_k) - tile.block_at(t) * S::BLOCK_N;
         const int boxes = ((live < S::BLOCK_N ? live : S::BLOCK_N) + a.maps.box_rows - 1) / a.maps.box_rows;
         const uint32_t stage = step % S::STAGES, empty = (step / S::STAGES & 1) ^ 1;
