@@ -40,8 +40,9 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
   a.entries = {(a.lengths.max_q + chosen.block_m - 1) / chosen.block_m, chosen.block_m, chosen.block_n, false};
   const int64_t entries = a.entries.count(a.lengths);
   expect(entries < FAR, "at most 2^29 blocks of rows");
-  const Tensor order = new_int(q, {Order::size(all_alike(a.lengths) ? 0 : entries)});
-  if (!all_alike(a.lengths)) a.order = {static_cast<int32_t*>(order.data_ptr())};
+  const bool ranked = !all_alike(a.lengths);
+  const Tensor order = new_int(q, {ranked ? Order::size(entries) : 0});
+  if (ranked) a.order = {static_cast<int32_t*>(order.data_ptr())};
   a.out = out.data_ptr();
   a.out_batch = packed ? 0 : rows * heads * dim_v;
   a.out_row = heads * dim_v;
@@ -62,7 +63,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
                   l.stream);
   }
   if (entries > 0) {
-    if (a.order.data) schedule(a.lengths, a.entries, a.order, l.stream);
+    if (ranked) schedule(a.lengths, a.entries, a.order, l.stream);
     chosen.launch(l);
   }
   return {std::move(out), std::move(lse)};

@@ -79,13 +79,13 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     current = {goal: tuning.config(goal.kernel, table, goal.bits, goal.head_dim_class) for goal in goals}
     record.update(tried=0, winners={}, gains={}, refused={})
     best: dict[Target, float] = {}
-    tried = {goal: further(goal, current[goal]) for goal in goals}
+    seeds = {goal: further(goal, current[goal]) for goal in goals}
     while goals and time.monotonic() < deadline:
         compiled = compile_all(
             settings,
             store,
             record,
-            [(g, c) for g in goals for c in (*tried.pop(g, ()), *neighbours(current[g]))],
+            [(g, c) for g in goals for c in (*seeds.pop(g, ()), *neighbours(current[g]))],
             deadline,
         )
         moved = []
