@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import duplex_attn as da
 import pytest
@@ -235,6 +236,21 @@ INVARIANT = pytest.mark.parametrize("invariant", [False, True])  # with it, tile
 @pytest.mark.parametrize("stored", [INT8, FLOAT8])
 def test_scales_and_queries_of_any_size(lane: Lane, stored: torch.dtype, invariant: bool) -> None:
     attention.test_scales_and_queries_of_any_size(lane, stored, invariant)
+
+
+def test_scales_far_apart(lane: Lane, tmp_path: Path) -> None:
+    """Their pages lie 2^32 numbers from each other, which Hopper's decoding leaves to the other kernel."""
+    generator = torch.Generator().manual_seed(0)
+    pages = torch.randint(-127, 128, (2, 16, 1, 64), generator=generator, dtype=INT8)
+    near, q = torch.rand(2, 16, 1, generator=generator), torch.randn(2, 2, 64, generator=generator).to(BF16)
+    table, lengths = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32), torch.tensor([30, 20], dtype=torch.int32)
+    holes = torch.from_file(str(tmp_path / "scales"), shared=True, size=2**32 + 16)
+    far = holes.as_strided((2, 16, 1), (2**32, 1, 1)).copy_(near)
+
+    def out(scales: torch.Tensor) -> torch.Tensor:
+        return da.paged_attention(q, pages, pages, table, lengths, k_scales=scales, v_scales=near, backend="cuda")
+
+    torch.testing.assert_close(out(far), out(near), rtol=0.01, atol=0.01)
 
 
 @INVARIANT

@@ -32,11 +32,14 @@ bool is_small(const PagedArguments& p, const Call& c) {
 }
 
 // How many slots of a page a bulk copy brings, so that boxes fill pages and blocks of keys, and parts begin with one; 0
-// where it brings none: rows of a swizzled tile come by eights, and bytes by twos.
+// where it brings none: rows of a swizzled tile come by eights, and bytes by twos. Strides of scales take 32 bits
+// there.
 int box_rows(const Call& c, const sm90::PagedVariant& v) {
   const bool odd = c.pages.storage != Storage::AS_QUERIES && (c.head_dim % 2 || c.head_dim_v % 2);
   const int64_t rows = std::gcd(std::gcd(c.pages.page_size, v.block_n), 64);
-  return c.num_pages > 0 && rows >= 8 && !odd ? int(rows) : 0;
+  const auto fits = [](const ScaleView& s) { return std::max({s.page, s.slot, s.head}) <= INT32_MAX; };
+  const bool near = fits(c.pages.k_scales) && fits(c.pages.v_scales);
+  return c.num_pages > 0 && rows >= 8 && !odd && near ? int(rows) : 0;
 }
 
 // What runs tiles: a kernel of every card, or one of Hopper's.

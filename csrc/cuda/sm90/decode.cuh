@@ -113,8 +113,9 @@ struct Decode : DecodeRows<T, S, L, TILES> {
   DUPLEX_DEVICE Scales scales_at(Where at) const {
     if (!QUANTISED || at.slot < 0) return {0, 0};
     const int32_t page = tile.page(at.page);
-    const auto read = [&](const ScaleView& s) {
-      return s ? s.data[page * s.page + at.slot * s.slot + tile.share.kv_head * s.head] : 0.f;
+    const auto read = [&](const ScaleView& s) {  // whose strides fit (attention.cpp)
+      const auto place = [](uint32_t n, int64_t stride) { return uint64_t(n) * uint32_t(stride); };
+      return s ? s.data[place(page, s.page) + place(at.slot, s.slot) + place(tile.share.kv_head, s.head)] : 0.f;
     };
     return {read(c.pages.k_scales), read(c.pages.v_scales)};
   }
