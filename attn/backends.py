@@ -374,11 +374,16 @@ def _card_name(device: torch.device) -> str:
 
 @cache
 def _ranked(device: torch.device, shape: str) -> tuple[Backend, ...]:
-    """By what was measured for the class of shapes on such a card; the rest, the reference last, in the portable order."""
-    fastest = evidence.order(_card_name(device), shape)
-    return tuple(
-        sorted(_candidates(device.type), key=lambda b: fastest.index(b.name) if b.name in fastest else len(fastest))
-    )
+    """Those that passed their tests on such a card before those that did not; by what was measured there for the class of
+    shapes, and the rest in the portable order. The reference, whose memory grows with the square, comes last."""
+    card = _card_name(device)
+    fastest, failing = evidence.order(card, shape), evidence.failing(card)
+
+    def place(backend: Backend) -> tuple[bool, bool, int]:
+        name = backend.name
+        return backend is _REFERENCE, name in failing, fastest.index(name) if name in fastest else len(fastest)
+
+    return tuple(sorted(_candidates(device.type), key=place))
 
 
 def choose(call: Call, name: str) -> Backend:
@@ -470,7 +475,7 @@ class Explanation:
 
     backend: str
     tile: str  # instruction set or kernel configuration; empty where the backend has no choice of one
-    refusals: dict[str, str]  # every other backend that could not have run it -> why
+    refusals: dict[str, str]  # every other backend -> why it does not run the call
     grounds: str = ""  # on a card, what the order of its backends rests on
 
     def __str__(self) -> str:

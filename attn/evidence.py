@@ -80,11 +80,16 @@ def _bits(x: Tensor) -> int:
 
 
 @cache
+def failing(card: str) -> tuple[str, ...]:
+    """The backends that failed tests on the card."""
+    return tuple(cards().get(card, {}).get("failing", ()))
+
+
+@cache
 def order(card: str, shape: str) -> tuple[str, ...]:
     """Backends from the fastest on, those that failed tests on the card last; empty where nothing of it was measured."""
-    found = cards().get(card, {})
-    times = found.get("times", {}).get(shape, {})
-    return tuple(sorted(times, key=lambda name: (name in found["failing"], times[name])))
+    times = cards().get(card, {}).get("times", {}).get(shape, {})
+    return tuple(sorted(times, key=lambda name: (name in failing(card), times[name])))
 
 
 def in_words(card: str, shape: str) -> str:
@@ -94,7 +99,8 @@ def in_words(card: str, shape: str) -> str:
         return f"nothing was measured on {card}: the portable path comes first"
     ranked = order(card, shape)
     if not ranked:
-        return f"nothing like it was measured on {card} ({shape}): the portable path comes first"
+        last = f", what fails tests there ({', '.join(failing(card))}) last" if failing(card) else ""
+        return f"nothing like it was measured on {card} ({shape}): the portable path comes first{last}"
     times = found["times"][shape]
-    told = ", ".join(f"{name} {times[name]:.2f}" + " (fails tests)" * (name in found["failing"]) for name in ranked)
+    told = ", ".join(f"{name} {times[name]:.2f}" + " (fails tests)" * (name in failing(card)) for name in ranked)
     return f"measured on {card} ({shape}), time over the fastest: {told}"

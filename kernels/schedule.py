@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-L2_BYTES = 16 * 2**20  # of keys and values at a time; the smallest card served has 40 MiB, shared by all that runs
+L2_BYTES = 16 * 2**20  # of keys and values at a time; an A100 has 40 MiB, shared by all that runs, smaller cards less
 
 # Kernel arguments that change from call to call: never compiled in.
 SIZES = ["left", "right", "rows_q", "rows_k", "max_q", "max_k", "batch_size", "section", "blocks"]

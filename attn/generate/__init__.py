@@ -4,7 +4,7 @@ engine      `Engine`: submit, step, stream, cancel        scheduler   which toke
 params      what a request asks of the sampler            sampling    from logits to tokens
 request     a request's samples, what may be shown        text        tokens to text, stop strings
 verify      what a verifier sees and answers              speculate   guesses ahead, by prompt lookup
-beams       beam search by fork
+beams       beam search by fork                        terminal    the work behind `duplex-attn generate`
 """
 
 from .engine import Engine, EngineStats, cache_for

@@ -114,8 +114,10 @@ def findings(stages: dict[str, Any]) -> Iterator[str]:
     test, sanitize, tune = (stages.get(name, {}) for name in ("test", "sanitize", "tune"))
     if "passed" in test:
         others = test.get("others", {})
+        known = "reason" in others or "not_run" in others or test.get("status") != "cut"
         late = "all but those that come first" if "reason" in others else others.get("not_run", 0)
-        yield f"Tests: {test['passed'] + others.get('passed', 0)} passed, {late} had no time to run."
+        told = f"{late} had no time to run" if known else "how many more had no time to run is not known"
+        yield f"Tests: {test['passed'] + others.get('passed', 0)} passed, {told}."
         yield ""
         failures = [*test["failures"], *others.get("failures", ())]
         yield from table(("failed", ""), ((f"`{one['test']}`", one["message"].splitlines()[0]) for one in failures))

@@ -57,7 +57,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(backends, "_card_name", lambda device: CARD)
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(evidence, "cards", lambda: {CARD: found} if found else {})
-    cached = (backends._candidates, backends._is_contested, backends._ranked, evidence.order)
+    cached = (backends._candidates, backends._is_contested, backends._ranked, evidence.order, evidence.failing)
     for function in cached:
         function.cache_clear()
     yield found
@@ -143,6 +143,14 @@ def test_what_fails_its_tests_comes_after_what_does_not(measured: dict[str, Any]
     measured.update(failing=["fast"], times={FORWARD: {"portable": 1.5, "fast": 1.0}})
     assert choose(call(), "").name == "portable"
     assert evidence.in_words(CARD, FORWARD).endswith("portable 1.50, fast 1.00 (fails tests)")
+
+
+def test_what_fails_its_tests_comes_last_where_nothing_was_measured(measured: dict[str, Any]) -> None:
+    measured.update(failing=["portable"], times={})
+    assert choose(call(), "").name == "fast"
+    assert choose(call(bias=True), "").name == "portable", "before the reference all the same"
+    told = evidence.in_words(CARD, FORWARD)
+    assert told.endswith(": the portable path comes first, what fails tests there (portable) last")
 
 
 def test_what_was_not_measured_keeps_its_place_behind(measured: dict[str, Any]) -> None:

@@ -332,6 +332,9 @@ def test_a_page_tells_which_tests_had_no_time() -> None:
 
     test = STAMP | {"passed": 7, "skips": {}, "failures": [], "others": {"passed": 2, "not_run": 5}}
     assert "Tests: 9 passed, 5 had no time to run." in "\n".join(of_card(results({}, test=test), "plot.svg"))
+    cut = test | {"status": "cut", "others": {"passed": 0}}
+    told = "Tests: 7 passed, how many more had no time to run is not known."
+    assert told in "\n".join(of_card(results({}, test=cut), "plot.svg"))
     test["others"] = {"reason": "no time was left to bring them up"}
     told = "Tests: 7 passed, all but those that come first had no time to run."
     assert told in "\n".join(of_card(results({}, test=test), "plot.svg"))

@@ -1,6 +1,6 @@
 // The computing warpgroups of a forward: each has 64 rows of every tile. While one does its softmax, another's products
-// run (they take turns at issuing them), and within each the products with values run under the softmax of the next
-// scores. (Shah et al., "FlashAttention-3", 2024.)
+// run (they take turns at issuing them, or, where exponentials take as long, at these), and within each the products
+// with values run under the softmax of the next scores. (Shah et al., "FlashAttention-3", 2024.)
 #pragma once
 
 #include "cuda/accumulators.cuh"
