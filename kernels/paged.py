@@ -219,7 +219,7 @@ def attend(
             inside = j < s.len_k
             page, slot = places(table, b, first + j, inside, num_pages, PAGE_SIZE, ALL_LIVE=not EDGE)
             tile_k = load_stored(
-                k_pages, kv_head, page, slot, inside, BLOCK_D, HEAD_DIM, not EDGE, FLOAT8, tile_q.dtype
+                k_pages, kv_head, page, slot, inside, BLOCK_D, HEAD_DIM, not EDGE, FLOAT8, tile_q.dtype, PLAIN
             )
             products = dot(tile_q, tl.trans(tile_k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             if NARROW:
@@ -238,7 +238,7 @@ def attend(
                     unit_v = unit
                 p *= worth[None, :]
             tile_v = load_stored(
-                v_pages, kv_head, page, slot, inside, BLOCK_DV, HEAD_DIM_V, not EDGE, FLOAT8, tile_q.dtype
+                v_pages, kv_head, page, slot, inside, BLOCK_DV, HEAD_DIM_V, not EDGE, FLOAT8, tile_q.dtype, PLAIN
             )
             acc = dot(p.to(tile_v.dtype), tile_v, acc * decay[:, None])
     if NARROW and v_pages.scales is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .span import clamp
+
+COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")  # the interpreter has no assembly
 
 
 class Pages(NamedTuple):
@@ -42,10 +45,11 @@ def places(table, b, j, live, num_pages, PAGE_SIZE: tl.constexpr, ALL_LIVE: tl.c
 @triton.jit
 def load_stored(
     pages, head, page, slot, live, COLUMNS: tl.constexpr, DIM: tl.constexpr, ALL_LIVE: tl.constexpr, FLOAT8: tl.constexpr,
-    NUMBERS: tl.constexpr,
+    NUMBERS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """(rows, COLUMNS) of type NUMBERS, not yet scaled; dead rows and columns from DIM on are 0 whatever memory holds there.
 
+    AHEAD: the card converts in front of shared memory.
     FLOAT8: "native" where the card converts float8_e4m3fn, "bits" where pages come as bytes, "" for other pages.
     """
     column = tl.arange(0, COLUMNS)[None, :]
@@ -62,10 +66,19 @@ def load_stored(
         x = tl.load(pointers, mask=live[:, None] & (column < DIM), other=0.0)
     if FLOAT8 == "bits":
         return float8(x).to(NUMBERS)
+    elif FLOAT8 == "native" and AHEAD and COMPILED and NUMBERS == tl.float16:  # noqa: SIM300
+        return settled(x.to(NUMBERS))
     elif FLOAT8 == "native" or x.dtype == NUMBERS:
         return x.to(NUMBERS)
     else:  # int8; the interpreter takes whole numbers for the bits of a bfloat16
         return x.to(tl.float32).to(NUMBERS)
+
+
+@triton.jit
+def settled(x):
+    """x as it is, 16 bits a number. An instruction that is said to have effects keeps the compiler from widening bytes behind shared
+    memory, whence it would fetch them one by one."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
 @triton.jit

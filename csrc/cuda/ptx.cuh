@@ -197,7 +197,7 @@ DUPLEX_DEVICE float exp2(float x) {
   return y;
 }
 DUPLEX_DEVICE float log2(float x) { return __log2f(x); }
-// To 2 ulp.
+// To 2 ulp, of b up to 2^126.
 DUPLEX_DEVICE float divide(float a, float b) { return __fdividef(a, b); }
 DUPLEX_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 

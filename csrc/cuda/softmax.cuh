@@ -103,7 +103,8 @@ struct Softmax {
 
   // Scores to probabilities, relative to the largest score so far; `decay` is what earlier ones shrink by. Exponentials
   // are worked out between turns.take(factor, false), which returns the factor, and turns.pass(false): what these take
-  // and return depends on what comes before, and what comes after on them, so that no compiler moves anything across.
+  // and return depends on what comes before, and what comes after on them, so that no compiler moves a score's
+  // exponential across.
   template <bool MAY_BE_EMPTY, bool TERMS, int COUNT, class Turns = NoTurns>
   DUPLEX_DEVICE void next(float (&x)[COUNT], float log2_scale, float (&decay)[2], const Turns& turns = {}) {
     float of_columns[2][2] = {{x[0], x[1]}, {x[2], x[3]}}, reference[2];  // two chains a row
@@ -138,7 +139,7 @@ struct Softmax {
       total[r] += ptx::shuffle_xor(total[r], 1);
       total[r] += ptx::shuffle_xor(total[r], 2);
       const bool seen = total[r] != 0;
-      weight[r] = seen ? ptx::divide(1, total[r]) : 0;
+      weight[r] = seen ? 1 / total[r] : 0;
       lse[r] = seen ? largest[r] * unit + ptx::log2(total[r]) * LN2 : -INFINITY;
     }
   }

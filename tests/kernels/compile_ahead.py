@@ -247,6 +247,7 @@ def report(job: tuple[str, str, int, int, int]) -> dict:
         "bulk": ptx.count("cp.async.bulk.tensor"),
         "astray": astray(code),
         "slow": len(re.findall(r"cvt\.(?:rn\.)?bf16\.f16", ptx)),  # of one number each
+        "bytewise": len(re.findall(r"LDS\.[US]8", code)),  # loads from shared memory, a byte each
         "descriptors": any(hasattr(x, "block_shape") for x in launch.arguments),
         "products": "HEAD_DIM_V" in launch.constants and "BLOCK_D" in launch.constants,
         "seconds": round(seconds, 1),

@@ -100,6 +100,7 @@ Call describe(const PagedArguments& p) {
   c.out = view(p.out);
   c.lse = static_cast<float*>(p.lse.data_ptr());
   c.pages = pages_of(p.k_pages, p.v_pages, p.k_scales, p.v_scales, p.block_table);
+  expect(c.pages.page_size < FAR, "pages of fewer than 2^29 slots");
   c.page_size = Divider::of(std::max<int64_t>(c.pages.page_size, 1));
   c.rope = rope_of(p.rope_cos, p.rope_sin, p.rope_interleaved);
   c.terms = terms_of(p.q.size(2), p.scale, p.softcap, p.distance_bias, p.alibi_slopes);

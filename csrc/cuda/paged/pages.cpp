@@ -27,6 +27,7 @@ void paged_append(DUPLEX_APPEND_PARAMETERS) {
   a.heads = int32_t(k.size(1));
   a.batch = int32_t(block_table.size(0));
   a.max_pages = int32_t(block_table.size(1));
+  expect(pages.page_size < FAR, "pages of fewer than 2^29 slots");
   a.page_size = Divider::of(std::max<int64_t>(pages.page_size, 1));
   a.num_pages = int32_t(k_pages.size(0));
   a.vectors = aligned(k, 16) && aligned(v, 16) && aligned(k_pages, vector * stored) &&

@@ -47,7 +47,7 @@ struct Products {
   // The tile's queries, rotated, in the order in which lanes hold them as operands of the products: a warp takes a row.
   // Bytes of keys come to lanes four at a time, so their columns are taken in another order, the same for both
   // operands; and rows are divided by the unit of their largest number.
-  // Only the first `rows` are read.
+  // Only the first `rows` are multiplied.
   DUPLEX_DEVICE void put_queries(int rows = ROWS) const {
     for (int m = thread / 32; m < rows; m += L::WARPS) {
       float x[HEAD_DIM / 64][2] = {};  // the lane's pairs of numbers, 32 pairs apart
