@@ -8,14 +8,20 @@
 
 namespace duplex {
 
+// The logarithm of the least power of two that is no less.
+inline int log2_above(int64_t count) {
+  int log2 = 0;
+  while (int64_t(1) << log2 < count) ++log2;
+  return log2;
+}
+
 struct Divider {
   uint32_t divisor, factor;
   int32_t shift;
 
   // divisor: 1 to 2^31.
   static Divider of(int64_t divisor) {
-    int32_t shift = 0;
-    while (int64_t(1) << shift < divisor) ++shift;
+    const int32_t shift = log2_above(divisor);
     const uint64_t rest = (uint64_t(1) << shift) - uint64_t(divisor);
     return {uint32_t(divisor), uint32_t((rest << 32) / uint64_t(divisor) + 1), shift};
   }

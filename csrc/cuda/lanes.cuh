@@ -3,16 +3,10 @@
 
 #include <type_traits>
 
+#include "cuda/divider.h"
 #include "cuda/vector.cuh"
 
 namespace duplex {
-
-// The logarithm of the least power of two that is no less.
-inline int log2_above(int count) {
-  int log2 = 0;
-  while (1 << log2 < count) ++log2;
-  return log2;
-}
 
 struct Lanes {  // 2^log2 of them
   int log2, thread;
