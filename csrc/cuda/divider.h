@@ -28,6 +28,16 @@ struct Divider {
 
   // n / divisor, of n below 2^31.
   DUPLEX_HOST_DEVICE uint32_t quotient(uint32_t n) const { return (uint32_t(uint64_t(n) * factor >> 32) + n) >> shift; }
+
+  struct Divided {
+    int32_t quotient, rest;
+  };
+  DUPLEX_HOST_DEVICE Divided divide(int32_t n) const {
+    const uint32_t whole = quotient(n);
+    return {int32_t(whole), int32_t(n - whole * divisor)};
+  }
+  DUPLEX_HOST_DEVICE int32_t down(int32_t n) const { return int32_t(quotient(n) * divisor); }  // to a multiple
+  DUPLEX_HOST_DEVICE int32_t up(int32_t n) const { return down(n + int32_t(divisor) - 1); }
 };
 
 }  // namespace duplex

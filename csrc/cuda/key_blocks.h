@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "common/span.h"
+#include "cuda/lengths.h"
 
 namespace duplex {
 
@@ -16,7 +16,13 @@ struct KeyBlocks {
   DUPLEX_HOST_DEVICE int edges() const { return gap + (inner - outer) + (outer_end - inner_end); }
   DUPLEX_HOST_DEVICE int count() const { return edges() + first + (inner_end - inner); }
 
-  // The t-th to visit; edges come first.
+  DUPLEX_HOST_DEVICE bool is_edge(int32_t block) const {
+    return block >= first && (block < inner || block >= inner_end);
+  }
+
+  // The t-th from the first to the last.
+  DUPLEX_HOST_DEVICE int in_order(int t) const { return t < first + gap ? t : outer + t - (first + gap); }
+  // The t-th, edges before the others.
   DUPLEX_HOST_DEVICE int at(int t) const {
     if (t < gap) return first + t;
     t -= gap;
@@ -28,18 +34,19 @@ struct KeyBlocks {
   }
 };
 
-// Of rows [i0, i1), i0 < i1, against blocks of `block` keys counted from the sequence's key 0.
-DUPLEX_HOST_DEVICE inline KeyBlocks key_blocks(const Span& s, int64_t i0, int64_t i1, int32_t block) {
-  // Rows fit 32 bits, in which a division is a fifth of one in 64.
-  const auto within = [](int64_t x, int64_t low, int64_t high) { return int32_t(x < low ? low : x > high ? high : x); };
+// Of rows [i0, i1), i0 < i1, against blocks of `block` keys counted from the sequence's key 0. On a card all of it fits
+// 32 bits (lengths.h: FAR).
+DUPLEX_HOST_DEVICE inline KeyBlocks key_blocks(const Span& s, int32_t i0, int32_t i1, int32_t block) {
+  const int32_t len_k = int32_t(s.len_k), prefix = int32_t(s.prefix);
+  const int32_t begin = int32_t(s.offset) - int32_t(s.left), end = int32_t(s.offset) + int32_t(s.right) + 1;
   const auto up = [block](int32_t x) { return (x + block - 1) / block; };
-  const bool empty = s.left + s.right < 0;                        // no row has a window
-  const int32_t first_all = within(s.first(i1 - 1), 0, s.len_k);  // keys [first_all, last_all) are in all windows,
-  const int32_t last_all = empty ? 0 : within(s.last(i0) + 1, 0, s.len_k);
-  const int32_t low = within(s.first(i0), s.prefix, s.len_k);  // keys [low, high) in some, past the prefix
-  const int32_t high = empty ? low : within(s.last(i1 - 1) + 1, low, s.len_k);
+  const bool empty = begin >= end;                              // no row has a window
+  const int32_t first_all = clamp32(i1 - 1 + begin, 0, len_k);  // keys [first_all, last_all) are in all windows,
+  const int32_t last_all = empty ? 0 : clamp32(i0 + end, 0, len_k);
+  const int32_t low = clamp32(i0 + begin, prefix, len_k);  // keys [low, high) in some, past the prefix
+  const int32_t high = empty ? low : clamp32(i1 - 1 + end, low, len_k);
 
-  const int32_t prefix = int32_t(s.prefix), prefix_end = up(prefix), first = prefix / block;
+  const int32_t prefix_end = up(prefix), first = prefix / block;
   int32_t outer = prefix_end, outer_end = prefix_end;
   if (low < high) {
     outer = low / block;
@@ -49,8 +56,8 @@ DUPLEX_HOST_DEVICE inline KeyBlocks key_blocks(const Span& s, int64_t i0, int64_
   const int32_t gap = apart ? prefix_end - first : 0;
   if (!apart) outer = first;
   // A block that the prefix ends in is inside where the window of every row goes on from there.
-  const int32_t inner = within(first_all <= s.prefix ? first : up(first_all), outer, outer_end);
-  const int32_t inner_end = within(last_all / block, inner, outer_end);
+  const int32_t inner = clamp32(first_all <= prefix ? first : up(first_all), outer, outer_end);
+  const int32_t inner_end = clamp32(last_all / block, inner, outer_end);
   return {first, gap, outer, inner, inner_end, outer_end};
 }
 

@@ -48,6 +48,19 @@ DUPLEX_DEVICE int anew(int x) {
   return x;
 }
 
+// One launch under another (section "griddepcontrol"): one that was made ahead (device.cuh) begins when all blocks of
+// the one before it have come here, and may read nothing of theirs before its own wait. Nothing on cards before Hopper.
+DUPLEX_DEVICE void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+DUPLEX_DEVICE void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // What another lane has.
 DUPLEX_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 DUPLEX_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }

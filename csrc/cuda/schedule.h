@@ -42,8 +42,11 @@ DUPLEX_HOST_DEVICE inline bool comes_before(int32_t c, int32_t entry, int32_t ow
 
 // The tile that block `block` of `blocks` does in its n-th round: to and fro, so that no block gets the longest each
 // time.
+DUPLEX_HOST_DEVICE inline int32_t place_of_block(int64_t round, int32_t block, int32_t blocks) {
+  return round % 2 ? blocks - 1 - block : block;
+}
 DUPLEX_HOST_DEVICE inline int64_t tile_of(int64_t round, int32_t block, int32_t blocks) {
-  return round * blocks + (round % 2 ? blocks - 1 - block : block);
+  return round * blocks + place_of_block(round, block, blocks);
 }
 
 // Whether all entries cost the same: every row sees every key, and nothing about lengths lies on the device.

@@ -87,5 +87,6 @@ def test_registers_and_stack(kernel: Kernel) -> None:
     (line,) = [line for name, line in resource_usage().items() if kernel.mangled in name]
     used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}
     assert used["REG"] <= 255
-    assert used["STACK"] <= (48 if kernel.head_dim == 128 or kernel.name == "dkdv" else 0)
+    crowded = kernel.head_dim == 128 or kernel.name == "dkdv"
+    assert used["STACK"] <= (48 if crowded else 8 if kernel.name == "distances" else 0)
     assert used["LOCAL"] == 0

@@ -121,10 +121,8 @@ FAULTS = (
 
 
 def mbarriers(names: list[str]) -> list[tuple[int, str]]:
-    """Of a kernel of Hopper's that hands out tiles, by number: its own, then those of its two tickets. The second ticket is always
-    written by the time that the machine lets anyone read it, so that nothing shows when its readers do not wait."""
-    tickets = ["ticket_full_0", "ticket_empty_0", "ticket_full_1", "ticket_empty_1"]
-    return [(n, name) for n, name in enumerate([*names, *tickets]) if name != "ticket_full_1"]
+    """Of a kernel of Hopper's that hands out tiles, by number: its own, then those of its ticket."""
+    return list(enumerate([*names, "ticket_full", "ticket_empty"]))
 
 
 @contextmanager

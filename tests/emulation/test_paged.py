@@ -190,7 +190,8 @@ def test_batch_invariant_in_every_bit(lane: Lane, left: int | None) -> None:
 @ON_EACH_CARD
 @pytest.mark.parametrize("heads", [(3, 1), (12, 2)])
 def test_many_parts(lane: Lane, heads: tuple[int, int]) -> None:
-    """More than lanes have a weight each, of more rows than have blocks of their own; results on 16 bytes and off them."""
+    """More than lanes have a weight each, of more rows than have blocks of their own; results on 16 bytes, which teams of lanes
+    add up, and off them."""
     draw(0, processors=132)
     pool = make(Case(((1, 20), (5200, 700)), heads, (32, 32), BF16, sink=True))
     want = pool.check(lane)
@@ -198,7 +199,8 @@ def test_many_parts(lane: Lane, heads: tuple[int, int]) -> None:
         pool.q, pool.k_pages, pool.v_pages, pool.block_table, pool.seqlens_k, da.causal(), cu_seqlens_q=pool.cu_seqlens_q,
         max_seqlen_q=20, sink=pool.packed.sink, return_lse=True, backend="cuda",
     )  # fmt: skip
-    assert torch.equal(out, want["out"]) and torch.equal(lse, want["lse"])
+    torch.testing.assert_close(out, want["out"], rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(lse, want["lse"], rtol=1e-6, atol=0)
 
 
 @ON_EACH_CARD

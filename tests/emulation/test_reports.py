@@ -122,3 +122,10 @@ def test_a_wrong_reduction_is_reported(name: str) -> None:
     told = {run_wrong_reduction(kind, seed) for seed in range(24)}
     told -= {""}  # a reduction may be there in time by luck
     assert told and all(re.search(report, text) for text in told), told
+
+
+def test_a_launch_made_ahead_waits_for_the_one_before() -> None:
+    for kind, told in enumerate(("", *2 * ["threads ended that did not wait for the launch before"])):
+        x, y = normal(128).numpy(), np.zeros(128, np.float32)
+        found = run(functions(), "probe_wrong_launch", kind, x, y)
+        assert told in found if told else not found

@@ -11,9 +11,9 @@ constexpr int HEAD_DIM = DUPLEX_HEAD_DIM;
 template <class T, Storage S, int ROWS>
 void go(const Call& c, Which which, int32_t units, void* stream) {
   using L = Tile<S, HEAD_DIM, ROWS>;
-  const int blocks = units * c.heads_kv * packing(c.group(), ROWS).chunks;
-  launch<attend_kernel<T, S, HEAD_DIM, ROWS>>("paged attention", blocks, L::THREADS, L::SHARED_BYTES, stream, c, which,
-                                              units);
+  const Grid grid = Grid::of(c, ROWS, which, units);
+  launch<attend_kernel<T, S, HEAD_DIM, ROWS>>("paged attention", grid.shares(), L::THREADS, L::SHARED_BYTES, stream, c,
+                                              grid);
 }
 
 template <class T, Storage S>

@@ -53,7 +53,7 @@ struct Attend : Tiled {
   using Where = RowTile::Place;
   DUPLEX_DEVICE Where where_of(int t) const {
     if (thread >= L::BLOCK_N || t >= tile.keys.count()) return {-1, 0};
-    const int32_t j = tile.block_at(t) * L::BLOCK_N + thread;
+    const int32_t j = tile.keys.in_order(t) * L::BLOCK_N + thread;
     return j < piece.span.len_k ? tile.place_of(j) : Where{-1, 0};
   }
 
@@ -127,7 +127,7 @@ struct Attend : Tiled {
       placed = next;
       next = where_of(t + L::STAGES + 1);
       add_block(
-          *this, state, t, tile.block_at(t), t, [&](int key) { return scale_of(key, scales(t)); },
+          *this, state, tile.keys.in_order(t), t, [&](int key) { return scale_of(key, scales(t)); },
           [&](int key) { return scale_of(key, scales(t) + 4 * L::BLOCK_N); });
     }
     ptx::copy_wait<0>();
@@ -141,11 +141,12 @@ struct Attend : Tiled {
 
 template <class T, Storage S, int HEAD_DIM, int ROWS>
 DUPLEX_KERNEL((Tile<S, HEAD_DIM, ROWS>::THREADS))
-attend_kernel(DUPLEX_PARAMETER Call c, Which which, int32_t units) {
-  const Share share(c, ROWS, ptx::block_index());
-  if (which != Which::SHARED && ptx::thread_index() < 32) clear_outside<T>(c, share, units);
+attend_kernel(DUPLEX_PARAMETER Call c, DUPLEX_PARAMETER Grid grid) {
+  ptx::let_next_launch_begin();
+  const Share share(grid, ptx::block_index());
+  if (grid.which != Which::SHARED && ptx::thread_index() < 32) clear_outside<T>(c, share);
   using L = Tile<S, HEAD_DIM, ROWS>;
-  for_each_tile(c, share, which, L::BLOCK_N, [](const RowTile& tile) {
+  for_each_tile(c, share, L::BLOCK_N, [](const RowTile& tile) {
     if constexpr (ROWS == LARGE_ROWS)
       Attend<S, L, ManyRows<T, S, L>>(tile).run();
     else if (tile.rows() <= 8)

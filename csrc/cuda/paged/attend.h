@@ -1,6 +1,7 @@
 // The paged attention kernels as the host sees them.
 #pragma once
 
+#include "cuda/device.h"
 #include "cuda/paged/call.h"
 
 namespace duplex::paged {
@@ -15,7 +16,8 @@ struct Attention {
 // The one for this head_dim: the smallest that holds it. Throws std::invalid_argument beyond the largest.
 const Attention& attention(int64_t head_dim);
 
-// Joins the parts of rows that have some; of so many units, merges of the plan or blocks of rows.
-void merge_parts(const Call& call, bool bfloat16, int32_t units, void* stream);
+// Joins the parts of rows that have some; of so many units, merges of the plan or blocks of rows. The launch before it
+// is the one that made them.
+void merge_parts(const Call& call, bool bfloat16, int32_t units, const Device& device);
 
 }  // namespace duplex::paged

@@ -28,7 +28,7 @@ constexpr int64_t START_COST = 96, MERGE_COST = 128, PART_COST = 4;
 // All rows of a sequence and their heads fill no more than the small tile. Not where bits must not depend on how many
 // there are.
 bool is_small(const PagedArguments& p, const Call& c) {
-  return p.max_seqlen_q * c.group() <= SMALL_ROWS && !p.batch_invariant;
+  return p.max_seqlen_q * c.group <= SMALL_ROWS && !p.batch_invariant;
 }
 
 // How many slots of a page a bulk copy brings, so that boxes fill pages and blocks of keys, and parts begin with one; 0
@@ -73,13 +73,14 @@ int64_t splits_of(int64_t tiles, int64_t longest, int64_t at_once) {
 
 // What follows from shapes alone.
 Division divide(const PagedArguments& p, const Call& c, const Chosen& by, int processors) {
-  const Packing pack = packing(c.group(), by.tile_rows);
+  const Packing pack = packing(c.group, by.tile_rows);
   const int64_t blocks = (p.max_seqlen_q + pack.rows - 1) / pack.rows;
   const int64_t tiles = std::max<int64_t>(1, c.batch.batch * blocks * c.heads_kv * pack.chunks);
   const int64_t longest = c.batch.longest;
   const int64_t splits =
       p.batch_invariant ? (longest + FIXED_SPLIT - 1) / FIXED_SPLIT : splits_of(tiles, longest, by.blocks * processors);
-  return {int32_t(blocks), int32_t(std::max<int64_t>(splits, 1)), pack.rows, by.block_n, p.batch_invariant};
+  return {Divider::of(std::max<int64_t>(blocks, 1)), Divider::of(std::max<int64_t>(splits, 1)), pack.rows,
+          Divider::of(by.block_n), p.batch_invariant};
 }
 
 Call describe(const PagedArguments& p) {
@@ -108,6 +109,7 @@ Call describe(const PagedArguments& p) {
   c.num_pages = int32_t(p.k_pages.size(0));
   c.heads_q = int32_t(p.q.size(1));
   c.heads_kv = int32_t(p.k_pages.size(2));
+  c.group = c.heads_kv ? c.heads_q / c.heads_kv : 1;
   c.head_dim = int32_t(p.q.size(2));
   c.head_dim_v = int32_t(p.v_pages.size(3));
   const int64_t turning = p.rope_interleaved ? 2 * c.rope.reach : c.rope.reach;
@@ -135,11 +137,11 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   c.division = divide(p, c, own, device.processors);
   // A plan's tiles of shared keys are not for terms that depend on distances.
   const bool planned = plan && !distance_bias && !alibi_slopes && c.batch.batch > 0;
-  const Division& d = c.division;
-  const int64_t pieces = int64_t(c.batch.batch) * d.blocks * d.splits;
+  const int64_t blocks = int64_t(c.batch.batch) * c.division.blocks.divisor, splits = c.division.splits.divisor;
+  const int64_t pieces = blocks * splits, rows = pieces * c.division.rows;
   const int64_t units = planned ? plan->size(0) : std::max<int64_t>(pieces, 1);
-  c.slots = int32_t(planned ? units : d.splits > 1 ? pieces * d.rows : 0);
-  expect(units * c.heads_q < FAR && pieces * d.rows < FAR, "at most 2^29 tiles");
+  c.slots = int32_t(planned ? units : splits > 1 ? rows : 0);
+  expect(units * c.heads_q < FAR && rows < FAR, "at most 2^29 tiles");
   const Tensor workspace = new_float(q, {int64_t(c.slots) * c.heads_q * (c.head_dim_v + 1)});
   c.parts = static_cast<float*>(workspace.data_ptr());
   c.parts_lse = c.parts + int64_t(c.slots) * c.heads_q * c.head_dim_v;
@@ -160,11 +162,11 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
     c.capacity = int32_t(units);
     attend(large, Which::SHARED);
     attend(own, Which::OWN);
-    merge_parts(c, bfloat16, int32_t(units), device.stream);
+    merge_parts(c, bfloat16, int32_t(units), device);
     return;
   }
   attend(own, Which::ALL);
-  if (d.splits > 1 && pieces > 0) merge_parts(c, bfloat16, c.batch.batch * d.blocks, device.stream);
+  if (splits > 1 && pieces > 0) merge_parts(c, bfloat16, int32_t(blocks), device);
 }
 
 std::tuple<int64_t, int64_t> paged_workers(int64_t device, int64_t heads_kv) {

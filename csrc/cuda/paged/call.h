@@ -17,15 +17,13 @@ struct Call {
   Divider page_size;
   Rope rope;
   Terms terms;
-  const float* sink;  // (heads_q,) or null
-  int32_t num_pages, heads_q, heads_kv, head_dim, head_dim_v;
-  float *parts, *parts_lse;  // (slots, heads_q, head_dim_v), (heads_q, slots)
+  const float* sink;                                                  // (heads_q,) or null
+  int32_t num_pages, heads_q, heads_kv, group, head_dim, head_dim_v;  // group: query heads of a kv head
+  float *parts, *parts_lse;                                           // (slots, heads_q, head_dim_v), (heads_q, slots)
   int32_t slots;
   const int32_t* plan;  // or null: the division
   int32_t capacity;     // rows of the plan
   Division division;
-
-  DUPLEX_HOST_DEVICE int32_t group() const { return heads_q / heads_kv; }
 };
 
 // How query heads lie in the rows of a tile: row by row, `heads` of those that share a kv head, side by side.
@@ -35,7 +33,7 @@ struct Packing {
   int32_t rows;    // in a tile
 };
 
-DUPLEX_HOST_DEVICE inline Packing packing(int32_t group, int32_t tile_rows) {
+inline Packing packing(int32_t group, int32_t tile_rows) {
   const int32_t heads = group < tile_rows ? group : tile_rows;
   return {heads, (group + heads - 1) / heads, tile_rows / heads};
 }
@@ -44,5 +42,24 @@ constexpr int SMALL_ROWS = 16, LARGE_ROWS = 64;  // of the two tiles
 
 // Of a plan's tiles, those of rows that share their keys, or the others.
 enum class Which { ALL, SHARED, OWN };
+
+// What a launch does: of each of `units`, tiles of the plan or pieces of the division, the heads of its kv heads.
+struct Grid {
+  Which which;
+  int32_t units;
+  Packing pack;
+  Divider heads, chunks, width;  // of pack.heads and pack.chunks; width: shares of a unit
+
+  static Grid of(const Call& c, int32_t tile_rows, Which which, int32_t units) {
+    const Packing pack = packing(c.group, tile_rows);
+    return {which,
+            units,
+            pack,
+            Divider::of(pack.heads),
+            Divider::of(pack.chunks),
+            Divider::of(int64_t(c.heads_kv) * pack.chunks)};
+  }
+  DUPLEX_HOST_DEVICE int32_t shares() const { return units * int32_t(width.divisor); }
+};
 
 }  // namespace duplex::paged

@@ -186,11 +186,10 @@ DUPLEX_DEVICE void start(const W& w, typename W::State& s) {
   }
 }
 
-// One more block of keys, the t-th of the tile's, in stage n. key_scale(k) and value_scale(k) are what the warp's key k
-// and its value are worth.
+// One more block of keys, in stage n. key_scale(k) and value_scale(k) are what the warp's key k and its value are
+// worth.
 template <class W, class K, class V>
-DUPLEX_DEVICE void add_block(const W& w, typename W::State& s, int t, int block, int n, K&& key_scale,
-                             V&& value_scale) {
+DUPLEX_DEVICE void add_block(const W& w, typename W::State& s, int block, int n, K&& key_scale, V&& value_scale) {
   using Layout = typename W::Layout;
   float x[W::COUNT], decay[Layout::ROWS];
   w.multiply_keys(x, s.q, n);
@@ -201,7 +200,7 @@ DUPLEX_DEVICE void add_block(const W& w, typename W::State& s, int t, int block,
   }
   const int32_t j = block * W::BLOCK_N + w.first_key();
   add_terms(x, w.tile, s.rows, j);
-  if (t < w.tile.edges()) hide(x, w.tile, s.rows, j);
+  if (w.tile.keys.is_edge(block)) hide(x, w.tile, s.rows, j);
   w.weigh(s, x, decay);
   if (W::QUANTISED && w.c.pages.v_scales) {
     const float grow = s.values.grow(w.scale_keys(x, value_scale)), shrunk = inverse(s.values.unit);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/plan.h"
+#include "cuda/divider.h"
 #include "cuda/lengths.h"
 
 namespace duplex::paged {
@@ -46,28 +47,33 @@ DUPLEX_HOST_DEVICE inline int32_t position_of(const Batch& l, int32_t row) {
   return l.seqlens_k[b] - (l.cu_q[b + 1] - row);
 }
 
-// Keys [origin + t * size, end) of a block of rows, part by part; `count` of them, one at least.
-struct Parts {
-  int32_t origin, size, count, end;
+// Without a plan: of `blocks` blocks of `rows` rows for each sequence, the last first, and `splits` parts of each.
+struct Division {
+  Divider blocks, splits;
+  int32_t rows;
+  Divider block;  // of keys; divides where parts begin, unless that is fixed
+  bool fixed;
 };
 
-// Of what rows [i0, i1) may see, a gap between prefix and window included. `block` divides where parts begin, unless
-// that is fixed.
-DUPLEX_HOST_DEVICE inline Parts parts_of(const Extent& x, int32_t i0, int32_t i1, int32_t splits, int32_t block,
-                                         bool fixed) {
+// Keys [origin, end) of a block of rows, in parts of so many. The first one is there even without keys.
+struct Parts {
+  int32_t origin, size, end;
+
+  DUPLEX_HOST_DEVICE int32_t first(int32_t t) const { return origin + t * size; }
+  DUPLEX_HOST_DEVICE bool has(int32_t t) const { return t == 0 || first(t) < end; }
+  DUPLEX_HOST_DEVICE int32_t count() const { return has(1) ? (end - origin + size - 1) / size : 1; }
+};
+
+// Of what rows [i0, i1) may see, a gap between prefix and window included.
+DUPLEX_HOST_DEVICE inline Parts parts_of(const Extent& x, int32_t i0, int32_t i1, const Division& d) {
   const int32_t offset = int32_t(x.span.offset), prefix = int32_t(x.span.prefix);
   const int32_t last = i1 + offset + int32_t(x.span.right), first = i0 + offset - int32_t(x.span.left);
   const int32_t end = clamp32(last > prefix ? last : prefix, 0, x.len_k),
-                begin = prefix > 0 ? 0 : clamp32(first, 0, end) / block * block;
-  int32_t origin = begin, size = FIXED_SPLIT;
-  if (fixed) {
-    origin = begin / FIXED_SPLIT * FIXED_SPLIT;
-  } else {
-    const int32_t even = ((end - begin + splits - 1) / splits + block - 1) / block * block;
-    size = even > LEAST_SPLIT ? even : LEAST_SPLIT;
-  }
-  const int32_t count = (end - origin + size - 1) / size;
-  return {origin, size, count > 1 ? count : 1, end};
+                begin = prefix > 0 ? 0 : clamp32(first, 0, end);
+  if (d.fixed) return {begin / FIXED_SPLIT * FIXED_SPLIT, FIXED_SPLIT, end};
+  const int32_t origin = d.block.down(begin);
+  const int32_t even = d.block.up(d.splits.quotient(end - origin + int32_t(d.splits.divisor) - 1));
+  return {origin, even > LEAST_SPLIT ? even : LEAST_SPLIT, end};
 }
 
 // Rows [begin, end) of a sequence against keys of its pages from `first` on.
@@ -86,31 +92,31 @@ DUPLEX_HOST_DEVICE inline Span section(const Span& s, int32_t first, int32_t end
   return {length, clamp32(int32_t(s.prefix) - first, 0, length), s.offset - first, s.left, s.right};
 }
 
-// Without a plan: of `blocks` blocks of `rows` rows for each sequence, the last first, and `splits` parts of each.
-struct Division {
-  int32_t blocks, splits, rows;
-  int32_t block;  // of keys
-  bool fixed;
+// The n-th block of rows; false where there is none.
+struct BlockOfRows {
+  int32_t sequence, begin, end;
+  Extent of;
 };
-
-// The n-th; false where there is none.
-DUPLEX_HOST_DEVICE inline bool piece_of(const Batch& l, const Division& d, int32_t n, Piece& piece) {
-  const int32_t b = n / (d.blocks * d.splits), block = d.blocks - 1 - n / d.splits % d.blocks, t = n % d.splits;
+DUPLEX_HOST_DEVICE inline bool block_of(const Batch& l, const Division& d, int32_t n, BlockOfRows& rows) {
+  const auto [b, from_last] = d.blocks.divide(n);
   const Extent x = extent(l, b);
-  const int32_t i0 = block * d.rows, i1 = i0 + d.rows < x.len_q ? i0 + d.rows : x.len_q;
-  if (i0 >= i1) return false;
-  const Parts parts = parts_of(x, i0, i1, d.splits, d.block, d.fixed);
-  if (t >= parts.count) return false;
-  const int32_t first = parts.origin + t * parts.size, end = first + parts.size;
-  piece = {b,
-           x.row_q,
-           i0,
-           i1,
-           first,
-           parts.count > 1 ? n * d.rows : -1,
-           x.len_k - x.len_q,
-           false,
-           section(x.span, first, end < parts.end ? end : parts.end)};
+  const int32_t begin = (int32_t(d.blocks.divisor) - 1 - from_last) * d.rows, end = begin + d.rows;
+  rows = {b, begin, end < x.len_q ? end : x.len_q, x};
+  return rows.begin < rows.end;
+}
+
+// The n-th piece; false where there is none.
+DUPLEX_HOST_DEVICE inline bool piece_of(const Batch& l, const Division& d, int32_t n, Piece& piece) {
+  const auto [of_rows, t] = d.splits.divide(n);
+  BlockOfRows rows;
+  if (!block_of(l, d, of_rows, rows)) return false;
+  const Extent& x = rows.of;
+  const Parts parts = parts_of(x, rows.begin, rows.end, d);
+  if (!parts.has(t)) return false;
+  const int32_t first = parts.first(t), end = first + parts.size;
+  piece = {rows.sequence,     x.row_q, rows.begin,
+           rows.end,          first,   parts.has(1) ? n * d.rows : -1,
+           x.len_k - x.len_q, false,   section(x.span, first, end < parts.end ? end : parts.end)};
   return true;
 }
 
@@ -150,13 +156,12 @@ struct Union {
 };
 
 DUPLEX_HOST_DEVICE inline bool union_of(const Batch& l, const Division& d, int32_t n, Union& u) {
-  const int32_t b = n / d.blocks, block = d.blocks - 1 - n % d.blocks;
-  const Extent x = extent(l, b);
-  const int32_t i0 = block * d.rows, i1 = i0 + d.rows < x.len_q ? i0 + d.rows : x.len_q;
-  if (i0 >= i1) return false;
-  const Parts parts = parts_of(x, i0, i1, d.splits, d.block, d.fixed);
-  u = {x.row_q + i0, x.row_q + i1, 0, 0, 0, n * d.splits * d.rows, parts.count, d.rows};
-  return parts.count > 1;
+  BlockOfRows rows;
+  if (!block_of(l, d, n, rows)) return false;
+  const Parts parts = parts_of(rows.of, rows.begin, rows.end, d);
+  const int32_t row = rows.of.row_q, slot = n * int32_t(d.splits.divisor) * d.rows;
+  u = {row + rows.begin, row + rows.end, 0, 0, 0, slot, parts.count(), d.rows};
+  return parts.has(1);
 }
 
 // Counts and slots of a damaged plan stay inside the workspace.

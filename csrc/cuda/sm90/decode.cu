@@ -11,8 +11,8 @@ using Built = DecodeShape<S, DUPLEX_HEAD_DIM>;
 template <Storage S>
 void launch_decode(const PagedLaunch& l, paged::Which which, int32_t units) {
   using B = Built<S>;
-  const PagedArguments a = arguments_of<typename B::Keys>(l, which, units);
-  const int blocks = blocks_of(l, units, B::ROWS, B::BLOCKS);
+  const PagedArguments a = arguments_of<B>(l, which, units);
+  const int blocks = blocks_of(l, a.grid, B::BLOCKS);
   const auto go = [&]<auto KERNEL>() {
     launch<KERNEL>("paged attention", blocks, B::THREADS, B::SHARED_BYTES, l.stream, a);
   };

@@ -43,6 +43,7 @@ struct DecodeStages {
   DUPLEX_DEVICE uint32_t v_full(int stage) const { return full(stage); }
   DUPLEX_DEVICE uint32_t k_empty(int stage) const { return empty(stage); }
   DUPLEX_DEVICE uint32_t v_empty(int stage) const { return empty(stage); }
+  DUPLEX_DEVICE static int block_at(const paged::RowTile& tile, int t) { return tile.keys.in_order(t); }
   // The sums of a tile have been read, which lay where keys are to be.
   DUPLEX_DEVICE uint32_t tile_done() const { return barrier(0); }
   DUPLEX_DEVICE void wait_for_tile(int tiles) const {
@@ -109,7 +110,7 @@ struct Decode : DecodeRows<T, S, L, TILES> {
     if (!QUANTISED || block < 0 || j >= int32_t(piece.span.len_k)) return {0, -1};
     return tile.entry_of(j);
   }
-  DUPLEX_DEVICE int block_at(int t) const { return t < tile.keys.count() ? tile.block_at(t) : -1; }
+  DUPLEX_DEVICE int block_at(int t) const { return t < tile.keys.count() ? tile.keys.in_order(t) : -1; }
   DUPLEX_DEVICE Scales scales_at(Where at) const {
     if (!QUANTISED || at.slot < 0) return {0, 0};
     const int32_t page = tile.page(at.page);
@@ -137,7 +138,7 @@ struct Decode : DecodeRows<T, S, L, TILES> {
       ptx::barrier_wait(shared.full(step % L::STAGES), step / L::STAGES & 1);
       clear_strangers(live(block));
       paged::add_block(
-          *this, state, t, block, step, [&](int key) { return ptx::shuffle(now.k, key); },
+          *this, state, block, step, [&](int key) { return ptx::shuffle(now.k, key); },
           [&](int key) { return ptx::shuffle(now.v, key); });
       release(shared.empty(step % L::STAGES));
       block = next;
@@ -157,12 +158,13 @@ template <class T, Storage S, int HEAD_DIM, class L = DecodeShape<S, HEAD_DIM>>
 DUPLEX_KERNEL_SHARING(L::THREADS, L::BLOCKS)
 decode_kernel(DUPLEX_PARAMETER PagedArguments a) {
   const DecodeStages<L> shared{ptx::shared_base()};
+  ptx::let_next_launch_begin();
   if (ptx::thread_index() == 0) shared.init();
   ptx::block_sync();
   if (ptx::uniform(ptx::thread_index() / 32) == L::WARPS) {
     PageLoader<L, DecodeStages<L>>{a, shared}.run();
-    if (a.which != paged::Which::SHARED)
-      for_each_share<L>(a, [&](const paged::Share& s) { paged::clear_outside<T>(a.call, s, a.units); });
+    if (a.grid.which != paged::Which::SHARED)
+      for_each_share(a, [&](const paged::Share& s) { paged::clear_outside<T>(a.call, s); });
   } else {
     int step = 0;
     for_each_paged_tile<L>(a, [&](const paged::RowTile& tile) {

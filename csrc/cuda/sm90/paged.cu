@@ -9,12 +9,12 @@ using Built = Shape<DUPLEX_HEAD_DIM>;
 
 template <class T, bool TERMS>
 void launch_kernel(const PagedLaunch& l, const PagedArguments& a) {
-  const int blocks = blocks_of(l, a.units, Built::BLOCK_M, 1);
+  const int blocks = blocks_of(l, a.grid, 1);
   launch<paged_kernel<T, Built, TERMS>>("paged attention", blocks, Built::THREADS, Built::SHARED_BYTES, l.stream, a);
 }
 
 void launch_paged(const PagedLaunch& l, paged::Which which, int32_t units) {
-  const PagedArguments a = arguments_of<Built::Keys>(l, which, units);
+  const PagedArguments a = arguments_of<Built>(l, which, units);
   if (l.bfloat16)
     l.terms ? launch_kernel<Bfloat16, true>(l, a) : launch_kernel<Bfloat16, false>(l, a);
   else

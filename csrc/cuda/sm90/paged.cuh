@@ -14,6 +14,7 @@ namespace duplex::sm90 {
 
 template <class S>
 struct PromptStages : Shared<S> {
+  DUPLEX_DEVICE static int block_at(const paged::RowTile& tile, int t) { return tile.edges_first(t); }
   // Stages are free when their blocks have been read.
   DUPLEX_DEVICE void wait_for_tile(int) const {}
 };
@@ -78,13 +79,13 @@ struct PagedCompute : Pipeline<T, S> {
     float out[Base::OUT];
     if (count > 0) {
       const auto weigh = [&]<bool EDGE>(float (&x)[Base::PRODUCTS], int t, float (&decay)[2]) {
-        const int32_t j = tile.block_at(t) * S::BLOCK_N + 2 * quad_lane();
+        const int32_t j = tile.edges_first(t) * S::BLOCK_N + 2 * quad_lane();
         if constexpr (TERMS) paged::add_terms(x, tile, rows, j);
         if constexpr (EDGE) paged::hide(x, tile, rows, j);
         softmax.template next<EDGE || TERMS, TERMS>(x, a.call.terms.scale * LOG2E, decay,
                                                     typename Base::Exponentials{*this});
       };
-      const auto live = [&](int t) { return int(tile.piece.span.len_k) - tile.block_at(t) * S::BLOCK_N; };
+      const auto live = [&](int t) { return int(tile.piece.span.len_k) - tile.edges_first(t) * S::BLOCK_N; };
       put_queries(tile);
       this->template sum_values<TERMS>(count, tile.edges(), out, weigh, live, [] {});
     } else {
@@ -142,6 +143,7 @@ DUPLEX_KERNEL(S::THREADS)
 paged_kernel(DUPLEX_PARAMETER PagedArguments a) {
   const Shared<S> shared{ptx::shared_base()};
   const int warpgroup = ptx::uniform(ptx::thread_index() / 128), warp = ptx::uniform(ptx::thread_index() / 32);
+  ptx::let_next_launch_begin();
   if (ptx::thread_index() == 0) {
     prepare(shared, TERMS ? LOG2E : a.call.terms.scale * LOG2E);
     ptx::barrier_init_fence();
@@ -150,8 +152,8 @@ paged_kernel(DUPLEX_PARAMETER PagedArguments a) {
   if (warpgroup == 0) {
     ptx::fewer_registers<S::LOADER_REGISTERS>();
     if (warp == 0) PageLoader<S, PromptStages<S>>{a, {shared}}.run();
-    if (warp == 1 && a.which != paged::Which::SHARED)
-      for_each_share<S>(a, [&](const paged::Share& s) { paged::clear_outside<T>(a.call, s, a.units); });
+    if (warp == 1 && a.grid.which != paged::Which::SHARED)
+      for_each_share(a, [&](const paged::Share& s) { paged::clear_outside<T>(a.call, s); });
   } else {
     ptx::more_registers<S::COMPUTE_REGISTERS>();
     PagedCompute<T, S, TERMS>(a, shared, warpgroup - 1, ptx::thread_index() % 128).run();

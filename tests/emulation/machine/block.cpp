@@ -34,7 +34,7 @@ bool is_poison(float x) {
 }
 }  // namespace
 
-Block::Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed, const Fault& fault)
+Block::Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed, const Fault& fault, bool ahead)
     : index(index),
       blocks(blocks),
       threads(threads),
@@ -46,6 +46,8 @@ Block::Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed
       reduction_commits_(threads, 0),
       warps_(threads / 32),
       contexts_(threads),
+      waited_(threads, false),
+      ahead_(ahead),
       waits_for_(threads, ""),
       alive_(threads),
       generator_(uint32_t(seed * 0x9E3779B1u + index)),
@@ -95,6 +97,8 @@ void Block::run(const std::function<void()>& kernel) {
     switch_context(scheduler_, contexts_[current]);
     current = -1;
   }
+  if (failure_.empty() && ahead_ && std::count(waited_.begin(), waited_.end(), false))
+    failure_ = "launched ahead, and threads ended that did not wait for the launch before";
   if (failure_.empty() && !copies_.empty()) failure_ = "the block ends with bulk copies that nobody waited for";
   if (!failure_.empty()) throw std::runtime_error("block " + std::to_string(index) + ": " + failure_);
 }

@@ -134,7 +134,8 @@ class Block {
   int index, blocks, threads, current = -1;
   const Fault fault;
 
-  Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed, const Fault& fault);
+  // ahead: the launch before may still write, as far as this one knows, until its threads have waited for it.
+  Block(int index, int blocks, int threads, int shared_bytes, uint64_t seed, const Fault& fault, bool ahead = false);
   ~Block();
   void run(const std::function<void()>& kernel);
 
@@ -146,6 +147,7 @@ class Block {
   template <class Given, class F>
   void meet(const char* kind, int argument, Given& given, F&& settle);
 
+  void wait_for_launch_before() { waited_[current] = true; }
   void maybe_yield() {
     if (random() % 8 == 0) yield();
   }
@@ -208,6 +210,8 @@ class Block {
   Waiting reduction_waiting_;
   std::vector<Warp> warps_;
   std::vector<Context> contexts_;
+  std::vector<char> waited_;  // threads: for the launch before
+  bool ahead_;
   std::vector<int> ready_;
   std::vector<const char*> waits_for_;
   int alive_ = 0;

@@ -113,6 +113,15 @@ DUPLEX_KERNEL(128) wrong_reduction(const float* x, int kind, float* sums) {
   if (thread == 0 && kind != UNFINISHED) ptx::reduce_wait<0>();
 }
 
+// Launched ahead, it copies what the launch before wrote: without waiting for that, or in one thread.
+enum WrongLaunch { WAITED, NOT_WAITED, ONE_WAITED };
+
+DUPLEX_KERNEL(128) wrong_launch(const float* x, int kind, float* y) {
+  const int thread = ptx::thread_index();
+  if (kind == WAITED || (kind == ONE_WAITED && thread == 0)) ptx::wait_for_launch_before();
+  y[thread] = x[thread];
+}
+
 }  // namespace
 
 EXPORTED const char* probe_wrong(int kind, const Box* box, float* d) {
@@ -125,6 +134,10 @@ EXPORTED const char* probe_wrong_stages(int kind, const uint16_t* x, int tiles, 
 
 EXPORTED const char* probe_wrong_reduction(int kind, const float* x, float* sums) {
   return report([&] { launch<wrong_reduction>("", 1, 128, SHARED, nullptr, x, kind, sums); });
+}
+
+EXPORTED const char* probe_wrong_launch(int kind, const float* x, float* y) {
+  return report([&] { launch_ahead<wrong_launch>("", 1, 128, SHARED, Device(0), x, kind, y); });
 }
 
 // Arithmetic that needs no machine.

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/box.h"
+#include "cuda/device.h"
 #include "cuda/ptx.cuh"
 
 namespace emulation {
@@ -25,7 +26,7 @@ inline ptx::TensorMap encode(const Box& box) {
 }
 
 template <auto KERNEL, class... Arguments>
-void launch(const char* what, int blocks, int threads, int shared_bytes, void*, const Arguments&... arguments) {
+void launch_as(bool ahead, const char* what, int blocks, int threads, int shared_bytes, const Arguments&... arguments) {
   std::vector<int> order(blocks);
   std::iota(order.begin(), order.end(), 0);
   const uint64_t seed = emulation::seed++;
@@ -34,9 +35,20 @@ void launch(const char* what, int blocks, int threads, int shared_bytes, void*, 
   const emulation::Fault fault = faulty ? emulation::fault : emulation::Fault{};
   std::shuffle(order.begin(), order.end(), std::mt19937(uint32_t(seed)));
   for (int index : order) {
-    emulation::Block block(index, blocks, threads, shared_bytes, seed, fault);
+    emulation::Block block(index, blocks, threads, shared_bytes, seed, fault, ahead);
     block.run([&] { KERNEL(arguments...); });
   }
+}
+
+template <auto KERNEL, class... Arguments>
+void launch(const char* what, int blocks, int threads, int shared_bytes, void*, const Arguments&... arguments) {
+  launch_as<KERNEL>(false, what, blocks, threads, shared_bytes, arguments...);
+}
+
+template <auto KERNEL, class... Arguments>
+void launch_ahead(const char* what, int blocks, int threads, int shared_bytes, const Device&,
+                  const Arguments&... arguments) {
+  launch_as<KERNEL>(true, what, blocks, threads, shared_bytes, arguments...);
 }
 
 }  // namespace duplex

@@ -37,6 +37,8 @@ inline int uniform(int x) {
   return x;
 }
 inline int anew(int x) { return x; }
+inline void let_next_launch_begin() {}
+inline void wait_for_launch_before() { block->wait_for_launch_before(); }
 inline float shuffle(float x, int lane) {
   struct Given {
     float x;
