@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..checks import check_per_sequence, wrong_type, wrong_value
 from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, run_operator, table
 from ..mask import Mask, causal
 from .call import FIXED_SPLIT
-from .checks import check_plan_tensors, on_host
+from .checks import QUANTISED, check_plan_tensors, on_host
 from .ops import copy_pages as _copy
 from .ops import paged_append as _append
 from .ops import paged_attention as _operator
@@ -60,6 +61,7 @@ def paged_attention(
         block_table[b, j // page_size]. seqlens_k int32 (B,): keys of each sequence, those appended in this step included.
     rope_cos, rope_sin: float32 (max_positions, R): rotates the first 2R dimensions of q by its position in the
         sequence (RoFormer, Su et al. 2021), pairs (x, x + R), or (2x, 2x + 1) where rope_interleaved.
+    Under autocast q is cast to the pages' dtype, or to autocast's where they hold bytes; so are new keys and values.
     plan: the step's division of work, from `PagedKVCache.batch(...).plan(mask)`; None makes one for this call.
     out: (total, Hq, Dv), written and returned; None makes one.
     bias broadcasts to (B, Hq, max_seqlen_q, max_pages * page_size), indexed by i and j. All else as in `attention`, without
@@ -72,6 +74,7 @@ def paged_attention(
         q=q, k_pages=k_pages, v_pages=v_pages, bias=bias, distance_bias=distance_bias, alibi_slopes=alibi_slopes,
         row_distance_bias=row_distance_bias, col_distance_bias=col_distance_bias, sink=sink, out=out,
     )  # fmt: skip
+    (q,) = _autocast(k_pages, q)
     prefix, left, right, top_left = named_mask(mask)
     if not isinstance(prefix, Tensor):
         prefix = None if prefix == 0 else prefix_tensor(prefix, len(block_table) if block_table.dim() else 0, q)
@@ -162,6 +165,7 @@ def paged_append(
     """
     _check_tensors(k=k, v=v, k_pages=k_pages, v_pages=v_pages, block_table=block_table, positions=positions)
     _check_no_gradient(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
+    k, v = _autocast(k_pages, k, v)
     arguments = (
         k, v, k_pages, v_pages, block_table, positions, cu_seqlens, rope_cos, rope_sin, rope_interleaved, k_scales,
         v_scales, backend or "",
@@ -187,6 +191,15 @@ def copy_pages(
     _check_tensors(k_pages=k_pages, v_pages=v_pages, src=src, dst=dst)
     _check_no_gradient(k_pages=k_pages, v_pages=v_pages)
     run_operator(_copy, (k_pages, v_pages, src, dst, k_scales, v_scales, backend or ""))
+
+
+def _autocast(pages: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+    """Under autocast as pages hold numbers, or, where these are bytes, as autocast would have them."""
+    device_type = pages.device.type
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type) if pages.dtype in QUANTISED else pages.dtype
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 def _check_tensors(**arguments: Any) -> None:
