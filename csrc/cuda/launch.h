@@ -13,6 +13,7 @@ struct ForwardLaunch {
   Box q, k, v;    // less the shape of the boxes
   bool bfloat16;  // else float16
   bool terms;     // a score is more than a positive scale * <q, k>
+  bool ahead;     // another launch of this call comes before
   int processors;
   void* stream;
 };

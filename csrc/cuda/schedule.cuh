@@ -11,6 +11,7 @@ constexpr int SCHEDULE_SHARED = SCHEDULE_THREADS * 4;
 
 DUPLEX_KERNEL(SCHEDULE_THREADS)
 schedule_kernel(DUPLEX_PARAMETER Lengths lengths, DUPLEX_PARAMETER Entries entries, Order order) {
+  ptx::let_next_launch_begin();
   const int thread = ptx::thread_index();
   const int32_t count = int32_t(entries.count(lengths));
   const int32_t own = ptx::block_index() * SCHEDULE_THREADS + thread;

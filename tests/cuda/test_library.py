@@ -216,3 +216,20 @@ def test_size_and_what_it_links_to() -> None:
     needed = re.findall(r"NEEDED.*\[(.*)\]", header)
     assert {"libtorch_cuda.so", "libtorch_cpu.so"} <= set(needed)
     assert not [name for name in needed if name.startswith(("libcuda.", "libcudart", "libtorch_python", "libpython"))]
+
+
+def test_launches_made_ahead_wait_for_the_one_before() -> None:
+    """Before they read or write memory; but for what merges parts, which reads lengths and plan meanwhile."""
+    waits = {
+        name: [line for _, line in code]
+        for name, code in machine_code().items()
+        if re.search(r"4sm90\d+(forward|dq|dkdv|fused|finish_dq)_kernel|parts_kernel", name)
+    }
+    assert waits
+    for name, code in waits.items():
+        assert count(code, "ACQBULK") == 1, name
+        before = code[: next(n for n, line in enumerate(code) if "ACQBULK" in line)]
+        assert "parts" in name or not any(re.search(r"\b(LDG|STG|RED|ATOMG|UTMALDG)\b", line) for line in before), name
+    for kernel in ("schedule", "4sm9012fused", "4sm9013decode", "4sm9012paged", "attend"):
+        codes = [code for name, code in machine_code().items() if f"{kernel}_kernel" in name]
+        assert codes and all(any("PREEXIT" in line for _, line in code) for code in codes), kernel

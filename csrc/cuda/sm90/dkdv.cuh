@@ -15,6 +15,7 @@ dkdv_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps 
     tickets.init(1 + S::WARPS);
     ptx::barrier_init_fence();
   }
+  ptx::wait_for_launch_before();
   ptx::block_sync();
   divide_roles<2, S>(
       [&](int mover) {

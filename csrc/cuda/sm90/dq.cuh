@@ -200,6 +200,7 @@ dq_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps ma
     tickets.init(1 + S::WARPS);
     ptx::barrier_init_fence();
   }
+  ptx::wait_for_launch_before();
   ptx::block_sync();
   using Compute = QueryGradients<T, S, TERMS, DISTANCES>;
   divide_roles<TERMS ? 1 : 2, S>(

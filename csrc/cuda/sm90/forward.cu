@@ -11,8 +11,8 @@ template <class T, class S, bool TERMS>
 void launch_kernel(const ForwardLaunch& l, const Maps& maps) {
   const int64_t tiles = l.arguments.entries.count(l.arguments.lengths) * l.arguments.heads_q;
   const int blocks = int(std::min<int64_t>(tiles, l.processors));
-  launch<forward_kernel<T, S, TERMS>>("forward", blocks, S::THREADS, SHARED_WITH_TICKETS<S, Work>, l.stream,
-                                      l.arguments, maps);
+  launch<forward_kernel<T, S, TERMS>>("forward", blocks, S::THREADS, SHARED_WITH_TICKETS<S, Work>,
+                                      Stream{l.stream, l.ahead}, l.arguments, maps);
 }
 
 template <class S>

@@ -17,6 +17,7 @@ forward_kernel(DUPLEX_PARAMETER ForwardArguments a, DUPLEX_PARAMETER Maps maps) 
     tickets.init(1 + 4 * S::WARPGROUPS);
     ptx::barrier_init_fence();
   }
+  ptx::wait_for_launch_before();
   ptx::block_sync();
   if (warpgroup == 0) {
     ptx::fewer_registers<S::LOADER_REGISTERS>();

@@ -9,13 +9,14 @@ using Built = FusedShape<DUPLEX_HEAD_DIM>;
 
 template <class T>
 void launch_kernels(const BackwardLaunch& l, const BackwardMaps& maps) {
+  const Stream stream{l.stream, true};  // others of this call come before
   const auto go = [&]<auto KERNEL>() {
     launch<KERNEL>("fused", blocks_of(l, l.arguments.key_tiles), Built::THREADS, SHARED_WITH_TICKETS<Built, KeyWork>,
-                   l.stream, l.arguments, maps);
+                   stream, l.arguments, maps);
   };
   l.terms ? go.template operator()<fused_kernel<T, Built, true>>()
           : go.template operator()<fused_kernel<T, Built, false>>();
-  launch<finish_dq_kernel<T, Built>>("finish_dq", 8 * l.processors, Built::THREADS - 128, 0, l.stream, l.arguments);
+  launch<finish_dq_kernel<T, Built>>("finish_dq", 8 * l.processors, Built::THREADS - 128, 0, stream, l.arguments);
 }
 
 void launch_fused(BackwardLaunch& l) {

@@ -29,6 +29,7 @@ DUPLEX_DEVICE void add_to_dq(const BackwardArguments& a, typename S::Shared shar
 template <class T, class S, bool TERMS>
 DUPLEX_KERNEL(S::THREADS)
 fused_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps maps) {
+  ptx::let_next_launch_begin();
   const typename S::Shared shared{ptx::shared_base()};
   const auto tickets = tickets_of<S, KeyWork>(shared.base);
   if (ptx::thread_index() == 0) {
@@ -40,6 +41,7 @@ fused_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps
     tickets.init(1 + S::WARPGROUPS + S::WARPS);
     ptx::barrier_init_fence();
   }
+  ptx::wait_for_launch_before();
   ptx::block_sync();
   divide_roles<2 + S::WARPGROUPS, S>(
       [&](int mover) {
@@ -82,6 +84,7 @@ DUPLEX_DEVICE void store_sums(const BackwardArguments& a, const float* sums, int
 template <class T, class S>
 DUPLEX_KERNEL(S::THREADS - 128)
 finish_dq_kernel(DUPLEX_PARAMETER BackwardArguments a) {
+  ptx::wait_for_launch_before();
   const Lengths& l = a.lengths;
   const int heads = a.key_tiles.heads * a.group, blocks = (l.max_q + S::BLOCK_M - 1) / S::BLOCK_M;
   const int64_t tiles = int64_t(l.batch) * blocks * heads;

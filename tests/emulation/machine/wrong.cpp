@@ -137,7 +137,7 @@ EXPORTED const char* probe_wrong_reduction(int kind, const float* x, float* sums
 }
 
 EXPORTED const char* probe_wrong_launch(int kind, const float* x, float* y) {
-  return report([&] { launch_ahead<wrong_launch>("", 1, 128, SHARED, Device(0), x, kind, y); });
+  return report([&] { launch<wrong_launch>("", 1, 128, SHARED, Stream{nullptr, true}, x, kind, y); });
 }
 
 // Arithmetic that needs no machine.

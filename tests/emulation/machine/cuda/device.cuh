@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "cuda/box.h"
-#include "cuda/device.h"
 #include "cuda/ptx.cuh"
+#include "cuda/stream.h"
 
 namespace emulation {
 extern uint64_t seed;         // of the next launch; each launch moves on
@@ -26,7 +26,8 @@ inline ptx::TensorMap encode(const Box& box) {
 }
 
 template <auto KERNEL, class... Arguments>
-void launch_as(bool ahead, const char* what, int blocks, int threads, int shared_bytes, const Arguments&... arguments) {
+void launch(const char* what, int blocks, int threads, int shared_bytes, const Stream& stream,
+            const Arguments&... arguments) {
   std::vector<int> order(blocks);
   std::iota(order.begin(), order.end(), 0);
   const uint64_t seed = emulation::seed++;
@@ -35,20 +36,9 @@ void launch_as(bool ahead, const char* what, int blocks, int threads, int shared
   const emulation::Fault fault = faulty ? emulation::fault : emulation::Fault{};
   std::shuffle(order.begin(), order.end(), std::mt19937(uint32_t(seed)));
   for (int index : order) {
-    emulation::Block block(index, blocks, threads, shared_bytes, seed, fault, ahead);
+    emulation::Block block(index, blocks, threads, shared_bytes, seed, fault, stream.ahead);
     block.run([&] { KERNEL(arguments...); });
   }
-}
-
-template <auto KERNEL, class... Arguments>
-void launch(const char* what, int blocks, int threads, int shared_bytes, void*, const Arguments&... arguments) {
-  launch_as<KERNEL>(false, what, blocks, threads, shared_bytes, arguments...);
-}
-
-template <auto KERNEL, class... Arguments>
-void launch_ahead(const char* what, int blocks, int threads, int shared_bytes, const Device&,
-                  const Arguments&... arguments) {
-  launch_as<KERNEL>(true, what, blocks, threads, shared_bytes, arguments...);
 }
 
 }  // namespace duplex
