@@ -110,19 +110,19 @@ def test_decoding_moves_nothing_by_its_own_instructions(kernel: Decode) -> None:
     (code,) = [code for name, code in names.items() if kernel.mangled in name]
     text = [line for _, line in code]
     assert count(text, "UTMALDG") and not count(text, r"LDGSTS\S*")
-    for rows, loads in ((8, 1), (16, 4)):
+    for rows in (8, 16):
         inner = over_keys(code, 2 * rows * kernel.head_dim // 128)  # of 16 x 8 x 16: a warp's 16 keys
         assert not count(inner, "UTMALDG") and not count(inner, r"BAR\S*"), (
             "warps wait for what comes, not for each other"
         )
-        assert count(inner, "STL") == 0 and count(inner, "LDL") <= (loads if kernel.crowded else 0)
+        assert count(inner, "STL") == 0 and count(inner, "LDL") == 0
         converted = count(inner, r"F2FP\.F16\.E4M3\.UNPACK_B")
         assert converted == (kernel.head_dim // 2 if kernel.stored == "float8_e4m3" else 0), (
             "a register for two numbers"
         )
     (line,) = [line for name, line in resource_usage("sm_90a").items() if kernel.mangled in name]
     used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)}
-    assert used["STACK"] <= (64 if kernel.crowded else 8), used
+    assert used["STACK"] <= (24 if kernel.crowded else 0), used
     most = 255 if kernel.head_dim == 256 else 168 if kernel.stored == "as_queries" else 128
     assert used["REG"] <= most, "blocks that share a multiprocessor no longer fit"
 

@@ -44,52 +44,45 @@ struct Products {
 
   using Queries = uint32_t[L::Q_STAYS ? 1 : STEPS][4];  // a lane's, where they do not stay in shared memory
 
-  // The tile's queries, rotated, in the order in which lanes hold them as operands of the products: a warp takes a row.
-  // Bytes of keys come to lanes four at a time, so their columns are taken in another order, the same for both
-  // operands; and rows are divided by the unit of their largest number.
-  // Only the first `rows` are multiplied.
+  // The tile's queries, rotated, in the order in which lanes hold them as operands of the products: a few lanes take a
+  // row, eight columns each. Bytes of keys come to lanes four at a time, so their columns are taken in another order,
+  // the same for both operands; and rows are divided by the unit of their largest number. Only the first `rows` are
+  // multiplied.
   DUPLEX_DEVICE void put_queries(int rows = ROWS) const {
-    for (int m = thread / 32; m < rows; m += L::WARPS) {
-      float x[HEAD_DIM / 64][2] = {};  // the lane's pairs of numbers, 32 pairs apart
+    constexpr int LANES = HEAD_DIM / 8;
+    const int unit = thread % LANES;
+    for (int m = thread / LANES; m < rows; m += L::WARPS * 32 / LANES) {
+      float x[8] = {};
       if (const RowTile::Row r = tile.row(m); r.live)
-        load_query(r, m, x);
-      else if (QUANTISED && lane == 0)
-        ptx::shared_store(base + L::UNITS + 4 * m, 1.f);
+        load_eight<T>(c.q.template at<typename T::Stored>(0, piece.row + r.i, r.head), 8 * unit, c.head_dim,
+                      c.q_vectors, tile.position(r), c.rope, x);
+      if constexpr (QUANTISED) divide_by_unit<LANES>(x, m);
 #pragma unroll
-      for (int n = 0; n < HEAD_DIM / 64; ++n) {
-        const int pair = lane + 32 * n, step = pair / 8, p = pair % 8;
-        const int column = QUANTISED ? p / 2 : p % 4, half = QUANTISED ? p % 2 : p / 4;
+      for (int n = 0; n < 4; ++n) {  // pairs of columns
+        const int column = QUANTISED ? 2 * (unit % 2) + n / 2 : n, half = QUANTISED ? n % 2 : unit % 2;
         const int word = m % 16 / 8 + 2 * half, holder = m % 8 * 4 + column;
-        ptx::shared_store(base + L::Q + ((m / 16 * STEPS + step) * 32 + holder) * 16 + 4 * word,
-                          int(ptx::pack<Factor>(x[n][0], x[n][1])));
+        ptx::shared_store(base + L::Q + ((m / 16 * STEPS + unit / 2) * 32 + holder) * 16 + 4 * word,
+                          int(ptx::pack<Factor>(x[2 * n], x[2 * n + 1])));
       }
     }
   }
-  template <int COUNT>
-  DUPLEX_DEVICE void load_query(const RowTile::Row& r, int m, float (&x)[COUNT][2]) const {
-    const auto* from = c.q.template at<typename T::Stored>(0, piece.row + r.i, r.head);
-    const int64_t position = tile.position(r);
-#pragma unroll
-    for (int n = 0; n < 2 * COUNT; ++n) {
-      const int column = 2 * lane + n / 2 * 64 + n % 2;
-      float one[1] = {0};
-      if (column < c.head_dim) load_rotated<T>(from, column, position, c.rope, one);
-      x[n / 2][n % 2] = one[0];
-    }
-    if constexpr (QUANTISED) divide_by_unit(x, m);
-  }
-  template <int COUNT>
-  DUPLEX_DEVICE void divide_by_unit(float (&x)[COUNT][2], int m) const {
+  template <int LANES>
+  DUPLEX_DEVICE void divide_by_unit(float (&x)[8], int m) const {
     uint32_t largest = 0;
 #pragma unroll
-    for (int n = 0; n < 2 * COUNT; ++n) {
-      const uint32_t size = size_bits(x[n / 2][n % 2]);
+    for (int n = 0; n < 8; ++n) {
+      const uint32_t size = size_bits(x[n]);
       largest = size > largest ? size : largest;
     }
-    const uint32_t unit = unit_of(ptx::reduce_max(largest));
-    if (lane == 0) ptx::shared_store(base + L::UNITS + 4 * m, ptx::float_of(unit));
 #pragma unroll
-    for (int n = 0; n < 2 * COUNT; ++n) x[n / 2][n % 2] *= inverse(unit);
+    for (int mask = LANES / 2; mask > 0; mask /= 2) {
+      const uint32_t other = ptx::shuffle_xor(largest, mask);
+      largest = other > largest ? other : largest;
+    }
+    const uint32_t unit = unit_of(largest);
+    if (thread % LANES == 0) ptx::shared_store(base + L::UNITS + 4 * m, ptx::float_of(unit));
+#pragma unroll
+    for (int n = 0; n < 8; ++n) x[n] *= inverse(unit);
   }
 
   // What products of bytes with row m are to be multiplied by.

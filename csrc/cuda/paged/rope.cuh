@@ -43,4 +43,23 @@ DUPLEX_DEVICE void load_rotated(const typename T::Stored* row, int column, int64
   }
 }
 
+// Eight numbers of a row from `column` on, so turned; 0 from `columns` on. In one piece where rows begin and end on 16
+// bytes and so does what turns.
+template <class T>
+DUPLEX_DEVICE void load_eight(const typename T::Stored* row, int column, int columns, bool in_one, int64_t position,
+                              const Rope& rope, float (&x)[8]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) x[n] = 0;
+  if (column >= columns) return;
+  if (in_one) return load_rotated<T>(row, column, position, rope, x);
+  const int end = columns - column < 8 ? columns - column : 8;
+#pragma unroll 1
+  for (int n = 0; n < end; ++n) {  // hardly ever: little code rather than quick
+    float one[1];
+    load_rotated<T>(row, column + n, position, rope, one);
+#pragma unroll
+    for (int m = 0; m < 8; ++m) x[m] = m == n ? one[0] : x[m];
+  }
+}
+
 }  // namespace duplex::paged

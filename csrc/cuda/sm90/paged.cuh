@@ -31,22 +31,6 @@ struct PagedCompute : Pipeline<T, S> {
   DUPLEX_DEVICE PagedCompute(const PagedArguments& a, Shared<S> shared, int warpgroup, int thread)
       : Base(shared, warpgroup, thread), a(a) {}
 
-  // Eight columns of a row.
-  template <int COUNT>
-  DUPLEX_DEVICE static Words4 load_unit(const uint16_t* from, int column, int columns, int64_t position,
-                                        const Rope& rope) {
-    float x[8] = {};
-#pragma unroll
-    for (int n = 0; n < 8; n += COUNT)
-      if (column + n < columns) {
-        float part[COUNT];
-        paged::load_rotated<T>(from, column + n, position, rope, part);
-#pragma unroll
-        for (int m = 0; m < COUNT; ++m) x[n + m] = part[m];
-      }
-    return {ptx::pack<T>(x[0], x[1]), ptx::pack<T>(x[2], x[3]), ptx::pack<T>(x[4], x[5]), ptx::pack<T>(x[6], x[7])};
-  }
-
   // The warpgroup's 64 rows of queries, once it has read those of the tile before.
   DUPLEX_DEVICE void put_queries(const paged::RowTile& tile) const {
     using Queries = typename S::Queries;
@@ -56,14 +40,14 @@ struct PagedCompute : Pipeline<T, S> {
     for (int n = thread; n < 64 * ALL_UNITS; n += 128) {
       const int m = 64 * warpgroup + n / ALL_UNITS, unit = n % ALL_UNITS;
       const paged::RowTile::Row r = tile.row(m);
-      Words4 words{};
-      if (r.live) {
-        const auto* from = c.q.template at<uint16_t>(0, tile.piece.row + r.i, r.head);
-        words = c.q_vectors ? load_unit<8>(from, 8 * unit, c.head_dim, tile.position(r), c.rope)
-                            : load_unit<1>(from, 8 * unit, c.head_dim, tile.position(r), c.rope);
-      }
+      float x[8] = {};
+      if (r.live)
+        paged::load_eight<T>(c.q.template at<uint16_t>(0, tile.piece.row + r.i, r.head), 8 * unit, c.head_dim,
+                             c.q_vectors, tile.position(r), c.rope, x);
+      const uint32_t to =
+          shared.q() + unit / UNITS * Queries::PANEL_BYTES + swizzled(m, unit % UNITS, Queries::ROW_BYTES);
       ptx::shared_store16(
-          shared.q() + unit / UNITS * Queries::PANEL_BYTES + swizzled(m, unit % UNITS, Queries::ROW_BYTES), words);
+          to, {ptx::pack<T>(x[0], x[1]), ptx::pack<T>(x[2], x[3]), ptx::pack<T>(x[4], x[5]), ptx::pack<T>(x[6], x[7])});
     }
     ptx::fence_async_proxy();
     ptx::named_sync(BARRIER_OWN + warpgroup, 128);

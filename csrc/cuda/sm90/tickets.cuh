@@ -1,16 +1,16 @@
 // Tiles on their way from the one thread that hands them out to all others of a block: what it works out about each,
-// they only read. Whoever is done first takes the next tile, so that no block is left with the longest ones: which is
-// why a block takes no tile before it has begun with the last.
+// they only read. Whoever is done first takes the next tile, so that no block is left with the longest ones.
 #pragma once
 
 #include "cuda/work.cuh"
 
 namespace duplex::sm90 {
 
-// A ticket in shared memory, at a multiple of 16. Full: it has been written. Empty: all have read it.
+// Of tickets in shared memory, from a multiple of 16 on. Full: it has been written. Empty: all have read it.
 template <class W>
 struct Tickets {
-  static constexpr int UNITS = (sizeof(W) + 15) / 16, BYTES = 16 * UNITS + 16;
+  static constexpr int COUNT = 2, UNITS = (sizeof(W) + 15) / 16, TICKET_BYTES = 16 * UNITS;
+  static constexpr int BYTES = COUNT * (TICKET_BYTES + 16);
 
   union Ticket {
     Words4 units[UNITS];
@@ -20,35 +20,39 @@ struct Tickets {
 
   uint32_t base;
 
-  DUPLEX_DEVICE uint32_t full() const { return base + 16 * UNITS; }
-  DUPLEX_DEVICE uint32_t empty() const { return full() + 8; }
+  DUPLEX_DEVICE uint32_t ticket(int n) const { return base + n % COUNT * TICKET_BYTES; }
+  DUPLEX_DEVICE uint32_t full(int n) const { return base + COUNT * TICKET_BYTES + n % COUNT * 8; }
+  DUPLEX_DEVICE uint32_t empty(int n) const { return full(n) + COUNT * 8; }
+  DUPLEX_DEVICE static int phase(uint32_t n) { return n / COUNT & 1; }
 
   // By one thread, before the others come. Readers are whole warps and single threads.
   DUPLEX_DEVICE void init(int readers) const {
-    ptx::barrier_init(full(), 1);
-    ptx::barrier_init(empty(), readers);
+    for (int n = 0; n < COUNT; ++n) {
+      ptx::barrier_init(full(n), 1);
+      ptx::barrier_init(empty(n), readers);
+    }
   }
-
-  // Until all have read the ticket before the n-th: they are past the tile before it.
-  DUPLEX_DEVICE void wait_for_readers(int n) const { ptx::barrier_wait(empty(), (n & 1) ^ 1); }
 
   DUPLEX_DEVICE void write(int n, const W& work) const {
     Ticket x;
     x.work = work;
-    wait_for_readers(n);
+    ptx::barrier_wait(empty(n), phase(n) ^ 1);
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u) ptx::shared_store16(base + 16 * u, x.units[u]);
-    ptx::barrier_arrive(full());
+    for (int u = 0; u < UNITS; ++u) ptx::shared_store16(ticket(n) + 16 * u, x.units[u]);
+    ptx::barrier_arrive(full(n));
   }
+
+  // Until all have read it: they have begun its tile.
+  DUPLEX_DEVICE void wait_for_readers(int n) const { ptx::barrier_wait(empty(n), phase(n)); }
 
   template <bool WARP>
   DUPLEX_DEVICE W read(int n) const {
     Ticket x;
-    ptx::barrier_wait(full(), n & 1);
+    ptx::barrier_wait(full(n), phase(n));
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u) x.units[u] = ptx::shared_load16(base + 16 * u);
+    for (int u = 0; u < UNITS; ++u) x.units[u] = ptx::shared_load16(ticket(n) + 16 * u);
     if constexpr (WARP) ptx::warp_sync();
-    if (!WARP || ptx::thread_index() % 32 == 0) ptx::barrier_arrive(empty());
+    if (!WARP || ptx::thread_index() % 32 == 0) ptx::barrier_arrive(empty(n));
     return x.work;
   }
 
@@ -72,21 +76,25 @@ DUPLEX_DEVICE Tickets<W> tickets_of(uint32_t base) {
   return {base + S::SHARED_BYTES};
 }
 
-// The thread that hands out. Where entries are alike, what a block gets follows from the grid alone.
+constexpr int SHORT = 2;  // blocks of keys, or of rows
+
+// The thread that hands out. Where entries are alike, what a block gets follows from the grid alone. Where they are
+// not, a block takes no tile before it has begun the last one, as others could begin it sooner. But of short ones the
+// next would not be there in time, and who has which does not matter.
 template <class W>
 DUPLEX_DEVICE void hand_out(const Lengths& lengths, const Tiles& t, Tickets<W> tickets) {
   const int32_t entries = t.count(lengths);
   const int64_t tiles = int64_t(entries) * t.heads;
+  const bool late = t.entries.longest(lengths) > SHORT;
   int64_t tile = ptx::block_index();
   int n = 0;
-  while (tile < tiles) {
+  for (; tile < tiles; ++n) {
     tickets.write(n, work_of<W>(lengths, t, entries, tile));
-    ++n;
     if (t.order.data) {
-      tickets.wait_for_readers(n);
+      if (late) tickets.wait_for_readers(n);
       tile = ptx::blocks() + int64_t(ptx::add_to(t.order.taken(), 1));
     } else {
-      tile = tile_of(n, ptx::block_index(), ptx::blocks());
+      tile = tile_of(n + 1, ptx::block_index(), ptx::blocks());
     }
   }
   W none{};
