@@ -49,7 +49,8 @@ DUPLEX_DEVICE int anew(int x) {
 }
 
 // One launch under another (section "griddepcontrol"): one that was made ahead (device.cuh) begins when all blocks of
-// the one before it have come here, and may read nothing of theirs before its own wait. Nothing on cards before Hopper.
+// the one before it have come here, and may read nothing of theirs before its own wait. Nothing in code for other cards
+// than Hopper.
 DUPLEX_DEVICE void let_next_launch_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

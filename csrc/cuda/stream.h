@@ -3,8 +3,9 @@
 
 namespace duplex {
 
-// Made ahead, a launch may begin before the one before it has ended, on Hopper and later cards: every thread is to wait
-// for that (ptx::wait_for_launch_before) before it reads or writes what is not the launch's own.
+// Made ahead, a launch may begin before the one before it has ended, and every thread is to wait for that
+// (ptx::wait_for_launch_before) before it reads or writes what is not the launch's own. On Hopper alone: later cards
+// run code for Ampere, in which nothing waits.
 struct Stream {
   void* handle;
   bool ahead;

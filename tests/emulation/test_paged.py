@@ -187,7 +187,7 @@ def test_batch_invariant_in_every_bit(lane: Lane, left: int | None) -> None:
             assert torch.equal(got[:chunk], bits[end - chunk : end]), f"rows {end - chunk} to {end}"
 
 
-@ON_EACH_CARD
+@pytest.mark.parametrize("card", [*CARDS.values(), 120], ids=[*CARDS, "later"])
 @pytest.mark.parametrize("heads", [(3, 1), (12, 2)])
 def test_many_parts(lane: Lane, heads: tuple[int, int]) -> None:
     """More than lanes have a weight each, of more rows than have blocks of their own; results on 16 bytes, which teams of lanes

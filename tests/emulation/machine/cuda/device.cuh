@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,7 @@
 namespace emulation {
 extern uint64_t seed;         // of the next launch; each launch moves on
 extern std::string launched;  // what was launched, a word each
+extern int capability;        // of the card
 }  // namespace emulation
 
 namespace duplex {
@@ -28,6 +30,8 @@ inline ptx::TensorMap encode(const Box& box) {
 template <auto KERNEL, class... Arguments>
 void launch(const char* what, int blocks, int threads, int shared_bytes, const Stream& stream,
             const Arguments&... arguments) {
+  if (stream.ahead && emulation::capability != 90)
+    throw std::runtime_error(std::string(what) + " is launched ahead on a card whose code does not wait");
   std::vector<int> order(blocks);
   std::iota(order.begin(), order.end(), 0);
   const uint64_t seed = emulation::seed++;
