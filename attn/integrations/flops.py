@@ -19,8 +19,9 @@ from ..paged.ops import paged_attention
 def register() -> None:
     """From here on a FlopCounterMode counts `attention`, `varlen_attention`, their backward and `paged_attention`.
 
-    Two products of every query with every key of its sequence, five in backward. Padding that lengths tell of is not
-    counted; what a mask hides is, as in torch's own formulas. Lengths on a card are read, which waits for it.
+    Two products of every query with every key of its sequence, five in backward whichever gradients are wanted. Padding
+    that lengths tell of is not counted; what a mask hides is, as in torch's own formulas. Lengths on a card are read,
+    which waits for it, and cannot be done while a CUDA graph is captured.
     """
     for operator, formula in _FORMULAS:
         if operator.overloadpacket not in flop_registry:

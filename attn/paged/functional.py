@@ -61,9 +61,9 @@ def paged_attention(
         block_table[b, j // page_size]. seqlens_k int32 (B,): keys of each sequence, those appended in this step included.
     rope_cos, rope_sin: float32 (max_positions, R): rotates the first 2R dimensions of q by its position in the
         sequence (RoFormer, Su et al. 2021), pairs (x, x + R), or (2x, 2x + 1) where rope_interleaved.
-    Under autocast q is cast to the pages' dtype, or to autocast's where they hold bytes; so are new keys and values.
     plan: the step's division of work, from `PagedKVCache.batch(...).plan(mask)`; None makes one for this call.
-    out: (total, Hq, Dv), written and returned; None makes one.
+    out: (total, Hq, Dv), written and returned; None makes one. Under autocast q is cast to the pages' dtype, or to
+        autocast's where they hold bytes, and out is of that dtype.
     bias broadcasts to (B, Hq, max_seqlen_q, max_pages * page_size), indexed by i and j. All else as in `attention`, without
     gradients and dropout; a row that sees nothing has out 0 and lse -inf.
 
@@ -161,6 +161,7 @@ def paged_append(
     rope_cos, rope_sin, rope_interleaved: as in `paged_attention`, of k.
     k_scales, v_scales: float32, for int8 and float8_e4m3fn pages. Of the full shape (num_pages, page_size, Hkv), each
         token's is set here to its largest magnitude over 127 or 448; one that broadcasts is read.
+    Under autocast k and v are cast as q is in `paged_attention`.
     Raises ValueError or TypeError, naming the argument; nothing is written then.
     """
     _check_tensors(k=k, v=v, k_pages=k_pages, v_pages=v_pages, block_table=block_table, positions=positions)

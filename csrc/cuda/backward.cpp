@@ -101,6 +101,7 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
     sizes.back() = (dim_v + 7) / 8 * 8;
     readable = new_tensor(dout, sizes);
   }
+  l.ahead = numbers > 0 && device.overlaps;
   if (numbers > 0)
     sum_rows({a.lengths, int32_t(heads), a.head_dim_v, rows_of(dout), rows_of(out),
               static_cast<const float*>(lse.const_data_ptr()), data<float>(dlse), packed ? 0 : heads * rows_q, rows_q,

@@ -15,8 +15,9 @@ class Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
-  int capability = 0;  // to compute, as 10 * major + minor
-  int processors = 0;  // streaming multiprocessors
+  int capability = 0;     // to compute, as 10 * major + minor
+  int processors = 0;     // streaming multiprocessors
+  bool overlaps = false;  // launches may be made ahead (stream.h)
   void* stream = nullptr;
 
  private:

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> attention_forward(DUPLEX_CALL_PARAMETERS) {
                   l.stream);
   }
   if (entries > 0) {
-    l.ahead = ranked;
+    l.ahead = ranked && device.overlaps;
     if (ranked) schedule(a.lengths, a.entries, a.order, l.stream);
     chosen.launch(l);
   }

@@ -28,6 +28,7 @@ struct BackwardLaunch {
   Box q, k, v, dout;  // less the shape of the boxes
   bool bfloat16;      // else float16
   bool terms;         // a score is more than a positive scale * <q, k>
+  bool ahead;         // another launch of this call comes before
   int processors;
   void* stream;
 };

@@ -17,10 +17,6 @@ struct Entries {
   bool keys;  // entries are of keys
 
   DUPLEX_HOST_DEVICE int64_t count(const Lengths& l) const { return int64_t(l.batch) * blocks; }
-  // Blocks of the others that one may visit.
-  DUPLEX_HOST_DEVICE int32_t longest(const Lengths& l) const {
-    return keys ? (l.max_q + block_m - 1) / block_m : (l.max_k + block_n - 1) / block_n;
-  }
 };
 
 // What [start, start + block) has of the first `length`: where it ends.

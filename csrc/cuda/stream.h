@@ -3,9 +3,9 @@
 
 namespace duplex {
 
-// Made ahead, a launch may begin before the one before it has ended, and every thread is to wait for that
-// (ptx::wait_for_launch_before) before it reads or writes what is not the launch's own. On Hopper alone: later cards
-// run code for Ampere, in which nothing waits.
+// Made ahead, a launch may begin before the one before it has ended, where Device::overlaps. Every thread is to wait
+// for that (ptx::wait_for_launch_before) before it writes, and before it reads what may be written until then: all but
+// what was there before the launch before it, which is then not to be made ahead itself.
 struct Stream {
   void* handle;
   bool ahead;

@@ -124,8 +124,9 @@ TICKETS = ("ticket_full_0", "ticket_empty_0", "ticket_full_1", "ticket_empty_1")
 
 
 def mbarriers(names: list[str]) -> list[tuple[int, str]]:
-    """Of a kernel of Hopper's that hands out tiles, by number: its own, and that which tells that a ticket is there. What tells
-    that there is room for one shows where tiles are short (test_faults.py): others are taken when the last has been begun."""
+    """Of a kernel of Hopper's that hands out tiles, by number: its own, and that which tells that the first ticket is there. That
+    the second is there shows where a block has more tiles, that there is room for one where sequences are short: tiles of others
+    are taken when the last has been begun (test_faults.py)."""
     return list(enumerate([*names, TICKETS[0]]))
 
 

@@ -8,11 +8,11 @@ import torch
 from ..cases import Case, make
 from ..lanes import Lane, run
 from ..oracle import assert_accurate
-from .library import CARDS, EMULATED, EMULATED_ONLY, TICKETS, draw, left_out, mbarriers
+from .library import CARDS, EMULATED, EMULATED_ONLY, TICKETS, draw, left_out
 
 # Four stages in flight and two tiles of queries, several tiles a block, of which one begins with each stage, rows of strangers behind the keys.
 CASE = Case("packed_with_tail", ((150, 70, 40), (150, 300, 290)), (2, 1), (64, 64), torch.bfloat16, mask="causal")
-# No tile has more than two blocks of keys.
+# No sequence has more than two blocks of keys.
 SHORT = Case("packed_with_tail", ((150, 70, 200), (150, 100, 250)), (2, 1), (64, 64), torch.bfloat16, mask="causal")
 STAGES = 4
 MBARRIERS = [f"q_{of}_{stage}" for stage in range(2) for of in ("full", "empty")]
@@ -24,7 +24,7 @@ SEEDS = 24  # every way that the machine divides what is late
 NEEDED = {
     "sm80": [("copy_wait", 0, "copy_wait"), ("block_sync", 0, "block_sync")],
     "sm90": [
-        *(("mbarrier_wait", n, name) for n, name in mbarriers(MBARRIERS) if name not in AHEAD),
+        *(("mbarrier_wait", n, name) for n, name in enumerate((*MBARRIERS, *TICKETS)) if name not in AHEAD),
         ("named_sync", ALL_COMPUTE, "strangers_cleared"),
         *((what, 0, what) for what in ("proxy_fence", "product_wait", "product_fence", "block_sync")),
     ],

@@ -29,7 +29,12 @@ def visited(
     out, edges = np.zeros(64, np.int32), ctypes.c_int()
     numbers = [ctypes.c_int64(x) for x in (len_k, prefix, offset, left, right, rows.start, rows.stop)]
     count = functions().key_blocks_of(*numbers, block, ctypes.byref(edges), passed(out))
-    return out[:count].tolist(), edges.value
+    found = out[:count].tolist()
+    in_order, is_edge = np.zeros(64, np.int32), np.zeros(64, np.int32)
+    assert functions().key_blocks_in_order(*numbers, block, passed(in_order), passed(is_edge)) == count
+    assert in_order[:count].tolist() == sorted(found), "the same blocks, from the first to the last"
+    assert set(in_order[:count][is_edge[:count] != 0].tolist()) == set(found[: edges.value]), "the same edges"
+    return found, edges.value
 
 
 def check_span(*span: int, rows: range, block: int) -> None:

@@ -17,7 +17,7 @@ struct Attention {
 const Attention& attention(int64_t head_dim);
 
 // Joins the parts of rows that have some; of so many units, merges of the plan or blocks of rows. The launch before it
-// is the one that made them.
+// is the one that made them, not made ahead: lengths and plan are read before that has ended.
 void merge_parts(const Call& call, bool bfloat16, int32_t units, const Device& device);
 
 }  // namespace duplex::paged

@@ -25,7 +25,7 @@ void merge_by(const Call& call, int32_t units, const Device& device) {
                 heads = groups >> teams;  // heads of a block
   const int32_t rows = std::min({call.batch.max_q, call.division.rows, ROWS_AT_ONCE});
   const PartsShape shape{log2_above(rows), log2_above((call.heads_q + heads - 1) / heads), log2_lanes, teams};
-  const Stream stream{device.stream, device.capability == 90};
+  const Stream stream{device.stream, device.overlaps};
   launch<parts_kernel<T, COUNT>>("merge of parts", units << shape.log2_rows << shape.log2_blocks, PARTS_THREADS,
                                  Teams::SHARED_BYTES, stream, call, shape);
 }

@@ -10,7 +10,8 @@ using Built = KeyShape<DUPLEX_HEAD_DIM>;
 template <class T, bool TERMS>
 void launch_kernel(const BackwardLaunch& l, const BackwardMaps& maps) {
   launch<dkdv_kernel<T, Built, TERMS>>("dkdv", blocks_of(l, l.arguments.key_tiles), Built::THREADS,
-                                       SHARED_WITH_TICKETS<Built, KeyWork>, Stream{l.stream, true}, l.arguments, maps);
+                                       SHARED_WITH_TICKETS<Built, KeyWork>, Stream{l.stream, l.ahead}, l.arguments,
+                                       maps);
 }
 
 void launch_dkdv(BackwardLaunch& l) {

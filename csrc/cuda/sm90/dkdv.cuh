@@ -19,7 +19,7 @@ dkdv_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps 
   ptx::block_sync();
   divide_roles<2, S>(
       [&](int mover) {
-        mover == 0 ? load_rows<S>(a, maps, shared, tickets) : hand_out(a.lengths, a.key_tiles, tickets);
+        mover == 0 ? load_rows<S>(a, maps, shared, tickets) : hand_out(a.lengths, a.key_tiles, tickets, a.group);
       },
       [&](int warpgroup, int thread) {
         if constexpr (!S::DIVIDED)

@@ -13,7 +13,7 @@ void launch_kernel(const BackwardLaunch& l, const BackwardMaps& maps) {
   constexpr int SHARED = SHARED_WITH_TICKETS<Built, Work> + DISTANCES * TEAMS * Diagonals<16, Built::BLOCK_N>::BYTES;
   static_assert(SHARED <= 227 * 1024);
   const int blocks = DISTANCES ? l.arguments.distances.count / TEAMS : blocks_of(l, l.arguments.row_tiles);
-  launch<dq_kernel<T, Built, TERMS, DISTANCES>>("dq", blocks, Built::THREADS, SHARED, Stream{l.stream, true},
+  launch<dq_kernel<T, Built, TERMS, DISTANCES>>("dq", blocks, Built::THREADS, SHARED, Stream{l.stream, l.ahead},
                                                 l.arguments, maps);
 }
 

@@ -9,7 +9,7 @@ using Built = FusedShape<DUPLEX_HEAD_DIM>;
 
 template <class T>
 void launch_kernels(const BackwardLaunch& l, const BackwardMaps& maps) {
-  const Stream stream{l.stream, true};  // others of this call come before
+  const Stream stream{l.stream, l.ahead};
   const auto go = [&]<auto KERNEL>() {
     launch<KERNEL>("fused", blocks_of(l, l.arguments.key_tiles), Built::THREADS, SHARED_WITH_TICKETS<Built, KeyWork>,
                    stream, l.arguments, maps);

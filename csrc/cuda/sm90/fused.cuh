@@ -48,7 +48,7 @@ fused_kernel(DUPLEX_PARAMETER BackwardArguments a, DUPLEX_PARAMETER BackwardMaps
         if (mover == 0)
           load_rows<S>(a, maps, shared, tickets);
         else if (mover == 1)
-          hand_out(a.lengths, a.key_tiles, tickets);
+          hand_out(a.lengths, a.key_tiles, tickets, a.group);
         else
           add_to_dq<S>(a, shared, tickets, mover - 2);
       },

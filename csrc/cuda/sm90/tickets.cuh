@@ -76,21 +76,24 @@ DUPLEX_DEVICE Tickets<W> tickets_of(uint32_t base) {
   return {base + S::SHARED_BYTES};
 }
 
-constexpr int SHORT = 2;  // blocks of keys, or of rows
+// Blocks of keys, or of rows of all heads that share keys, in sequences whose tiles are short.
+constexpr int SHORT = 2;
 
 // The thread that hands out. Where entries are alike, what a block gets follows from the grid alone. Where they are
-// not, a block takes no tile before it has begun the last one, as others could begin it sooner. But of short ones the
-// next would not be there in time, and who has which does not matter.
+// not, a block takes no tile before it has begun the last one, as others could begin it sooner. But in short sequences
+// the next would not be there in time, and their tiles are so alike that it does not matter who has which.
 template <class W>
-DUPLEX_DEVICE void hand_out(const Lengths& lengths, const Tiles& t, Tickets<W> tickets) {
+DUPLEX_DEVICE void hand_out(const Lengths& lengths, const Tiles& t, Tickets<W> tickets, int group = 1) {
   const int32_t entries = t.count(lengths);
   const int64_t tiles = int64_t(entries) * t.heads;
-  const bool late = t.entries.longest(lengths) > SHORT;
   int64_t tile = ptx::block_index();
   int n = 0;
   for (; tile < tiles; ++n) {
-    tickets.write(n, work_of<W>(lengths, t, entries, tile));
+    const W work = work_of<W>(lengths, t, entries, tile);
+    tickets.write(n, work);
     if (t.order.data) {
+      const bool late = t.entries.keys ? int64_t(work.len_q) * group > SHORT * t.entries.block_m
+                                       : work.len_k > SHORT * t.entries.block_n;
       if (late) tickets.wait_for_readers(n);
       tile = ptx::blocks() + int64_t(ptx::add_to(t.order.taken(), 1));
     } else {

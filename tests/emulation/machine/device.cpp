@@ -17,7 +17,8 @@ std::string launched;
 
 namespace duplex {
 int64_t runtime_version() { return 0; }
-Device::Device(int32_t) : capability(emulation::capability), processors(emulation::processors) {}
+Device::Device(int32_t)
+    : capability(emulation::capability), processors(emulation::processors), overlaps(capability == 90) {}
 Device::~Device() = default;
 }  // namespace duplex
 

@@ -150,6 +150,16 @@ EXPORTED int key_blocks_of(int64_t len_k, int64_t prefix, int64_t offset, int64_
   return keys.count();
 }
 
+EXPORTED int key_blocks_in_order(int64_t len_k, int64_t prefix, int64_t offset, int64_t left, int64_t right, int64_t i0,
+                                 int64_t i1, int block, int* visited, int* is_edge) {
+  const KeyBlocks keys = key_blocks({len_k, prefix, offset, left, right}, i0, i1, block);
+  for (int t = 0; t < keys.count(); ++t) {
+    visited[t] = keys.in_order(t);
+    is_edge[t] = keys.is_edge(visited[t]);
+  }
+  return keys.count();
+}
+
 EXPORTED int row_blocks_of(int64_t len_k, int64_t prefix, int64_t offset, int64_t left, int64_t right, int64_t len_q,
                            int64_t j0, int64_t j1, int block, int* edges, int* visited) {
   const RowBlocks rows = row_blocks({len_k, prefix, offset, left, right}, len_q, j0, j1, block);
