@@ -22,6 +22,31 @@ struct Weights {
   DUPLEX_DEVICE float lse() const { return total != 0 ? reference + ptx::log2(total) * LN2 : -INFINITY; }
 };
 
+// What a lane has of a row's weighted sum, run by run.
+template <int COUNT>
+struct RowSum {
+  static constexpr int RUNS = MERGE_RUNS<COUNT>;
+  float sum[RUNS][COUNT] = {};
+
+  DUPLEX_DEVICE static int column(const Lanes& lanes, int run) { return (run * lanes.width() + lanes.lane()) * COUNT; }
+
+  DUPLEX_DEVICE void add(int run, const float (&x)[COUNT], float weight) {
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) sum[run][n] = ptx::fma(x[n], weight, sum[run][n]);
+  }
+
+  // f(column, x) of each run of a row of `dim` numbers.
+  template <class F>
+  DUPLEX_DEVICE void finish(const Lanes& lanes, float inverse, int dim, F&& f) {
+#pragma unroll
+    for (int r = 0; r < RUNS; ++r) {
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) sum[r][n] *= inverse;
+      if (column(lanes, r) < dim) f(column(lanes, r), sum[r]);
+    }
+  }
+};
+
 // How many lanes take a row: enough for all of its numbers, and for the weights of all parts that are read at once.
 template <int COUNT>
 int log2_merge_lanes(int dim) {
@@ -38,7 +63,7 @@ DUPLEX_DEVICE float merge_rows(const Lanes& lanes, int parts, float sink, int di
                                Store&& store) {
   constexpr int RUNS = MERGE_RUNS<COUNT>, AT_ONCE = MERGE_AT_ONCE;
   const int width = lanes.width(), lane = lanes.lane();
-  const auto column = [&](int run) { return (run * width + lane) * COUNT; };
+  const auto column = [&](int run) { return RowSum<COUNT>::column(lanes, run); };
 
   Run<T, COUNT> x[AT_ONCE][RUNS];
   const auto bring = [&](int part) {
@@ -52,7 +77,8 @@ DUPLEX_DEVICE float merge_rows(const Lanes& lanes, int parts, float sink, int di
   // Each lane has a part's lse, of as many parts as there are lanes.
   const auto lse_from = [&](int part) { return part + lane < parts ? lse_of(part + lane) : -INFINITY; };
 
-  float lse = lse_from(0), largest = fmaxf(sink, lse), sum[RUNS][COUNT] = {};
+  float lse = lse_from(0), largest = fmaxf(sink, lse);
+  RowSum<COUNT> sum;
   bring(0);
 #pragma unroll 1
   for (int part = width; part < parts; part += width) largest = fmaxf(largest, lse_from(part));
@@ -70,21 +96,14 @@ DUPLEX_DEVICE float merge_rows(const Lanes& lanes, int parts, float sink, int di
       for (int r = 0; r < RUNS; ++r) {
         float numbers[COUNT];
         widen_run<T>(x[t][r], numbers);
-#pragma unroll
-        for (int n = 0; n < COUNT; ++n) sum[r][n] = ptx::fma(numbers[n], weight, sum[r][n]);
+        sum.add(r, numbers, weight);
       }
     }
     part += AT_ONCE;
     if (part < parts) bring(part);
     if (part < parts && (part & (width - 1)) == 0) lse = lse_from(part);
   }
-  const float inverse = weights.inverse();
-#pragma unroll
-  for (int r = 0; r < RUNS; ++r) {
-#pragma unroll
-    for (int n = 0; n < COUNT; ++n) sum[r][n] *= inverse;
-    if (column(r) < dim) store(column(r), sum[r]);
-  }
+  sum.finish(lanes, weights.inverse(), dim, store);
   return weights.lse();
 }
 

@@ -48,7 +48,7 @@ DUPLEX_DEVICE int anew(int x) {
   return x;
 }
 
-// One launch under another (section "griddepcontrol"): one that was made ahead (device.cuh) begins when all blocks of
+// One launch under another (section "griddepcontrol"): one that was made ahead (stream.h) begins when all blocks of
 // the one before it have come here, and may read nothing of theirs before its own wait. Nothing in code for other cards
 // than Hopper.
 DUPLEX_DEVICE void let_next_launch_begin() {

@@ -3,9 +3,9 @@
 
 namespace duplex {
 
-// Made ahead, a launch may begin before the one before it has ended, where Device::overlaps. Every thread is to wait
-// for that (ptx::wait_for_launch_before) before it writes, and before it reads what may be written until then: all but
-// what was there before the launch before it, which is then not to be made ahead itself.
+// Made ahead, where Device::overlaps, a launch may begin before the one before it has ended. Every thread is to wait
+// for that (ptx::wait_for_launch_before) before it writes anything or reads what that launch writes. It may read sooner
+// what was there when that launch began, unless that was made ahead too.
 struct Stream {
   void* handle;
   bool ahead;

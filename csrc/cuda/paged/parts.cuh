@@ -38,7 +38,8 @@ struct Teams {
   template <class Store>
   DUPLEX_DEVICE float merge(int count, float sink, int dim, Store&& store) const {
     const auto lse_of = [&](int t) { return ptx::shared_load_float(lse_at(lanes.row() + t)); };
-    float largest = sink, sum[RUNS][COUNT] = {};
+    RowSum<COUNT> sum;
+    float largest = sink;
     for (int t = 0; t < count; ++t) largest = fmaxf(largest, lse_of(t));
     Weights weights(largest, sink);
 #pragma unroll 1
@@ -50,18 +51,10 @@ struct Teams {
       for (int r = 0; r < RUNS; ++r) {
         float x[COUNT];
         widen_run<Float32>(ptx::shared_load16(run_at(lanes.row() + t, r)), x);
-#pragma unroll
-        for (int n = 0; n < COUNT; ++n) sum[r][n] = ptx::fma(x[n], weight, sum[r][n]);
+        sum.add(r, x, weight);
       }
     }
-    const float inverse = weights.inverse();
-#pragma unroll
-    for (int r = 0; r < RUNS; ++r) {
-      const int column = (r * lanes.width() + lanes.lane()) * COUNT;
-#pragma unroll
-      for (int n = 0; n < COUNT; ++n) sum[r][n] *= inverse;
-      if (column < dim) store(column, sum[r]);
-    }
+    sum.finish(lanes, weights.inverse(), dim, store);
     return weights.lse();
   }
 };

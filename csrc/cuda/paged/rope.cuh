@@ -43,13 +43,11 @@ DUPLEX_DEVICE void load_rotated(const typename T::Stored* row, int column, int64
   }
 }
 
-// Eight numbers of a row from `column` on, so turned; 0 from `columns` on. In one piece where rows begin and end on 16
-// bytes and so does what turns.
+// Eight numbers of a row from `column` on, so turned; those from `columns` on stay as they are. In one piece where rows
+// begin and end on 16 bytes and so does what turns.
 template <class T>
 DUPLEX_DEVICE void load_eight(const typename T::Stored* row, int column, int columns, bool in_one, int64_t position,
                               const Rope& rope, float (&x)[8]) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) x[n] = 0;
   if (column >= columns) return;
   if (in_one) return load_rotated<T>(row, column, position, rope, x);
   const int end = columns - column < 8 ? columns - column : 8;
