@@ -1,6 +1,6 @@
 // Attention of a few queries over pages: bound by reading the cache, so a task reads each block of keys, then of
 // values, once, a few rows at a time with all of their heads, in the order in which they lie in memory. That is what
-// hardware prefetchers follow; software's are dropped by the processor when memory is busy (measured on Zen 4).
+// hardware prefetchers follow.
 //
 // Vectors lie along the head_dim for <q, k> and for the output, along the keys for the softmax between them.
 #include "cpu/kernels/bytes.h"
@@ -16,6 +16,7 @@ constexpr int QUERIES = 8;  // rows x heads of one kv head
 constexpr int BLOCK = 64;   // keys
 constexpr int ROWS_OF_VALUES = 8;
 constexpr int AHEAD = 16;  // rows between what is computed and what is asked for: enough for memory, within L2
+constexpr int LINE = 64;   // bytes that memory brings at once
 static_assert(BLOCK % (2 * LANES) == 0 && BLOCK % ROWS_OF_VALUES == 0);
 
 // Whether stored numbers are multiplied as bytes.
@@ -26,6 +27,13 @@ template <>
 constexpr bool BYTES<BFloat16, int8_t> = true;
 static_assert(BLOCK == 64);
 #endif
+
+// Asks for what a row that comes soon has where SIZE bytes of this one, from byte `at` on, are computed. One line
+// between two products overlaps with them; a burst fills the queue of misses, and the products wait behind it.
+template <int SIZE>
+inline void ask_for(const void* soon, int64_t at) {
+  if (SIZE >= LINE || at % LINE == 0) __builtin_prefetch((const char*)soon + at);
+}
 
 // A vector of the product's units from stored elements.
 template <class P, class S>
@@ -101,10 +109,10 @@ inline void across_lanes(vfloat (&v)[Q], const Combine& combine) {
 }
 
 // scores[(h * queries + q) * BLOCK + n] = <q, k_n> for H kv heads, Q queries of each and GROUP keys: LANES products,
-// each summed over a vector of its own until the end.
+// each summed over a vector of its own until the end. Asks for as many keys at `soon`.
 template <class P, class S, int H, int Q>
 void dot_keys(const typename P::unit* queries, int64_t queries_a_kv, int64_t units, const S* const* rows,
-              int64_t head_stride, float* scores) {
+              const S* const* soon, int64_t head_stride, float* scores) {
   constexpr int GROUP = LANES / (H * Q);
   vfloat sum[LANES] = {};
 #pragma GCC unroll 4
@@ -113,7 +121,10 @@ void dot_keys(const typename P::unit* queries, int64_t queries_a_kv, int64_t uni
     for (int64_t x = 0; x < units; x += LANES) {
       typename P::vector key[GROUP];
 #pragma GCC unroll 16
-      for (int g = 0; g < GROUP; ++g) key[g] = Units<P, S>::load(rows[g] + h * head_stride + x * P::STEP);
+      for (int g = 0; g < GROUP; ++g) {
+        key[g] = Units<P, S>::load(rows[g] + h * head_stride + x * P::STEP);
+        ask_for<LANES * P::STEP * sizeof(S)>(soon[g] + h * head_stride, x * P::STEP * sizeof(S));
+      }
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) {
         const auto one = load<typename P::vector>(query + q * units + x);
@@ -133,19 +144,20 @@ void dot_keys(const typename P::unit* queries, int64_t queries_a_kv, int64_t uni
       memcpy(scores + (h * queries_a_kv + q) * BLOCK, products + (h * Q + q) * GROUP, GROUP * sizeof(float));
 }
 
-// out[q * dims + x] = factor[q] * out + sum over ROWS_OF_VALUES keys of weights[q][n] * v_n[x].
+// out[q * dims + x] = factor[q] * out + sum over ROWS_OF_VALUES keys of weights[q][n] * v_n[x]. Asks for as many at
+// `soon`.
 template <class P, class S, int Q>
 struct Accumulate {
-  static void run(const typename P::unit* weights, const S* const* rows, int64_t offset, int64_t dims, float* out,
-                  const float* factor) {
+  static void run(const typename P::unit* weights, const S* const* rows, const S* const* soon, int64_t offset,
+                  int64_t dims, float* out, const float* factor) {
     constexpr int WIDE = 4;
     int64_t x = 0;
-    for (; x + WIDE * LANES <= dims; x += WIDE * LANES) part<WIDE>(weights, rows, offset, dims, out, factor, x);
-    for (; x < dims; x += LANES) part<1>(weights, rows, offset, dims, out, factor, x);
+    for (; x + WIDE * LANES <= dims; x += WIDE * LANES) part<WIDE>(weights, rows, soon, offset, dims, out, factor, x);
+    for (; x < dims; x += LANES) part<1>(weights, rows, soon, offset, dims, out, factor, x);
   }
   template <int WIDE>
-  static void part(const float* weights, const S* const* rows, int64_t offset, int64_t dims, float* out,
-                   const float* factor, int64_t x) {
+  static void part(const float* weights, const S* const* rows, const S* const* soon, int64_t offset, int64_t dims,
+                   float* out, const float* factor, int64_t x) {
     vfloat sum[Q][WIDE];
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q)
@@ -155,7 +167,10 @@ struct Accumulate {
       const S* from = rows[n] + offset + x;
       vfloat value[WIDE];
 #pragma GCC unroll 4
-      for (int w = 0; w < WIDE; ++w) value[w] = widen(from + w * LANES);
+      for (int w = 0; w < WIDE; ++w) {
+        value[w] = widen(from + w * LANES);
+        ask_for<LANES * sizeof(S)>(soon[n] + offset, (x + w * LANES) * sizeof(S));
+      }
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) {
         const vfloat weight = splat(weights[q * BLOCK + n]);
@@ -175,15 +190,15 @@ struct Accumulate {
 // says.
 template <class S, int Q>
 struct Accumulate<BFloat16, S, Q> {
-  static void run(const uint32_t* pairs, const S* const* rows, int64_t offset, int64_t dims, float* out,
-                  const float* factor) {
+  static void run(const uint32_t* pairs, const S* const* rows, const S* const* soon, int64_t offset, int64_t dims,
+                  float* out, const float* factor) {
     int64_t x = 0;
-    for (; x + 4 * LANES <= dims; x += 4 * LANES) part<2>(pairs, rows, offset, dims, out, factor, x);
-    for (; x < dims; x += 2 * LANES) part<1>(pairs, rows, offset, dims, out, factor, x);
+    for (; x + 4 * LANES <= dims; x += 4 * LANES) part<2>(pairs, rows, soon, offset, dims, out, factor, x);
+    for (; x < dims; x += 2 * LANES) part<1>(pairs, rows, soon, offset, dims, out, factor, x);
   }
   template <int CHUNKS>
-  static void part(const uint32_t* pairs, const S* const* rows, int64_t offset, int64_t dims, float* out,
-                   const float* factor, int64_t x) {
+  static void part(const uint32_t* pairs, const S* const* rows, const S* const* soon, int64_t offset, int64_t dims,
+                   float* out, const float* factor, int64_t x) {
     constexpr int WIDE = 2 * CHUNKS;
     vfloat sum[Q][WIDE];
 #pragma GCC unroll 4
@@ -194,8 +209,10 @@ struct Accumulate<BFloat16, S, Q> {
       vuint value[WIDE];
 #pragma GCC unroll 2
       for (int c = 0; c < CHUNKS; ++c) {
-        const __m512i first = (__m512i)Units<BFloat16, S>::load(rows[n] + offset + x + c * 2 * LANES);
-        const __m512i second = (__m512i)Units<BFloat16, S>::load(rows[n + 1] + offset + x + c * 2 * LANES);
+        const int64_t at = x + c * 2 * LANES;
+        const __m512i first = (__m512i)Units<BFloat16, S>::load(rows[n] + offset + at);
+        const __m512i second = (__m512i)Units<BFloat16, S>::load(rows[n + 1] + offset + at);
+        for (int r = n; r < n + 2; ++r) ask_for<2 * LANES * sizeof(S)>(soon[r] + offset, at * sizeof(S));
         value[2 * c] = (vuint)_mm512_unpacklo_epi16(first, second);
         value[2 * c + 1] = (vuint)_mm512_unpackhi_epi16(first, second);
       }
@@ -355,11 +372,10 @@ inline void in_fours(int64_t count, const Act& act) {
   for (; m < count; ++m) act.template operator()<1>(m);
 }
 
-// Asks for one head of a row that comes soon while this one's is computed: a few lines at a time overlap with the work,
-// a burst of them would be dropped.
+// Asks for one head of a row of bytes, whose products do not ask for themselves.
 template <class S>
-inline void ask_for(const S* row, int64_t dim) {
-  for (int64_t x = 0; x < dim; x += int64_t(64 / sizeof(S))) __builtin_prefetch(row + x, 0, 2);
+inline void ask_for_head(const S* row, int64_t dim) {
+  for (int64_t x = 0; x < dim; x += int64_t(LINE / sizeof(S))) __builtin_prefetch(row + x, 0, 2);
 }
 
 // Products of a block: four rows at a time with all of their heads. Scores past the last key are junk.
@@ -368,23 +384,27 @@ void dot_block(const typename P::unit* queries, const float* query_units, int64_
                int64_t dims, const S* const* rows, const S* const* soon, int64_t head_stride, int keys, float* scores) {
   const auto some = [&]<int H, int Q>(int64_t kv, int64_t m, int n) {
     constexpr int GROUP = LANES / (H * Q);
-    const S* at[GROUP];
-    for (int g = 0; g < GROUP; ++g) at[g] = rows[n + g] + kv * head_stride;
+    const S *at[GROUP], *after[GROUP];
+    for (int g = 0; g < GROUP; ++g) {
+      at[g] = rows[n + g] + kv * head_stride;
+      after[g] = soon[n + g] + kv * head_stride;
+    }
     const int64_t first = kv * count + m;
     float* to = scores + first * BLOCK + n;
     if constexpr (BYTES<P, S>)
       dot_bytes<H, Q>((const uint8_t*)(queries + first * units), query_units + first, count, round_up(dims, 64), dims,
                       at, head_stride, to, BLOCK, fold_all<LANES / 2>);
     else
-      dot_keys<P, S, H, Q>(queries + first * units, count, units, at, head_stride, to);
+      dot_keys<P, S, H, Q>(queries + first * units, count, units, at, after, head_stride, to);
   };
   constexpr int FEW = LANES < 4 ? LANES : 4;
   for (int n0 = 0; n0 < keys; n0 += FEW)
     for (int64_t kv = 0, step; kv < heads; kv += step) {
       // Queries of several heads fill a vector where those of one do not.
       step = LANES == 16 && count == 1 && kv + 4 <= heads ? 4 : LANES == 16 && count == 2 && kv + 2 <= heads ? 2 : 1;
-      for (int64_t h = kv; h < kv + step; ++h)
-        for (int n = n0; n < n0 + FEW; ++n) ask_for(soon[n] + h * head_stride, dims);
+      if constexpr (BYTES<P, S>)
+        for (int64_t h = kv; h < kv + step; ++h)
+          for (int n = n0; n < n0 + FEW; ++n) ask_for_head(soon[n] + h * head_stride, dims);
       if (step == 4) {
         some.template operator()<LANES == 16 ? 4 : 1, 1>(kv, 0, n0);
         continue;
@@ -480,7 +500,8 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
     }
     for (int64_t n = 0; n < keys; n += ROWS_OF_VALUES)
       for (int64_t kv = 0; kv < heads; ++kv) {
-        for (int r = 0; r < ROWS_OF_VALUES; ++r) ask_for(v_soon[n + r] + kv * pages.v.head, dims);
+        if constexpr (WHOLE)
+          for (int r = 0; r < ROWS_OF_VALUES; ++r) ask_for_head(v_soon[n + r] + kv * pages.v.head, dims);
         in_fours(count, [&]<int Q>(int64_t m) {
           static constexpr float ones[4] = {1, 1, 1, 1};
           const int64_t at = kv * count + m;
@@ -489,8 +510,8 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
             add_values<ROWS_OF_VALUES, Q>(s.scores + at * BLOCK, BLOCK, int(n), v_rows + n, kv * pages.v.head, width,
                                           dims, s.out + at * width, factor);
           else
-            Accumulate<P, S, Q>::run((const unit_t*)s.scores + at * BLOCK + n / P::STEP, v_rows + n, kv * pages.v.head,
-                                     dims, s.out + at * dims, factor);
+            Accumulate<P, S, Q>::run((const unit_t*)s.scores + at * BLOCK + n / P::STEP, v_rows + n, v_soon + n,
+                                     kv * pages.v.head, dims, s.out + at * dims, factor);
         });
       }
   }
