@@ -27,6 +27,7 @@ CSRC = ROOT / "csrc"
 CPU = CSRC / "cpu"
 CUDA = CSRC / "cuda"
 RUNTIME = CSRC / "runtime"
+OBJECTS = ROOT / "build" / "objects"  # kept from build to build, unlike pip's temporary folder
 TORCH_ABI = "0x020a000000000000"  # 2.10
 
 # One object per instruction set from the same kernel sources; csrc/cpu/isa.cpp chooses among them at run time.
@@ -69,9 +70,9 @@ def torch_folder() -> Path | None:
     return Path(torch.__file__).parent
 
 
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{CSRC}"]
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{CSRC}")
 # Of kernels alone: what lets them vectorise.
-CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+CPU_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
 
 
 # One object per head_dim from the same source. What is in a generation's folder is compiled for it (wgmma is in no
@@ -104,9 +105,33 @@ def nvcc_version(path: str) -> tuple[int, ...]:
 class Job:
     """One object file to compile."""
 
+    compiler: str
     source: Path
     variant: str
-    flags: list[str]
+    flags: tuple[str, ...]
+
+    def cost(self) -> int:
+        """Text to be read, once for each kind of card: what takes the compiler longest has most of it."""
+        targets = max(sum(flag.startswith("-gencode") for flag in self.flags), 1)
+        return targets * sum(path.stat().st_size for path in read_by(self.source))
+
+    def run(self) -> Path:
+        """The object, compiled anew where it is older than what it is made of."""
+        how = zlib.crc32(" ".join([self.compiler, *self.flags]).encode())
+        folder = OBJECTS / self.source.relative_to(CSRC).parts[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{self.source.name}.{self.variant}.{how:08x}.o"
+        newest = max(path.stat().st_mtime for path in read_by(self.source))
+        if target.exists() and target.stat().st_mtime >= newest:
+            return target
+        unfinished = target.with_suffix(".part.o")  # of a build that is stopped, nothing that looks whole stays
+        command = [self.compiler, *self.flags, "-c", str(self.source), "-o", str(unfinished)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        target.with_suffix(".txt").write_text(done.stdout)  # its remarks; of nvcc, what each kernel uses
+        if done.returncode or "warning" in done.stdout:
+            print(done.stdout)
+        done.check_returncode()
+        return unfinished.replace(target)
 
 
 @cache
@@ -116,23 +141,46 @@ def read_by(source: Path) -> frozenset[Path]:
     return frozenset({source}).union(*(read_by(path) for path in included))
 
 
+@dataclass(frozen=True)
+class Library:
+    """What is compiled, and how it becomes one file."""
+
+    jobs: list[Job]
+    linker: list[str]
+    links: list[str]  # what it is linked to
+
+
+def library(name: str, cxx: str) -> Library:
+    if name == "duplex_attn._runtime":
+        return Library(runtime_jobs(cxx), [cxx], [])
+    torch = torch_folder()
+    if torch is None:
+        raise RuntimeError("torch >= 2.10 is needed to build the native libraries: pip install torch first")
+    links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+    if name == "duplex_attn.libduplex_cpu":
+        return Library(cpu_jobs(torch, cxx), [cxx], links)
+    nvidia, stub = nvcc() or "", cuda_stub(cxx)
+    linker = [nvidia, AMPERE, HOPPER, "-ccbin", cxx, "-cudart", "static", "-Xlinker", "--no-as-needed"]
+    return Library(cuda_jobs(torch, nvidia, cxx), linker, [f"-L{stub.parent}", "-ltorch_cuda", *links])
+
+
 def cpu_jobs(torch: Path, cxx: str) -> list[Job]:
-    flags = [*FLAGS, *CPU_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-isystem", str(torch / "include")]
+    flags = (*FLAGS, *CPU_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-isystem", str(torch / "include"))
     kernels = [
-        Job(s, isa, [*flags, *march, f"-DDUPLEX_ISA={isa}", f"-DDUPLEX_ISA_{isa.upper()}"])
+        Job(cxx, s, isa, (*flags, *march, f"-DDUPLEX_ISA={isa}", f"-DDUPLEX_ISA_{isa.upper()}"))
         for s in KERNEL_SOURCES
         for isa, march in isas(cxx).items()
         if isa not in MATRIX_ISAS or s.name in MATRIX_SOURCES
     ]
-    return kernels + [
-        Job(s, "host", flags + [f"-DDUPLEX_HAVE_{isa.upper()}" for isa in isas(cxx)]) for s in HOST_SOURCES
-    ]
+    have = (f"-DDUPLEX_HAVE_{isa.upper()}" for isa in isas(cxx))
+    host = (*flags, *have)
+    return kernels + [Job(cxx, s, "host", host) for s in HOST_SOURCES]
 
 
-def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
-    flags = ["-std=c++20", "-O3", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
-    flags += ["-isystem", str(torch / "include"), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
-    flags += ["--resource-usage"]
+def cuda_jobs(torch: Path, nvidia: str, cxx: str) -> list[Job]:
+    flags = ("-std=c++20", "-O3", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}")
+    flags += ("-isystem", str(torch / "include"), "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_ABI}")
+    flags += ("--resource-usage",)
     per_head_dim = [
         *((s, [HOPPER], HEAD_DIMS) for s in CUDA.glob("sm90/*.cu") if s.name not in ("fused.cu", "decode.cu")),
         (CUDA / "sm90/fused.cu", [HOPPER], FUSED_HEAD_DIMS),
@@ -141,29 +189,29 @@ def cuda_jobs(torch: Path, cxx: str) -> list[Job]:
         (CUDA / "paged/attend.cu", [AMPERE, HOPPER], PAGED_HEAD_DIMS),
     ]
     kernels = [
-        Job(source, f"{source.parent.name}.{d}", [*flags, *targets, f"-DDUPLEX_HEAD_DIM={d}"])
+        Job(nvidia, source, f"{source.parent.name}.{d}", (*flags, *targets, f"-DDUPLEX_HEAD_DIM={d}"))
         for source, targets, head_dims in sorted(per_head_dim)
         for d in head_dims
     ]
     others = {*CUDA.rglob("*.cu"), *CUDA.rglob("*.cpp")} - {job.source for job in kernels}
-    return kernels + [Job(s, f"{s.parent.name}.host", [*flags, AMPERE, HOPPER]) for s in sorted(others)]
+    return kernels + [Job(nvidia, s, f"{s.parent.name}.host", (*flags, AMPERE, HOPPER)) for s in sorted(others)]
 
 
 def cuda_stub(cxx: str) -> Path:
     """Nothing, under the name of torch's CUDA library: what links to it finds its symbols there beside a CUDA torch."""
-    stub = ROOT / "build" / "objects" / "cuda" / "libtorch_cuda.so"
+    stub = OBJECTS / "cuda" / "libtorch_cuda.so"
     stub.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c", os.devnull, "-o", str(stub)], check=True)
     return stub
 
 
-def runtime_jobs() -> list[Job]:
+def runtime_jobs(cxx: str) -> list[Job]:
     try:
         import pybind11
     except ImportError:
         raise RuntimeError("pybind11 is needed to build the runtime: pip install pybind11 first") from None
-    include = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    return [Job(s, "host", [*FLAGS, *include]) for s in sorted(RUNTIME.glob("*.cpp"))]
+    include = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
+    return [Job(cxx, s, "host", (*FLAGS, *include)) for s in sorted(RUNTIME.glob("*.cpp"))]
 
 
 def missing(name: str) -> str | None:
@@ -195,55 +243,30 @@ class BuildNative(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         return {built: kept for built, kept in super().get_output_mapping().items() if Path(built).exists()}
 
+    def build_extensions(self) -> None:
+        """All objects of all libraries share the cores, so that no library waits for another one's last object."""
+        cxx = compiler()
+        self.libraries = {
+            ext.name: library(ext.name, cxx) for ext in self.extensions if missing(ext.name) is None and cxx is not None
+        }
+        jobs = [job for one in self.libraries.values() for job in one.jobs]
+        pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1)))
+        try:
+            self.objects = {job: pool.submit(job.run) for job in sorted(jobs, key=Job.cost, reverse=True)}
+            super().build_extensions()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
     def build_extension(self, ext: Extension) -> None:
-        cxx, torch, reason = compiler(), torch_folder(), missing(ext.name)
-        if reason is not None or cxx is None:
+        if (reason := missing(ext.name)) is not None:
             ext.optional = True
-            self.warn(str(reason))
-        elif ext.name == "duplex_attn._runtime":
-            self.build_library(cxx, [cxx], ext, RUNTIME, runtime_jobs(), [])
-        elif torch is None:
-            raise RuntimeError("torch >= 2.10 is needed to build the CPU backend: pip install torch first")
-        elif ext.name == "duplex_attn.libduplex_cuda":
-            nvidia, stub = nvcc() or "", cuda_stub(cxx)
-            link = [nvidia, AMPERE, HOPPER, "-ccbin", cxx, "-cudart", "static", "-Xlinker", "--no-as-needed"]
-            links = [f"-L{stub.parent}", "-ltorch_cuda", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-            self.build_library(nvidia, link, ext, CUDA, cuda_jobs(torch, cxx), links)
-        else:
-            links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-            self.build_library(cxx, [cxx], ext, CPU, cpu_jobs(torch, cxx), links)
-
-    def build_library(
-        self, cxx: str, linker: list[str], ext: Extension, sources: Path, jobs: list[Job], links: list[str]
-    ) -> None:
-        folder = ROOT / "build" / "objects" / sources.name  # kept from build to build, unlike pip's temporary folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-        def newest(job: Job) -> float:
-            return max(path.stat().st_mtime for path in read_by(job.source))
-
-        def compile_one(job: Job) -> str:
-            how = zlib.crc32(" ".join([cxx, *job.flags]).encode())
-            target = folder / f"{job.source.name}.{job.variant}.{how:08x}.o"
-            if not target.exists() or target.stat().st_mtime < newest(job):
-                done = subprocess.run(
-                    [cxx, *job.flags, "-c", str(job.source), "-o", str(target)],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-                report = target.with_suffix(".txt")  # the compiler's remarks; of nvcc, what each kernel uses
-                report.write_text(done.stdout)
-                if done.returncode or "warning" in done.stdout:
-                    print(done.stdout)
-                done.check_returncode()
-            return str(target)
-
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            objects = list(pool.map(compile_one, jobs))
-        library = Path(self.get_ext_fullpath(ext.name))
-        library.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*linker, "-shared", *objects, "-o", str(library), *links], check=True)
+            self.warn(reason)
+            return
+        found = self.libraries[ext.name]
+        objects = [str(self.objects[job].result()) for job in found.jobs]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([*found.linker, "-shared", *objects, "-o", str(target), *found.links], check=True)
 
 
 setup(

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 # Seconds, in order. The build's are those of installing and of Triton's compiler.
@@ -21,28 +20,18 @@ LEAST = 0.5  # of an elastic stage's time
 MARGIN = 1.5  # of a machine that is slower than that of the seconds below, or busy
 
 
-@dataclass(frozen=True)
-class Library:
-    """Compiled by itself, on all cores: files of csrc, and the core-seconds of one in all its variants."""
-
-    files: Mapping[str, float]
-    longest: float  # seconds of one compilation, which may begin when all others end
-
-    def seconds(self, csrc: Path, cores: int) -> float:
-        work = sum(each * len(list(csrc.glob(pattern))) for pattern, each in self.files.items())
-        return work / cores + self.longest if work else 0.0
-
-
-# An EPYC core, g++ 12 and nvcc 13.0, by which two cores compiled all CUDA kernels in 210 s; rounded up.
-CPU = Library({"cpu/kernels/*.cpp": 15, "cpu/*.cpp": 3}, 8)
-RUNTIME = Library({"runtime/*.cpp": 3}, 12)
-CUDA = Library({"cuda/sm*/*.cu": 40, "cuda/paged/attend.cu": 100, "cuda/*.cu": 4, "cuda/**/*.cpp": 3}, 30)
+# Core-seconds of one file of csrc in all its variants: an EPYC core, g++ 12 and nvcc 13.0, by which two cores compiled all CUDA
+# kernels in 210 s; rounded up.
+HOST = {"cpu/kernels/*.cpp": 15, "cpu/*.cpp": 3, "runtime/*.cpp": 3}
+CUDA = {"cuda/sm*/*.cu": 40, "cuda/paged/attend.cu": 100, "cuda/*.cu": 4, "cuda/**/*.cpp": 3}
+LONGEST = 30  # seconds of one compilation, which may begin when all others end
 
 
 def build_limit(csrc: Path, cores: int, nvcc: bool) -> int:
     """Seconds in which everything is compiled anew and installed."""
-    libraries = (CPU, RUNTIME, *([CUDA] if nvcc else []))
-    return math.ceil(LIMITS["build"] + MARGIN * sum(library.seconds(csrc, cores) for library in libraries))
+    files = HOST | CUDA if nvcc else HOST
+    work = sum(each * len(list(csrc.glob(pattern))) for pattern, each in files.items())
+    return math.ceil(LIMITS["build"] + MARGIN * (work / cores + LONGEST if work else 0))
 
 
 def limits_here(csrc: Path) -> dict[str, float]:
