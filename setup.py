@@ -172,8 +172,7 @@ def cpu_jobs(torch: Path, cxx: str) -> list[Job]:
         for isa, march in isas(cxx).items()
         if isa not in MATRIX_ISAS or s.name in MATRIX_SOURCES
     ]
-    have = (f"-DDUPLEX_HAVE_{isa.upper()}" for isa in isas(cxx))
-    host = (*flags, *have)
+    host = (*flags, *(f"-DDUPLEX_HAVE_{isa.upper()}" for isa in isas(cxx)))
     return kernels + [Job(cxx, s, "host", host) for s in HOST_SOURCES]
 
 
