@@ -34,6 +34,7 @@ from .emulation.library import EMULATED
 from .lanes import CPU_LANES, GPU_LANES, Lane, forced, missing, repeats_another
 
 interpreter.hasten()
+interpreter.treat_rows_alike()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
