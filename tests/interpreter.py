@@ -12,10 +12,8 @@ import numpy as np
 
 def hasten() -> None:
     """Once in a process, before a kernel runs. What this release of Triton does not have stays as it is."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+    if (interpreter := _interpreter()) is None:
         return
-    from triton.runtime import interpreter
-
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
     if hasattr(interpreter, "_LangPatchScope"):  # what a launch patches, it restores
@@ -25,13 +23,18 @@ def hasten() -> None:
 def treat_rows_alike() -> None:
     """Once in a process. Some of OpenBLAS's kernels (Haswell's, which Zen 5 gets) round a row by where it lies in its tile; there,
     sums in float64 hide their order."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-        return
-    from triton.runtime import interpreter
-
-    if not _rows_are_alike():
+    if (interpreter := _interpreter()) is not None and not _rows_are_alike():
         builder = interpreter.InterpreterBuilder
         builder.create_dot = _in_float64(builder.create_dot, interpreter.TensorHandle)
+
+
+def _interpreter() -> Any:
+    """Triton's module, where it interprets."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return None
+    from triton.runtime import interpreter
+
+    return interpreter
 
 
 def _rows_are_alike() -> bool:

@@ -24,14 +24,17 @@ MARGIN = 1.5  # of a machine that is slower than that of the seconds below, or b
 # kernels in 210 s; rounded up.
 HOST = {"cpu/kernels/*.cpp": 15, "cpu/*.cpp": 3, "runtime/*.cpp": 3}
 CUDA = {"cuda/sm*/*.cu": 40, "cuda/paged/attend.cu": 100, "cuda/*.cu": 4, "cuda/**/*.cpp": 3}
-LONGEST = 30  # seconds of one compilation, which may begin when all others end
+LONGEST, LONGEST_CUDA = 12, 30  # seconds of one compilation, which may begin when all others end
 
 
 def build_limit(csrc: Path, cores: int, nvcc: bool) -> int:
     """Seconds in which everything is compiled anew and installed."""
-    files = HOST | CUDA if nvcc else HOST
-    work = sum(each * len(list(csrc.glob(pattern))) for pattern, each in files.items())
-    return math.ceil(LIMITS["build"] + MARGIN * (work / cores + LONGEST if work else 0))
+    host, cuda = (
+        sum(each * len(list(csrc.glob(pattern))) for pattern, each in files.items())
+        for files in (HOST, CUDA if nvcc else {})
+    )
+    longest = LONGEST_CUDA if cuda else LONGEST if host else 0
+    return math.ceil(LIMITS["build"] + MARGIN * ((host + cuda) / cores + longest))
 
 
 def limits_here(csrc: Path) -> dict[str, float]:

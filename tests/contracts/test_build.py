@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Writes into what it was to write, and then ends as its first line says.
+# Writes into what it was to write, and then does as a last line says.
 COMPILER = """#!/bin/sh
 while [ "$1" != -o ]; do shift; done
 echo text > "$2"
