@@ -75,7 +75,7 @@ def forward(c: Call, out: Tensor, lse: Tensor, table: str) -> Launch:
         forward_kernel, c.batch * c.q.shape[-2] * blocks,
         (*_qkv(c), *_descriptors(c, tile, tile.block_n, c.k, c.v), view(out), row_view(lse), c.sink,
          *_shared(c), *_query_heads(c), blocks),
-        _constants(c, tile), options(tile),
+        _constants(c, tile) | {"BEHIND": tile.values_behind}, options(tile),
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool  # bulk tensor copies for tiles wholly inside a sequence, where strides allow
+    values_behind: bool = False  # the forward's values are multiplied one block behind
 
 
 @cache

@@ -214,6 +214,12 @@ def told_by(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def under_products(code: str) -> float:
+    """How many of the exponentials stand between a product of Hopper's and the wait for it."""
+    running = re.findall(r"HGMMA(.*?)WARPGROUP\.DEPBAR", code, re.DOTALL)
+    return sum(x.count("MUFU.EX2") for x in running) / max(1, code.count("MUFU.EX2"))
+
+
 def report(job: tuple[str, str, int, int, int]) -> dict:
     table, kind, bits, head_dim, n = job
     launch = launches(table, kind, bits, head_dim)[n]
@@ -246,6 +252,8 @@ def report(job: tuple[str, str, int, int, int]) -> dict:
         "mma": ptx.count("mma.sync"),
         "bulk": ptx.count("cp.async.bulk.tensor"),
         "astray": astray(code),
+        "behind": launch.constants.get("BEHIND", False),
+        "under": under_products(code),
         "slow": len(re.findall(r"cvt\.(?:rn\.)?bf16\.f16", ptx)),  # of one number each
         "bytewise": len(re.findall(r"LDS\.[US]8", code)),  # loads from shared memory, a byte each
         "descriptors": any(hasattr(x, "block_shape") for x in launch.arguments),

@@ -53,6 +53,8 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
             assert row["mma" if few_rows else TENSOR_CORES[base]] > 0, what
         assert (row["bulk"] > 0) == row["descriptors"], what
         assert row["slow"] == 0, what
+        if row["kernel"] == "forward" and row["wgmma"]:
+            assert (row["under"] > 0.5) == row["behind"], what
         if row["call"] == "float8" and row["products"] and base == "sm_90":
             assert row["bytewise"] == 0, what  # bytes are widened in front of shared memory
     compiled = {tuple(row[name] for name in ("kernel", "bits", "head_dim")) for row in rows}

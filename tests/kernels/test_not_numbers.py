@@ -53,6 +53,20 @@ def test_the_only_key_of_a_row(lane: Lane, dtype: torch.dtype, bad: float, sink:
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("mask", [da.full(), da.causal()], ids=["full", "causal"])
+def test_a_value(lane: Lane, dtype: torch.dtype, bad: float, mask: da.Mask) -> None:
+    """Of key 0, which every row sees: infinity times a probability stays infinity."""
+    q, k, v = qkv(dtype, lane)
+    v[0, 0, 0, 3] = bad
+    out, lse = attend(lane, q, k, v, mask)
+    assert lse.isfinite().all()
+    column = torch.full((1, ROWS, 2), bad, dtype=dtype)
+    torch.testing.assert_close(out[..., 3], column, equal_nan=True)
+    assert out[..., :3].isfinite().all() and out[..., 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
 def test_a_bias(lane: Lane, dtype: torch.dtype) -> None:
     if lane.backend == "cuda":
         pytest.skip("it has no bias")

@@ -53,6 +53,7 @@ FURTHER = {
     ("dkdv", 128): ((64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 3), (32, 128, 4, 3)),
     ("paged_decode", 128): ((16, 128, 4, 2), (16, 64, 4, 3), (16, 128, 8, 3), (16, 32, 4, 4)),
 }
+VALUES_BEHIND = {"forward", "forward_terms"}
 ROWS, KEYS, WARPS, STAGES = (32, 64, 128, 256), (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
 
 
@@ -85,7 +86,7 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
             settings,
             store,
             record,
-            [(g, c) for g in goals for c in (*seeds.pop(g, ()), *neighbours(current[g]))],
+            [(g, c) for g in goals for c in (*seeds.pop(g, ()), *neighbours(g, current[g]))],
             deadline,
         )
         moved = []
@@ -137,10 +138,11 @@ def targets(settings: Settings, table: str) -> Iterator[Target]:
 
 def further(goal: Target, c: Config) -> list[Config]:
     numbers = FURTHER.get((goal.kernel, goal.head_dim_class), ()) if goal.bits == 16 else ()
-    return [found for n in numbers if (found := Config(*n, c.descriptors)) not in (c, *neighbours(c))]
+    known = (c, *neighbours(goal, c))
+    return [found for n in numbers if (found := Config(*n, c.descriptors, c.values_behind)) not in known]
 
 
-def neighbours(c: Config) -> list[Config]:
+def neighbours(goal: Target, c: Config) -> list[Config]:
     """One step away in one of its numbers."""
 
     def steps(values: tuple[int, ...], value: int) -> list[int]:
@@ -150,7 +152,8 @@ def neighbours(c: Config) -> list[Config]:
     found = [c._replace(block_m=m) for m in steps(ROWS, c.block_m)]
     found += [c._replace(block_n=n) for n in steps(KEYS, c.block_n)]
     found += [c._replace(num_warps=n) for n in steps(WARPS, c.num_warps)]
-    return found + [c._replace(num_stages=n) for n in steps(STAGES, c.num_stages)]
+    found += [c._replace(num_stages=n) for n in steps(STAGES, c.num_stages)]
+    return found + [c._replace(values_behind=not c.values_behind)] * (goal.kernel in VALUES_BEHIND)
 
 
 def compile_all(
