@@ -185,6 +185,15 @@ def last_positions(batch, row, live, batch_size, halvings):
 
 
 @triton.jit
+def places_of(
+    turn, turns, plan, EDGE: tl.constexpr, table, b, s, first, num_pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Where the keys of that turn's block are; past the last turn, nowhere."""
+    j = pick(plan, turn, EDGE) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return places(table, b, first + j, j < tl.where(turn < turns, s.len_k, 0), num_pages, PAGE_SIZE)
+
+
+@triton.jit
 def attend(
     q, k_pages, v_pages, table, rope, terms, num_pages, b, s, first, i0, i1, position, kv_head, r, h, live,
     PLAIN: tl.constexpr, FIXED: tl.constexpr, FLOAT8: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -213,11 +222,13 @@ def attend(
     if FIXED:
         plan = in_order(plan)
     for EDGE in tl.static_range(1 if FIXED else 0, 2):
-        for turn in tl.range(0, count(plan, EDGE)):
+        turns = count(plan, EDGE)
+        # A turn ahead: where a load of keys waits for one of the same turn, the compiler gives keys and values a single buffer each.
+        page, slot = places_of(0, turns, plan, EDGE, table, b, s, first, num_pages, PAGE_SIZE, BLOCK_N)
+        for turn in tl.range(0, turns):
             j0 = pick(plan, turn, EDGE) * BLOCK_N
             j = j0 + tl.arange(0, BLOCK_N)
             inside = j < s.len_k
-            page, slot = places(table, b, first + j, inside, num_pages, PAGE_SIZE, ALL_LIVE=not EDGE)
             tile_k = load_stored(
                 k_pages, kv_head, page, slot, inside, BLOCK_D, HEAD_DIM, not EDGE, FLOAT8, tile_q.dtype, PLAIN
             )
@@ -241,6 +252,7 @@ def attend(
                 v_pages, kv_head, page, slot, inside, BLOCK_DV, HEAD_DIM_V, not EDGE, FLOAT8, tile_q.dtype, PLAIN
             )
             acc = dot(p.to(tile_v.dtype), tile_v, acc * decay[:, None])
+            page, slot = places_of(turn + 1, turns, plan, EDGE, table, b, s, first, num_pages, PAGE_SIZE, BLOCK_N)
     if NARROW and v_pages.scales is not None:
         acc *= unit_v
     return acc, total, largest * UNIT

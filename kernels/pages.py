@@ -35,11 +35,16 @@ class Table(NamedTuple):
 
 
 @triton.jit
-def places(table, b, j, live, num_pages, PAGE_SIZE: tl.constexpr, ALL_LIVE: tl.constexpr):
-    """Page and slot of keys j of sequence b, wide enough for any stride. Contents are not trusted: no page past the pool."""
+def places(table, b, j, live, num_pages, PAGE_SIZE: tl.constexpr):
+    """Page and slot of keys j of sequence b, those that live. Contents are not trusted: no page past the pool."""
     pointers = table.data + tl.cast(b, tl.int64) * table.row + tl.cast(j // PAGE_SIZE, tl.int64) * table.column
-    page = tl.load(pointers) if ALL_LIVE else tl.load(pointers, mask=live, other=0)
-    return clamp(page, 0, num_pages - 1).to(tl.int64), (j % PAGE_SIZE).to(tl.int64)
+    return clamp(tl.load(pointers, mask=live, other=0), 0, num_pages - 1), j % PAGE_SIZE
+
+
+@triton.jit
+def offset_of(page, slot, page_stride, slot_stride):
+    """Widened before any product: a pool may have more than 2^31 elements."""
+    return page.to(tl.int64) * page_stride + slot.to(tl.int64) * slot_stride
 
 
 @triton.jit
@@ -53,9 +58,8 @@ def load_stored(
     FLOAT8: "native" where the card converts float8_e4m3fn, "bits" where pages come as bytes, "" for other pages.
     """
     column = tl.arange(0, COLUMNS)[None, :]
-    pointers = (
-        pages.data + tl.cast(head, tl.int64) * pages.head + (page * pages.page + slot * pages.slot)[:, None] + column
-    )
+    rows = offset_of(page, slot, pages.page, pages.slot)
+    pointers = pages.data + tl.cast(head, tl.int64) * pages.head + rows[:, None] + column
     if ALL_LIVE and DIM == COLUMNS:
         x = tl.load(pointers)
     elif ALL_LIVE:
@@ -85,7 +89,7 @@ def settled(x):
 def load_scales(pages, head, page, slot, live, ALL_LIVE: tl.constexpr):
     """(rows,) float32."""
     pointers = pages.scales + tl.cast(head, tl.int64) * pages.scales_head
-    pointers += page * pages.scales_page + slot * pages.scales_slot
+    pointers += offset_of(page, slot, pages.scales_page, pages.scales_slot)
     if ALL_LIVE:
         return tl.load(pointers)
     else:
