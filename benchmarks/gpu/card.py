@@ -10,6 +10,7 @@ from dataclasses import dataclass
 OLDEST = (8, 0)  # compute capability
 ENOUGH = 8 * 2**30  # bytes of free memory
 BUSY = 10  # percent of the time
+EACH = 2 * 2**30  # bytes for one of several processes: half a gigabyte is its context
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,26 @@ def look(device: str) -> Card:
     conditions = []
     if free < 0.9 * total:
         conditions.append(f"{free / 2**30:.1f} of {total / 2**30:.0f} GiB were free: something else held the rest")
-    if (busy := utilisation()) is not None and busy > BUSY:
+    if (busy := utilisation(getattr(card, "uuid", None))) is not None and busy > BUSY:
         conditions.append(
             f"the card was busy {busy}% of the time before anything ran here: times are not to be trusted"
         )
     return Card(card.name, "", tuple(conditions))
 
 
-def utilisation() -> int | None:
-    """Percent of the last moments in which a kernel ran, where nvidia-smi tells."""
+def room(most: int) -> int:
+    """So many processes at a time, or as many as the card has memory for."""
+    import torch
+
+    return min(most, max(1, torch.cuda.mem_get_info(0)[0] // EACH)) if torch.cuda.is_available() else most
+
+
+def utilisation(uuid: object) -> int | None:
+    """Percent of the last moments in which a kernel ran, where nvidia-smi tells: it numbers cards otherwise than torch."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    query.append("--id=0" if uuid is None else f"--id=GPU-{uuid}")
     try:
         printed = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ AHEAD = 1_000_000  # cycles, half a millisecond, that the card waits before a ti
 FEWEST, MOST = 5, 50  # rounds
 HOST_CALLS = 100  # in one sample of the host's time
 GIB = 2**30
+Name = TypeVar("Name")
 
 
 class Clock:
@@ -21,7 +22,7 @@ class Clock:
         self.on_card = device.type == "cuda"
         if self.on_card:
             l2 = torch.cuda.get_device_properties(device).L2_cache_size
-            self.flush = torch.empty(2 * l2, dtype=torch.uint8, device=device)
+            self.flush = torch.zeros(2 * l2 // 4, device=device)
 
     def warm(self) -> None:
         if not self.on_card:
@@ -40,7 +41,7 @@ class Clock:
             call()
             return time.perf_counter() - begin
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
+        self.flush.sum()  # written, it would leave the timed call to write it back
         torch.cuda._sleep(AHEAD)
         start.record()
         call()
@@ -64,9 +65,10 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def rounds(
-        self, calls: Mapping[str, Callable[[], Any]], seconds: float, on_host: bool = False
-    ) -> dict[str, list[float]]:
-        """Samples of each, round by round, so that what disturbs one disturbs all; about `seconds` in all."""
+        self, calls: Mapping[Name, Callable[[], Any]], seconds: float, on_host: bool = False
+    ) -> dict[Name, list[float]]:
+        """Samples of each, round by round, so that what disturbs one disturbs all; about `seconds` in all. A round begins with another
+        one each time, so that none always follows the same."""
         sample = self.on_host if on_host else self.once
         count = 1
         if not self.tiny:
@@ -74,9 +76,11 @@ class Clock:
             for call in calls.values():
                 sample(call)
             count = min(max(int(seconds / (time.perf_counter() - begin)), FEWEST), MOST)
-        found: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(count):
-            for name, call in calls.items():
+        found: dict[Name, list[float]] = {name: [] for name in calls}
+        order = list(calls.items())
+        for n in range(count):
+            first = n % max(1, len(order))
+            for name, call in order[first:] + order[:first]:
                 found[name].append(sample(call))
         return found
 

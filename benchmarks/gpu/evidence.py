@@ -25,19 +25,28 @@ GIVEN: dict[str, Callable[[Workload], int]] = {  # rows that a call is given whi
 
 def evidence(results: Results) -> dict[str, Any]:
     """Of one card."""
-    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    contests: dict[str, list[dict[str, float]]] = defaultdict(list)
     for workload in workloads():
         if (shape := class_of(workload)) is None:
             continue
         found = systems(results, workload.name)
-        times = {name: t for name, one in found.items() if one.get("ours") and (t := seconds(found, name))}
-        for name, taken in times.items():
-            ratios[shape][name].append(taken / min(times.values()))
-    times_of = {
-        shape: {name: round(geometric_mean(found), 3) for name, found in sorted(by_name.items())}
-        for shape, by_name in sorted(ratios.items())
-    }
+        contests[shape].append(
+            {name: t for name, one in found.items() if one.get("ours") and (t := seconds(found, name))}
+        )
+    times_of = {shape: times for shape, found in sorted(contests.items()) if (times := ratios(found))}
     return {"failing": failing(results), "times": times_of}
+
+
+def ratios(contests: list[dict[str, float]]) -> dict[str, float]:
+    """Of each backend its times over the fastest's. Where several met, only what all of them ran counts: one that ran alone was not
+    the faster for it."""
+    names = sorted({name for times in contests for name in times})
+    together = [times for times in contests if len(times) == len(names)] or [times for times in contests if times]
+    return {
+        name: round(geometric_mean([times[name] / min(times.values()) for times in together if name in times]), 3)
+        for name in names
+        if any(name in times for times in together)
+    }
 
 
 def class_of(w: Workload) -> str | None:

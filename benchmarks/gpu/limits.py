@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 # Seconds, in order. The build's are those of installing and of Triton's compiler.
@@ -38,16 +38,20 @@ def build_limit(csrc: Path, cores: int, nvcc: bool) -> int:
 
 
 def limits_here(csrc: Path) -> dict[str, float]:
-    return {**LIMITS, "build": build_limit(csrc, len(os.sched_getaffinity(0)), has_nvcc())}
+    return {**LIMITS, "build": build_limit(csrc, cores(), has_nvcc())}
 
 
-def after_build(limits: Mapping[str, float], taken: float) -> dict[str, float]:
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def after_build(limits: Mapping[str, float], taken: float, asked: Collection[str] = ()) -> dict[str, float]:
     """Those of a run whose build took so many seconds. A limit that was asked for stays."""
     over = max(taken - LIMITS["build"], 0) / sum(LIMITS[stage] for stage in ELASTIC)
     share = max(1 - over, LEAST)
     return {
-        stage: limit * share if stage in ELASTIC and limit == LIMITS[stage] else limit
-        for stage, limit in limits.items()
+        stage: limit * share if stage in ELASTIC and stage not in asked else limit for stage, limit in limits.items()
     }
 
 

@@ -28,7 +28,7 @@ def of_card(results: Results, plot: str | None) -> Iterator[str]:
     yield ""
     software = ", ".join(f"{name} {machine.get(name)}" for name in ("torch", "torch_cuda", "triton", "nvcc"))
     yield f"Commit {str(bench.get('commit'))[:12]}, {bench.get('at', 'not measured')}; {software}."
-    for line in results.get("conditions", ()):
+    for line in sorted({line for stage in results["stages"].values() for line in stage.get("conditions", ())}):
         yield f"Note: {line}."
     yield ""
     yield from table(("stage", "status", "seconds", ""), (

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from .card import room
+from .limits import cores
 from .settings import ROOT, Settings
 
 MOST = 12  # processes on one card: each holds a context of half a gigabyte on it
@@ -30,7 +32,7 @@ def in_parts(
     settings: Settings, stage: str, results: Path, jobs: list[Any], deadline: float
 ) -> tuple[list[dict[str, Any]], str]:
     """Every line of JSON that the processes print, each having its share of `jobs` on stdin; and what they had to say."""
-    count = 1 if settings.device == "cpu" else max(1, min(MOST, len(os.sched_getaffinity(0)), len(jobs)))
+    count = 1 if settings.device == "cpu" else max(1, min(room(MOST), cores(), len(jobs)))
     seconds = deadline - time.monotonic()
     parts = [start(settings.command(stage, seconds, results, f"{n}/{count}"), jobs[n::count]) for n in range(count)]
     wait(parts, deadline)

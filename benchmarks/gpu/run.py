@@ -43,23 +43,31 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"gpu: {error}: move the file away to begin anew", file=sys.stderr)
         return 2
-    store.data["conditions"] = card.conditions
     for line in (card.name or "no card", *card.conditions):
         print(f"gpu: {line}", flush=True)
     stages = settings.stages or tuple(s for s in LIMITS if not store.is_done(s)) or tuple(LIMITS)
-    most = sum(after_build(settings.limits, settings.limits["build"] * ("build" in stages))[stage] for stage in stages)
+    limits = after_build(settings.limits, settings.limits["build"] * ("build" in stages), settings.asked)
+    most = sum(limits[stage] for stage in stages)
     print(f"gpu: {', '.join(stages)}: at most {most / 60:.1f} minutes", flush=True)
+    for name in ("SIGTERM", "SIGHUP"):  # of a batch system, or a terminal that is gone: no stage stays on the card
+        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     for stage in stages:
         if card.problem and stage != "build":
+            if store.stage(stage):
+                print(f"gpu: {stage}: left as it was: {card.problem}", flush=True)
+                continue
             skip(store, stage, card.problem)
         else:
             supervise(settings, store, stage)
         found = store.stage(stage)
+        if card.conditions:
+            found["conditions"] = list(card.conditions)
+            store.save()
         if stage == "build":
-            settings = replace(settings, limits=after_build(settings.limits, found["seconds"]))
+            settings = replace(settings, limits=after_build(settings.limits, found["seconds"], settings.asked))
         print(f"gpu: {stage}: {found['status']} in {found['seconds']:.0f} s {found.get('reason', '')}", flush=True)
     print(f"gpu: written to {path}", flush=True)
-    return status(card, {name: store.stage(name)["status"] for name in stages})
+    return status(card, {name: store.stage(name).get("status", "") for name in stages})
 
 
 def status(card: Card, stages: Mapping[str, str]) -> int:

@@ -28,6 +28,7 @@ class Settings:
     limits: dict[str, float]
     inside: str  # the stage that this process is, or none: the process that starts them
     seconds: float  # until the stage should end by itself
+    asked: frozenset[str] = frozenset()  # stages whose limits were
     part: str = ""  # of a stage that shares its work out over processes: which of them this is
 
     def command(self, stage: str, seconds: float, results: Path, part: str = "") -> list[str]:
@@ -74,16 +75,17 @@ def parse(arguments: list[str]) -> Settings:
     given = parser.parse_args(arguments)
     if given.tuning is None:
         given.tuning = REHEARSED_TUNING if given.tiny or given.device == "cpu" else TUNING
-    limits = limits_here(ROOT / "csrc")
+    limits, asked = limits_here(ROOT / "csrc"), set()
     for text in given.limit:
         stage, _, seconds = text.partition("=")
         if stage not in LIMITS or not re.fullmatch(r"\d+(\.\d+)?", seconds):
             parser.error(f"--limit: expected STAGE=SECONDS with one of {', '.join(LIMITS)}, got {text!r}")
         limits[stage] = float(seconds)
+        asked.add(stage)
     for stage in given.stages:
         if stage not in LIMITS:
             parser.error(f"STAGE: expected some of {', '.join(LIMITS)}, got {stage!r}")
     return Settings(
         tuple(stage for stage in LIMITS if stage in given.stages), given.device, given.tiny, given.results,
-        given.tuning, given.only, given.tests, limits, given.inside, given.seconds, given.part,
+        given.tuning, given.only, given.tests, limits, given.inside, given.seconds, frozenset(asked), given.part,
     )  # fmt: skip

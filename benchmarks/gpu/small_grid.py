@@ -47,15 +47,16 @@ def packed(device: torch.device, backend: str) -> None:
     run_packed(device, backend)
 
 
-def packed_with_all(device: torch.device, backend: str) -> None:
+def packed_with_all(device: torch.device, backend: str, head_dim: int = 64) -> None:
     """With a bias and dropout too."""
     longest = max(LENGTHS)
-    run_packed(device, backend, rows(device, len(LENGTHS), 2, longest, longest), dropout_p=0.1, seed=7)
+    bias = rows(device, len(LENGTHS), 2, longest, longest)
+    run_packed(device, backend, head_dim, bias=bias, dropout_p=0.1, seed=7)
 
 
-def run_packed(device: torch.device, backend: str, bias: Tensor | None = None, **more: Any) -> None:
+def run_packed(device: torch.device, backend: str, head_dim: int = 64, bias: Tensor | None = None, **more: Any) -> None:
     total, heads, longest = sum(LENGTHS), 2, max(LENGTHS)
-    q, k, v = (rows(device, total, heads, 64) for _ in range(3))
+    q, k, v = (rows(device, total, heads, head_dim) for _ in range(3))
     cu = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=device)
     terms = {
         "distance_bias": torch.randn(heads, 9, device=device).requires_grad_(),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from .conftest import ROOT
 
 ONE = "forward hd64 full 512, batch 32"
 STAMP = {"status": "cut", "reason": "it never came to its end"}
@@ -140,6 +145,16 @@ def test_a_tool_that_is_stopped_is_not_waited_for(said: str, status: str, tmp_pa
     assert found["status"] == status and time.monotonic() - begin < 20
 
 
+def test_a_tool_that_is_killed_has_reported_nothing(tmp_path: Path) -> None:
+    """As the system does where memory is short."""
+    from benchmarks.gpu.stages.sanitize import outcome, start
+
+    found = outcome(start(["sh", "-c", "kill -9 $$"], watched=True), time.monotonic() + 20)
+    assert found["status"] == "cut" and found["reason"] == "its process died of SIGKILL"
+    found = outcome(start(["sh", "-c", "exit 66"], watched=True), time.monotonic() + 20)
+    assert found["status"] == "failed" and found["reason"] == "it reported something"
+
+
 def test_the_worst_that_a_tool_said_stands_for_all_calls() -> None:
     from benchmarks.gpu.stages.sanitize import together, verdict
 
@@ -149,9 +164,69 @@ def test_the_worst_that_a_tool_said_stands_for_all_calls() -> None:
     found = together({"dense": done, "merge": late, "paged": wrong})
     assert found["status"] == "failed" and found["reason"] == "paged: exit status 66: 1 error"
     assert found["reports"] == {"paged": "Invalid read\n1 error"}
-    assert verdict({"dense": done}, {"memcheck": found})["reason"] == "memcheck reported something"
+    assert verdict({"dense": done}, {"memcheck": found})["reason"] == "memcheck: paged: exit status 66: 1 error"
     assert verdict({"dense": late}, {"memcheck": done})["status"] == "cut"
-    assert verdict({"dense": done}, {"memcheck": late, "racecheck": done})["status"] == "done"
+    assert verdict({"dense": done}, {"memcheck": late, "racecheck": done})["status"] == "cut", "to be gone on with"
+
+
+STAGE = """
+import pathlib, time
+pathlib.Path({path!r}).touch()
+time.sleep(60)
+"""
+
+
+def test_what_ends_the_command_ends_its_stage(tmp_path: Path) -> None:
+    """A batch system's SIGTERM: else the stage would go on using the card, and write into the next run's results."""
+    begun, script = tmp_path / "begun", tmp_path / "command.py"
+    script.write_text(
+        "import sys\nfrom benchmarks.gpu import run\nfrom benchmarks.gpu.settings import Settings\n"
+        f"Settings.command = lambda *given: [sys.executable, '-c', {STAGE.format(path=str(begun))!r}]\n"
+        f"run.main(['bench', '--device', 'cpu', '--tiny', '--results', {str(tmp_path / 'found.json')!r}])\n"
+    )
+    command = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    until = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    (child,) = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+    command.terminate()
+    assert command.wait(20) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_card_that_is_short_of_memory_leaves_results_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.gpu import run
+    from benchmarks.gpu.card import Card
+    from benchmarks.gpu.store import Store
+
+    store = Store(tmp_path / "found.json", "a card", rehearsal=True)
+    bench = store.begin("bench")
+    bench.update(status="done", reason="", workloads={})
+    store.save()
+    monkeypatch.setattr(run, "look", lambda device: Card("a card", "short of memory"))
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    assert run.main(["bench", "tune", "--device", "cpu", "--tiny", "--results", str(store.path)]) == 2
+    stages = Store(store.path).data["stages"]
+    assert stages["bench"] == bench and stages["tune"]["reason"] == "short of memory"
+
+
+def test_winners_of_another_table_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.settings import parse
+    from benchmarks.gpu.stages import winners
+    from benchmarks.gpu.store import Store
+
+    store = Store(tmp_path / "found.json")
+    store.data["stages"]["tune"] = {"winners": {"forward 16 64": {}}}
+    record = {"table": {"of": "before"}, "workloads": {ONE: {"systems": {}, "complete": True}}}
+    monkeypatch.setattr(winners, "measure_all", lambda *given: None)
+    given = parse(["winners", "--device", "cpu", "--tiny", "--tuning", str(tmp_path)])
+    winners.run(given, store, record, 0.0)
+    assert record["workloads"] == {}
+    record["workloads"] = {ONE: {"systems": {}, "complete": True}}
+    winners.run(given, store, record, 0.0)
+    assert ONE in record["workloads"], "an interrupted run is gone on with"
 
 
 def test_winners_without_a_search_leave_a_good_file(tmp_path: Path) -> None:

@@ -21,6 +21,31 @@ def test_every_kind_of_kernel_has_a_workload() -> None:
     assert without == []
 
 
+def test_an_entry_is_measured_by_each_kind_of_call_that_it_serves() -> None:
+    from benchmarks.gpu.settings import parse
+    from benchmarks.gpu.stages.tune import targets
+
+    of = {goal.name: [w.name for w in goal.workloads] for goal in targets(parse(["tune"]), "sm_90")}
+    assert of["forward 16 128"] == ["forward hd128 full 2048", "forward hd128 causal 2048", "prefix-LM 1024 of 4096"]
+    assert of["dkdv 16 128"] == ["backward hd128 full 4096", "backward hd128 causal 4096"]
+    decode = "decode 32 x 4096, pages of 16"
+    assert of["paged_decode 16 128"] == [decode, f"{decode}, fp8", f"{decode}, int8"]
+
+
+def test_neighbours_are_one_step_away_and_tell_the_order_of_products() -> None:
+    from benchmarks.gpu.settings import parse
+    from benchmarks.gpu.stages.tune import further, neighbours, targets
+
+    goals = {goal.name: goal for goal in targets(parse(["tune"]), "sm_90")}
+    for name in ("forward 16 128", "dq 16 128"):
+        goal = goals[name]
+        current = tuning.config(goal.kernel, "sm_90", goal.bits, goal.head_dim_class)
+        found = neighbours(goal, current)
+        assert all(sum(x != y for x, y in zip(c, current, strict=True)) == 1 for c in found)
+        assert any(c.values_behind != current.values_behind for c in found) == name.startswith("forward")
+        assert not set(further(goal, current)) & {current, *found}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted where a card is")
 def test_each_workload_runs_the_kernel_that_it_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.gpu.families import build
@@ -37,9 +62,9 @@ def test_each_workload_runs_the_kernel_that_it_tunes(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tuning, "config", config)
     goals = list(targets(parse(["tune", "--device", "cpu", "--tiny"]), "interpreter"))
     assert {goal.kernel for goal in goals} == set(KINDS)
-    for workload in {goal.workload for goal in goals}:
+    for workload in {workload for goal in goals for workload in goal.workloads}:
         asked.clear()
         problem = build(workload, torch.device("cpu"))
         assert problem.check(problem.ours("triton")()).passes(ours=True), workload.name
-        wanted = {(goal.kernel, goal.bits) for goal in goals if goal.workload == workload}
+        wanted = {(goal.kernel, goal.bits) for goal in goals if workload in goal.workloads}
         assert wanted <= asked, workload.name

@@ -195,10 +195,16 @@ class Broken(Exception):
 
 
 def abort_unless_it_works(device: torch.device, error: Exception) -> None:
-    try:
-        torch.ones(1, device=device).item()
-    except RuntimeError:
+    if not works(device):
         raise Broken(in_short(error)) from error
+
+
+def works(device: torch.device) -> bool:
+    """Not after an illegal access, say, of which every later call would be accused."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
 
 
 def waiting(first: float) -> Record:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..limits import cores
 from ..parts import in_parts
 from ..registry import workloads
 from ..settings import ROOT, Settings
@@ -62,7 +63,7 @@ def install(settings: Settings, deadline: float) -> str | None:
     command += ["--disable-pip-version-check", "--config-settings", "editable_mode=strict", "--editable", str(ROOT)]
     if settings.device == "cpu":
         command.insert(4, "--dry-run")
-    environment = {**os.environ, "MAX_JOBS": str(os.cpu_count() or 1)}
+    environment = {"MAX_JOBS": str(cores()), **os.environ}
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=max(deadline - time.monotonic(), 1)
@@ -103,13 +104,16 @@ def part(settings: Settings, deadline: float) -> int:
         workload = by_name[name].tiny() if settings.tiny else by_name[name]
         try:
             problem = build(workload, device)
-            for backend in backends(device):
-                problem.ours(backend)()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
         except Exception as error:  # bench meets it again, and records it
             print(f"{name}: {in_short(error)}", file=sys.stderr)
             continue
+        for backend in backends(device):
+            try:
+                problem.ours(backend)()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:  # a refusal, or what bench meets again
+                print(f"{name}: {backend}: {in_short(error)}", file=sys.stderr)
         found = {"workload": name, "seconds": round(time.perf_counter() - begin, 1)}
         if workload.flex and (seconds := compile_flex(problem)) is not None:
             found["flex"] = seconds

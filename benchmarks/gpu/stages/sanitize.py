@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -61,13 +62,15 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
 
 def verdict(alone: Mapping[str, Found], tools: Mapping[str, Found]) -> Found:
     """Of the stage."""
-    if bad := [tool for tool, one in tools.items() if one["status"] == "failed"]:
-        return {"status": "failed", "reason": f"{', '.join(bad)} reported something"}
+    if bad := {tool: one["reason"] for tool, one in tools.items() if one["status"] == "failed"}:
+        return {"status": "failed", "reason": "; ".join(f"{tool}: {reason}" for tool, reason in bad.items())[:1000]}
     without = together(alone)
     if without["status"] != "done":
         return {"status": without["status"], "reason": f"the calls without a tool: {without['reason']}"}
     if tools and all(one["status"] == "skipped" for one in tools.values()):
         return {"status": "skipped", "reason": tools["memcheck"]["reason"]}
+    if late := [tool for tool, one in tools.items() if one["status"] == "cut"]:
+        return {"status": "cut", "reason": f"{', '.join(late)} did not come to an end"}
     return {"status": "done", "reason": ""}
 
 
@@ -115,8 +118,12 @@ def outcome(started: Started, deadline: float) -> Found:
         return {"status": "skipped", "reason": f"the tool does not work here: {printed.strip()[-300:]}"}
     if in_time and process.returncode == 0:
         return {"status": "done", "reason": ""}
+    if in_time and process.returncode < 0 and not REPORTED.search(printed):  # of too little memory, say
+        died = signal.Signals(-process.returncode).name
+        return {"status": "cut", "reason": f"its process died of {died}", "report": printed[-4000:]}
     if in_time:
-        return {"status": "failed", "reason": f"exit status {process.returncode}", "report": printed[-4000:]}
+        reason = "it reported something" if process.returncode == FOUND else f"exit status {process.returncode}"
+        return {"status": "failed", "reason": reason, "report": printed[-4000:]}
     if REPORTED.search(printed):
         reason = "it reported something before its time was over"
         return {"status": "failed", "reason": reason, "report": printed[:4000]}

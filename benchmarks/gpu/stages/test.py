@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import signal
 import threading
@@ -13,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from ..card import room
 from ..golden import gather
+from ..limits import cores
 from ..settings import Settings
 from ..store import Store
 
@@ -30,7 +31,7 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     arguments += ["--continue-on-collection-errors"]  # they are kept among the failures
     arguments += ["-m", "gpu" if on_card else "not gpu", *(["-k", settings.tests] if settings.tests else [])]
     if on_card and importlib.util.find_spec("xdist"):
-        arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+        arguments += ["-n", str(min(room(WORKERS), cores())), "--dist", "worksteal"]
         deadline -= ENDING
         if importlib.util.find_spec(
             "pytest_timeout"
@@ -39,10 +40,14 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     crashed = record.get("crashed", [])
     arguments += [f"--deselect={test}" for test in crashed]
     first = Recorder(store, record, deadline)
-    pytest.main(arguments, plugins=[first])
+    ended = pytest.main(arguments, plugins=[first])
     if on_card:
         gather()
-    if first.total == 0:
+    if ended in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+        record.update(status="failed", reason=f"pytest ended with {ended!r}")
+    elif first.total == 0 and time.monotonic() > deadline:
+        record.update(status="cut", reason="time was over before the tests were collected")
+    elif first.total == 0:
         record.update(status="failed", reason="no test was found")
     elif first.finished < first.total:
         record.update(status="cut", reason=f"time was over after {first.finished} of {first.total} tests")
@@ -67,6 +72,7 @@ class Recorder:
         self.store, self.record, self.deadline = store, record, deadline
         self.begin, self.came_up = time.monotonic(), 0.0  # seconds until the first test began
         self.alarm = threading.Timer(deadline - self.begin, self.wake)
+        self.alone = True  # tests run in this process
         self.total = self.finished = 0
         self.skips: Counter[str] = Counter()
         self.saved = 0.0
@@ -85,7 +91,7 @@ class Recorder:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
-        self.total = len(ids)
+        self.total, self.alone = len(ids), False
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -94,7 +100,10 @@ class Recorder:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.came_up = self.came_up or time.monotonic() - self.begin
         self.record["running"] = nodeid
-        self.save()
+        if self.alone:  # a death of this process is told by what it was at
+            self.store.save()
+        else:
+            self.save()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:

@@ -1,7 +1,7 @@
 """Looks for faster tiles: from each configuration in use to its neighbours, and on from the best of them while time lasts.
 
 Every candidate is compiled first, all of a round in parallel; it must then give the right numbers, and only a gain beyond
-the noise moves us. The winners of a card are its own table, kernels/tuning/<card>.json.
+the noise moves us (contest.py). What ends the process is passed over by the next one. The winners of a card are its own table, kernels/tuning/<card>.json.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ from duplex_attn.kernels.tuning import Config
 from triton import TritonError
 
 from ..clock import Clock
+from ..contest import Found, fastest
 from ..families import build
 from ..parts import in_parts
 from ..registry import workloads
 from ..settings import Settings
+from ..small_grid import packed_with_all
 from ..store import Store, now
 from ..workload import Problem, Workload
-from .bench import in_short
+from .bench import TIMING, abort_unless_it_works, in_short, watch, works
 
 # Which workloads show how fast a kind of kernel is.
 MEASURED_BY: dict[str, Callable[[Workload], bool]] = {
@@ -41,8 +45,9 @@ MEASURED_BY: dict[str, Callable[[Workload], bool]] = {
     "paged_terms": lambda w: w.family == "decode" and w.queries > 1 and w.terms,
     "paged_decode": lambda w: w.family == "decode" and w.queries == 1,
 }
-GAIN = 0.02  # of the time
-SECONDS = 0.1  # of measuring one
+MOST_WORKLOADS = 3  # of one entry
+ALSO_WITH_TERMS = {"dq", "dkdv"}  # kernels whose entries serve calls with terms, which no workload of their class has
+TERMS = "every term of a score"
 COMPILING = 0.6  # of the time left, at most
 # More than a step away from what is in use: rows, keys, warps and stages that keep two programs on a multiprocessor of Hopper,
 # or more copies in flight. By kernel and class of head_dim, in 16 bits.
@@ -59,12 +64,12 @@ ROWS, KEYS, WARPS, STAGES = (32, 64, 128, 256), (16, 32, 64, 128, 256), (4, 8), 
 
 @dataclass(frozen=True)
 class Target:
-    """One entry of the tables, and the workload that measures it."""
+    """One entry of the tables, and the workloads that measure it: the first of each kind of call that it serves."""
 
     kernel: str
     bits: int
     head_dim_class: int
-    workload: Workload
+    workloads: tuple[Workload, ...]
 
     @property
     def name(self) -> str:
@@ -75,38 +80,30 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     device = torch.device(settings.device)
     table = table_of(device, settings.tuning)
     clock = Clock(device, settings.tiny)
-    clock.warm()
     goals = list(targets(settings, table))[: 2 if settings.tiny else None]
     current = {goal: tuning.config(goal.kernel, table, goal.bits, goal.head_dim_class) for goal in goals}
-    record.update(tried=0, winners={}, gains={}, refused={})
-    best: dict[Target, float] = {}
+    for name, nothing in (("tried", 0), ("winners", {}), ("gains", {}), ("refused", {})):
+        record.setdefault(name, nothing)  # what an interrupted run had found stays found
     seeds = {goal: further(goal, current[goal]) for goal in goals}
     while goals and time.monotonic() < deadline:
-        compiled = compile_all(
-            settings,
-            store,
-            record,
-            [(g, c) for g in goals for c in (*seeds.pop(g, ()), *neighbours(g, current[g]))],
-            deadline,
-        )
+        wanted = [(g, c) for g in goals for c in (*seeds.pop(g, ()), *neighbours(g, current[g]))]
+        compiled = compile_all(settings, store, record, wanted, deadline)
         moved = []
         for goal in goals:
             if time.monotonic() > deadline:
                 break
-            before = current[goal]
-            try:
-                found = fastest(goal, before, compiled[goal], table, clock, settings, record)
-            except (RuntimeError, TritonError) as error:  # of the configuration in use; other kernels may do better
-                if not works(device):
-                    raise
-                record["refused"][f"{goal.name}, as it is: {in_short(error)}"] = 1
+            found = contest(goal, current[goal], compiled[goal], table, clock, store, record)
+            if found is None or found.way == current[goal]:
                 continue
-            current[goal], best[goal], first = found
-            if current[goal] != before:
-                moved.append(goal)
-                record["winners"][goal.name] = {**current[goal]._asdict(), "seconds": best[goal]}
-                record["gains"][goal.name] = record["gains"].get(goal.name, 1.0) * first / best[goal]
-                keep(settings, device, table, goal, current[goal], store)
+            if goal.kernel in ALSO_WITH_TERMS and not fits_with_terms(
+                goal, found.way, settings, store, record, deadline
+            ):
+                continue
+            current[goal] = found.way
+            moved.append(goal)
+            record["winners"][goal.name] = {**found.way._asdict(), "seconds": found.seconds}
+            record["gains"][goal.name] = record["gains"].get(goal.name, 1.0) * found.gain
+            keep(settings, device, table, goal, found.way, store)
         goals = moved if not settings.tiny else []
 
 
@@ -125,15 +122,21 @@ def targets(settings: Settings, table: str) -> Iterator[Target]:
     """Every kind of kernel at the width and classes of head_dim that the workloads of its family have."""
     inherited = tuning.tables()[tuning.base(table)]
     kinds = [kind for kind, entry in inherited.items() if isinstance(entry, dict)]
-    chosen: dict[tuple[str, int, int], Workload] = {}
+    chosen: dict[tuple[str, int, int], dict[Hashable, Workload]] = defaultdict(dict)
     wanted = [w.tiny() if settings.tiny else w for w in workloads() if settings.wants(w.name)]
     for workload in wanted:
         for kind in kinds:
             if MEASURED_BY[kind](workload):
                 head_dim_class = next(n for n in tuning.HEAD_DIMS if workload.head_dim <= n)
-                chosen.setdefault((kind, 8 * workload.dtype.itemsize, head_dim_class), workload)
-    for (kind, bits, head_dim_class), workload in chosen.items():
-        yield Target(kind, bits, head_dim_class, workload)
+                entry = chosen[kind, 8 * workload.dtype.itemsize, head_dim_class]
+                if len(entry) < MOST_WORKLOADS:
+                    entry.setdefault(kind_of_call(workload), workload)
+    for (kind, bits, head_dim_class), entry in chosen.items():
+        yield Target(kind, bits, head_dim_class, tuple(entry.values()))
+
+
+def kind_of_call(w: Workload) -> Hashable:
+    return w.left is None, w.right is None, w.prefix > 0, w.stored, w.distance_radius > 0, w.pair_bias, w.alibi
 
 
 def further(goal: Target, c: Config) -> list[Config]:
@@ -164,54 +167,81 @@ def compile_all(
     found: dict[Target, list[Config]] = {goal: [] for goal, _ in wanted}
     if settings.tiny:
         wanted = wanted[:2]
-    jobs = [[goal.kernel, goal.bits, goal.head_dim_class, goal.workload.name, list(c)] for goal, c in wanted]
+    jobs = [job(goal, c, [w.name for w in goal.workloads]) for goal, c in wanted]
     answers, said = in_parts(settings, "tune", store.path, jobs, until)
-    works = {json.dumps(one["job"]): one["problem"] for one in answers}
-    record["tried"] += len(works)
-    for job, (goal, candidate) in zip(jobs, wanted, strict=True):
-        problem = works.get(json.dumps(job), "it was not compiled in time")
+    problems = {json.dumps(one["job"]): one["problem"] for one in answers}
+    record["tried"] += len(problems)
+    for told, (goal, candidate) in zip(jobs, wanted, strict=True):
+        problem = problems.get(json.dumps(told), "it was not compiled in time")
         if problem is None:
             found[goal].append(candidate)
         else:
-            record["refused"][problem] = record["refused"].get(problem, 0) + 1
+            refuse(record, problem)
     if not answers:
         print(said[-2000:], file=sys.stderr)
     return found
 
 
-def fastest(
-    goal: Target, current: Config, compiled: list[Config], table: str, clock: Clock, settings: Settings, record: dict
-) -> tuple[Config, float, float]:
-    """The best configuration, its seconds and those of the current one."""
-    problem = build(goal.workload, clock.device)
-    call = problem.ours("triton")
-    samples: dict[Config, list[float]] = {}
-    for candidate in (current, *compiled):
-        with tuning.trial(table, goal.kernel, goal.bits, goal.head_dim_class, candidate):
-            if candidate != current and (problem_found := wrong_with(problem, call)):
-                record["refused"][problem_found] = record["refused"].get(problem_found, 0) + 1
-                continue
-            samples[candidate] = clock.rounds({"": call}, SECONDS)[""]
-    medians = {candidate: sorted(found)[len(found) // 2] for candidate, found in samples.items()}
-    best = min(medians, key=medians.__getitem__)
-    if medians[best] > (1 - GAIN) * medians[current]:
-        best = current
-    return best, medians[best], medians[current]
+def job(goal: Target, c: Config, calls: list[str]) -> list[Any]:
+    """What a part is told to do."""
+    return [goal.kernel, goal.bits, goal.head_dim_class, calls, list(c)]
 
 
-def wrong_with(problem: Problem, call: Callable[[], Any]) -> str | None:
+def contest(
+    goal: Target, current: Config, compiled: list[Config], table: str, clock: Clock, store: Store, record: dict
+) -> Found | None:
+    """The best configuration; None where none works, or nothing was compiled that could be better."""
+    crashed = record.get("crashed", ())  # of what a process died before
+    if what(goal, TIMING) in crashed:
+        return None
+    calls = [(problem, problem.ours("triton")) for problem in (build(w, clock.device) for w in goal.workloads)]
+
+    def within(c: Config, call: Callable[[], Any]) -> Any:
+        with tuning.trial(table, goal.kernel, goal.bits, goal.head_dim_class, c):
+            return call()
+
+    able = []
+    for c in (current, *compiled):
+        if what(goal, c) in crashed:
+            continue
+        with watch(store, record, what(goal, c)):
+            problems = (wrong_with(clock.device, problem, partial(within, c, call)) for problem, call in calls)
+            if why := next(filter(None, problems), None):
+                refuse(record, f"{goal.name}, as it is: {why}" if c == current else why)
+            else:
+                able.append(c)
+    if not able or able == [current]:
+        return None
+    with watch(store, record, what(goal, TIMING)):
+        work = [lambda c, call=call: within(c, call) for _, call in calls]
+        return fastest(able[0], able[1:], work, clock)
+
+
+def what(goal: Target, of: Config | str) -> str:
+    return f"{goal.name}: {of if isinstance(of, str) else ' '.join(map(str, of))}"
+
+
+def refuse(record: dict[str, Any], why: str) -> None:
+    record["refused"][why] = record["refused"].get(why, 0) + 1
+
+
+def wrong_with(device: torch.device, problem: Problem, call: Callable[[], Any]) -> str | None:
     try:
         return None if problem.check(call()).passes(ours=True) else "wrong numbers"
     except (RuntimeError, TritonError) as error:  # of another process it was compiled in, where there was more room
+        abort_unless_it_works(device, error)
         return in_short(error)
 
 
-def works(device: torch.device) -> bool:
-    """Not after an illegal access, say, of which every later call would be accused."""
-    try:
-        return torch.ones(1, device=device).item() == 1
-    except RuntimeError:
-        return False
+def fits_with_terms(
+    goal: Target, c: Config, settings: Settings, store: Store, record: dict[str, Any], deadline: float
+) -> bool:
+    """Whether a call with every term of a score runs too: it needs more shared memory than the workloads."""
+    answers, _ = in_parts(settings, "tune", store.path, [job(goal, c, [TERMS])], deadline)
+    why = answers[0]["problem"] if answers else "with terms it was not compiled in time"
+    if why is not None:
+        refuse(record, why)
+    return why is None
 
 
 def keep(settings: Settings, device: torch.device, table: str, goal: Target, winner: Config, store: Store) -> None:
@@ -236,21 +266,25 @@ def part(settings: Settings, deadline: float) -> int:
     table = table_of(device, settings.tuning)
     by_name = {w.name: w for w in workloads()}
     problems: dict[str, Problem] = {}
-    for job in json.load(sys.stdin):
+    for told in json.load(sys.stdin):
         if time.monotonic() > deadline:
             break
-        kernel, bits, head_dim_class, name, numbers = job
+        kernel, bits, head_dim_class, names, numbers = told
         problem = None
         try:
-            workload = by_name[name].tiny() if settings.tiny else by_name[name]
-            made = problems.get(name) or problems.setdefault(name, build(workload, device))
             with tuning.trial(table, kernel, bits, head_dim_class, Config(*numbers)):
-                made.ours("triton")()
+                for name in names:
+                    if name == TERMS:
+                        packed_with_all(device, "triton", head_dim_class)
+                    else:
+                        workload = by_name[name].tiny() if settings.tiny else by_name[name]
+                        made = problems.get(name) or problems.setdefault(name, build(workload, device))
+                        made.ours("triton")()
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # too much shared memory, say, or a compiler that gives up
             problem = in_short(error)
-        print(json.dumps({"job": job, "problem": problem}), flush=True)
+        print(json.dumps({"job": told, "problem": problem}), flush=True)
         if problem is not None and not works(device):
             break
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from duplex_attn.kernels import tuning
 
 from ..registry import workloads
 from ..settings import Settings
@@ -18,7 +19,9 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     if not won:
         record.update(status="skipped", reason="tune found nothing faster")
         return
-    table_of(torch.device(settings.device), settings.tuning)
+    table = tuning.tables()[table_of(torch.device(settings.device), settings.tuning)]
+    if record.get("table") != table:
+        record.update(table=table, workloads={})  # what an interrupted run measured was another table's
     chosen = [w for w in workloads() if any(MEASURED_BY[kernel](w) for kernel in won)]
     measure_all(settings, store, record, deadline, chosen, peers_that_matter(store))
 
