@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,6 +80,22 @@ class PagedBatch:
     _host: tuple[Tensor, ...]  # the four of them on the CPU
     _rows: _runtime.Batch | None  # None of buffers that no batch has filled
     _plans: dict[Any, tuple[Mask, Tensor | None]] = field(default_factory=dict)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether row b holds the one new token of sequence b, so that cu_seqlens_q says nothing more.
+
+        Never of fixed buffers: a CUDA graph that was captured with one batch in them runs others.
+        """
+        if self._rows is None or self._memory.plans is not None or self.max_seqlen_q > 1:
+            return False
+        return self._rows.new_tokens == len(self.seqs) == len(self.seqlens_k) == len(self.positions)
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """How many of each sequence, read on the host."""
+        offsets = self._host[2][: len(self.seqs) + 1].tolist()
+        return [end - begin for begin, end in pairwise(offsets)]
 
     def plan(self, mask: Mask, batch_invariant: bool = False) -> Tensor | None:
         """The division of the step's work for `mask`, made once and read by every layer: `paged_attention`'s `plan`.
@@ -262,7 +279,7 @@ class PagedKVCache:
             self._runtime.commit_batch(batch._rows)
 
     def batch(
-        self, seqs: Many[Sequence], new_tokens: Many[int] | None = None, *, out: PagedBatch | None = None
+        self, seqs: Many[Sequence], new_tokens: Many[int] | Tensor | None = None, *, out: PagedBatch | None = None
     ) -> PagedBatch:
         """The arrays of a step that computes the next new_tokens[b] uncommitted tokens of each sequence, by default all.
 
@@ -270,7 +287,14 @@ class PagedKVCache:
         `out`, from `buffers`, receives the arrays in place of new ones.
         """
         seqs = tuple(seqs)
-        rows = self._runtime.batch(seqs, new_tokens)
+        if out is not None:
+            self._check_buffers(out)
+        counts = new_tokens.tolist() if isinstance(new_tokens, Tensor) else new_tokens
+        try:
+            rows = self._runtime.batch(seqs, counts)
+        except TypeError:
+            _check_counts(counts)  # the binding names no argument
+            raise
         memory = self._memory(len(seqs), rows.max_pages, rows.new_tokens) if out is None else out._memory
         host = memory.fill(self._runtime, rows)
         self._make_pending_copies()
@@ -288,6 +312,14 @@ class PagedKVCache:
         memory = self._memory(batch, max_pages, tokens, fixed=True)
         host = memory.fill(self._runtime, self._runtime.batch([]))
         return PagedBatch(*memory.parts(memory.flat), 0, 0, (), self.page_size, memory, host, None)
+
+    def _check_buffers(self, out: Any) -> None:
+        if not isinstance(out, PagedBatch):
+            wrong_type("out", "a batch from `buffers`", type(out).__name__)
+        if out.page_size != self.page_size:
+            wrong_value("out", f"buffers of this cache's page_size ({self.page_size})", out.page_size)
+        if out.positions.device != self.k_pages.device:
+            wrong_value("out", f"buffers on this cache's device ({self.k_pages.device})", out.positions.device)
 
     def _memory(self, batch: int, max_pages: int, tokens: int, fixed: bool = False) -> _Memory:
         return _Memory.of(batch, max_pages, tokens, self.page_size, self.device, self._workers, fixed)
@@ -386,6 +418,16 @@ def _to_host(x: Tensor) -> Tensor:
 
 def _on_host(tokens: Any) -> Any:
     return tokens.numpy(force=True) if isinstance(tokens, Tensor) else tokens
+
+
+def _check_counts(new_tokens: Any) -> None:
+    if new_tokens is None:
+        return
+    if not isinstance(new_tokens, Many) or isinstance(new_tokens, (str, bytes)):
+        wrong_type("new_tokens", "a list of ints", type(new_tokens).__name__)
+    for count in new_tokens:
+        if not isinstance(count, int):
+            wrong_type("new_tokens", "a list of ints", f"one with {type(count).__name__}")
 
 
 def _check_size(name: str, size: Any, most: int | None = None) -> None:

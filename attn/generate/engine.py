@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,7 @@ from .verify import Accept, Reject, Replace, Verifier, Wait
 POOL_BYTES = 1 << 30  # of a cache that the engine makes itself
 MAX_REJECTIONS = 1000  # of one sample: a verifier that takes nothing must come to an end
 PREEMPTIONS = ("swap", "recompute")
+BYTES = (bytes, bytearray, memoryview)  # sequences of ints, and no token ids
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         cache: PagedKVCache | None = None,
-        eos: int | Sequence[int] | None = None,
+        eos: int | Collection[int] | None = None,
         max_sequences: int = 64,
         token_budget: int = 512,
         preemption: str = "swap",
@@ -80,14 +81,19 @@ class Engine:
             wrong_value("max_sequences", "1 or more", max_sequences)
         if token_budget < max_sequences:
             wrong_value("token_budget", f"at least max_sequences ({max_sequences})", token_budget)
+        if any(module.training for module in model.modules()):
+            wrong_value("model", "eval mode (model.eval())", "training mode, in which dropout changes tokens")
+        if cache is not None:
+            check_cache(cache, model)
+        self.eos = eos_ids(eos, model.config.vocab_size)
         self.model, self.tokenizer, self.batch_invariant = model, tokenizer, batch_invariant
         self.cache = cache_for(model, max_sequences=max_sequences) if cache is None else cache
-        self.eos = frozenset((eos,) if isinstance(eos, int) else eos or ())
         capacity = self.cache.num_pages * self.cache.page_size
         self.max_length = min(model.config.max_positions, capacity)
         self._scheduler = Scheduler(
             self.cache, token_budget, max_sequences, self.max_length, preemption == "swap", self._fail
         )
+        self._owner = object()
         self._lock = threading.RLock()
         self._steps_now = False
         self._ids = 0
@@ -134,8 +140,9 @@ class Engine:
         with self._lock:
             self._ids += 1
             request = Request(
-                self._ids, tokens, params, seed, self.tokenizer, bidirectional_prefix, salt, verifier, stop_tokens
-            )
+                self._ids, tokens, params, seed, self.tokenizer, bidirectional_prefix, salt, verifier, stop_tokens,
+                owner=self._owner,
+            )  # fmt: skip
             self._scheduler.waiting.append(request)
         return request
 
@@ -171,13 +178,14 @@ class Engine:
 
         Leaving it early (an exception, Ctrl-C, `close`) cancels the request. Raises what made the request fail.
         """
+        self._check_own(request)
         try:
             while True:
                 while request.chunks:
                     yield request.chunks.popleft()
                 if request.finished:
                     break
-                self.step()
+                self._step_for(request)
         finally:
             self.cancel(request)
         if request.error is not None:
@@ -185,13 +193,14 @@ class Engine:
 
     async def astream(self, request: Request) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: steps run in a thread, so that the loop goes on; many streams may run at once."""
+        self._check_own(request)
         try:
             while True:
                 while request.chunks:
                     yield request.chunks.popleft()
                 if request.finished:
                     break
-                await asyncio.to_thread(self._step_for, request)
+                await asyncio.to_thread(self._step_unless_shown, request)
         finally:
             if not request.finished:  # a step may be running, and cancel waits for it
                 await asyncio.to_thread(self.cancel, request)
@@ -205,6 +214,8 @@ class Engine:
         **options: Any,
     ) -> list[Request]:
         """All prompts to their ends; options as in `submit`. Raises what made the first of them fail."""
+        if isinstance(prompts, (str, *BYTES)) or not isinstance(prompts, (Sequence, Tensor)):
+            wrong_type("prompts", "a list of prompts", type(prompts).__name__)
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             wrong_value("params", f"one, or one for each of {len(prompts)} prompts", len(each))
@@ -213,7 +224,7 @@ class Engine:
             for prompt, one in zip(prompts, each, strict=True):
                 requests.append(self.submit(prompt, one, **options))
             while not all(request.finished for request in requests):
-                self.step()
+                self._step_for(*requests)
         finally:
             for request in requests:
                 self.cancel(request)
@@ -224,6 +235,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Ends the request and gives its pages back at once. Nothing where it has ended."""
+        self._check_own(request)
         with self._lock:
             self._end(request, "cancelled")
 
@@ -260,8 +272,10 @@ class Engine:
     def _tokens_of(self, prompt: str | Sequence[int] | Tensor, add_special_tokens: bool) -> list[int]:
         tokens: list[Any]
         if isinstance(prompt, Tensor):
+            if not prompt.dim():
+                wrong_type("prompt", "text or a list of token ids", "a tensor without dimensions")
             tokens = prompt.tolist()
-        elif not isinstance(prompt, Sequence):
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
             wrong_type("prompt", "text or a list of token ids", type(prompt).__name__)
         elif not isinstance(prompt, str):
             tokens = list(prompt)
@@ -436,11 +450,22 @@ class Engine:
         )
         self._generated += len(request.live)
 
-    def _step_for(self, request: Request) -> None:
+    def _check_own(self, request: Any) -> None:
+        if not isinstance(request, Request):
+            wrong_type("request", "what submit returned", type(request).__name__)
+        if request.owner is not self._owner:
+            wrong_value("request", "one submitted to this engine", "one of another")
+
+    def _step_for(self, *requests: Request) -> None:
+        """A step for requests that have not all ended: one that nothing runs for would be waited for without end."""
+        if not self.step() and not all(request.finished for request in requests):
+            raise RuntimeError("step: expected work for a request that has not ended, got none")
+
+    def _step_unless_shown(self, request: Request) -> None:
         """A step, unless another thread's has brought what the request waits for."""
         with self._lock:
             if not request.chunks and not request.finished:
-                self.step()
+                self._step_for(request)
 
     def _fail(self, request: Request, error: BaseException) -> None:
         request.error = error
@@ -454,6 +479,34 @@ class Engine:
         for sample in request.live:
             sample.finish_reason = reason
             sample.show()
+
+
+def eos_ids(eos: Any, vocab_size: int) -> frozenset[int]:
+    if eos is None:
+        return frozenset()
+    if isinstance(eos, Tensor):
+        eos = eos.tolist()
+    if isinstance(eos, (str, *BYTES)) or not isinstance(eos, (int, Collection)):
+        wrong_type("eos", "an id, or ids", type(eos).__name__)
+    ids = (eos,) if isinstance(eos, int) else tuple(eos)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):
+            wrong_type("eos", "an id, or ids", type(token).__name__)
+        if not 0 <= token < vocab_size:
+            wrong_value("eos", f"ids from 0 to {vocab_size - 1}", token)
+    return frozenset(ids)
+
+
+def check_cache(cache: Any, model: GPT) -> None:
+    """That the model's keys and values have the shape of the cache's slots."""
+    if not isinstance(cache, PagedKVCache):
+        wrong_type("cache", "a PagedKVCache or None", type(cache).__name__)
+    config = model.config
+    expected = (config.layers, config.heads_kv, config.head_dim)
+    for pages in (cache.k_pages, cache.v_pages):
+        layers, _, _, heads_kv, head_dim = pages.shape
+        if (layers, heads_kv, head_dim) != expected:
+            wrong_value("cache", f"the model's layers, heads_kv and head_dim {expected}", (layers, heads_kv, head_dim))
 
 
 def cache_for(

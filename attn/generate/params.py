@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from ..checks import wrong_type, wrong_value
 
 MAX_SEED = 2**64 - 1
+MAX_PENALTY = 32.0  # of a length, whose power must stay a float: 2^30 tokens at most
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class SamplingParams:
     logprobs: None, or how many of the likeliest tokens are told beside each chosen one, with the logarithms of the
         probabilities that the model gave before temperature and the rest.
     n: parallel samples, which share the prompt's pages.
-    beam_width: above 1, beam search: the n best of so many beams, by log-probability / length ** length_penalty.
+    beam_width: above 1, beam search: the n best of so many beams, by log-probability / length ** length_penalty, which
+        is at most 32 either way.
     speculate: tokens guessed ahead at most, by looking up the last ones earlier in the text (prompt lookup); a step
         checks them all. It changes the speed, never the tokens.
     """
@@ -58,7 +60,7 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 wrong_type(name, "a number", type(value).__name__)
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:  # of an int too, which may be larger
                 wrong_value(name, "a finite number", value)
         if self.temperature < 0:
             wrong_value("temperature", "0 or more", self.temperature)
@@ -66,8 +68,11 @@ class SamplingParams:
             wrong_value("top_p", "above 0, up to 1", self.top_p)
         if not 0 <= self.min_p <= 1:
             wrong_value("min_p", "0 to 1", self.min_p)
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+        if abs(self.length_penalty) > MAX_PENALTY:
+            wrong_value("length_penalty", f"{-MAX_PENALTY} to {MAX_PENALTY}", self.length_penalty)
+        stop = (self.stop,) if isinstance(self.stop, str) else _tuple_of("stop", "strings", self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_tokens", _tuple_of("stop_tokens", "token ids", self.stop_tokens))
         for text in self.stop:
             if not isinstance(text, str):
                 wrong_type("stop", "strings", type(text).__name__)
@@ -93,6 +98,13 @@ class SamplingParams:
     def sequences(self) -> int:
         """How many run at once at most."""
         return self.beam_width if self.beams else self.n
+
+
+def _tuple_of(name: str, expected: str, values: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        wrong_type(name, expected, type(values).__name__)
 
 
 def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:

@@ -134,6 +134,7 @@ class Request:
     samples: list[Sample] = field(default_factory=list)
     ended_beams: list[Sample] = field(default_factory=list)
     chunks: deque[Chunk] = field(default_factory=deque)  # not yet taken by a stream
+    owner: object = None  # what its engine knows it by, and no more: a handle does not keep the engine's cache
 
     def __post_init__(self) -> None:
         self.samples = [self.sample(0)]

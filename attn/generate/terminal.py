@@ -39,7 +39,8 @@ def load_model(directory: Path | None, size: str, dtype: torch.dtype, device: to
     """The checkpoint, or without one the standard shape with seeded weights, whose words mean nothing."""
     if directory is not None:
         gpt = load_checkpoint(directory, GPT, dtype=dtype, device=device)
-        return Model(gpt, load_tokenizer(directory), eos_of(directory), directory.resolve().name, True)
+        eos = tuple(token for token in eos_of(directory) if 0 <= token < gpt.config.vocab_size)  # else of a default
+        return Model(gpt, load_tokenizer(directory), eos, directory.resolve().name, True)
     config = SIZES[size][1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

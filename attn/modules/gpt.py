@@ -7,13 +7,15 @@ Shapes in comments: B batch, S seqlen, T total tokens without padding, C hidden,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import wrong_type, wrong_value
 from ..mask import Mask, causal
 from .paged_rows import PagedRows
 from .rows import Rows, activate, check_activation, check_seqlens
@@ -125,6 +127,8 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor, rows: Rows, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (T, Hk, D) or (B, S, Hk, D); returns what to attend to: themselves, or (B, past + S, Hk, D)."""
         for held, new in ((self.keys[layer], k), (self.values[layer], v)):
+            if new.dtype != held.dtype and torch.is_autocast_enabled(new.device.type):
+                new = new.to(held.dtype)  # as `paged_append` has them; attention casts what is read
             held.flatten(0, 1).index_copy_(0, slots, new if new.dim() == 3 else new.flatten(0, 1))
         if rows.past == 0:
             return k, v
@@ -265,7 +269,12 @@ class GPT(nn.Module):
         attention: str = "duplex",
         last: bool = False,
     ) -> Tensor:
-        """Logits (B, S, vocab_size), or with `last` those of each sequence's last token (B, vocab_size)."""
+        """Logits (B, S, vocab_size), or with `last` those of each sequence's last token (B, vocab_size).
+
+        With `last`, every sequence has a token: lengths on the CPU are checked, those on a GPU under DUPLEX_ATTN_CHECK=1.
+        """
+        if last:
+            check_last(ids, seqlens)
         x, rows = self.encode(ids, seqlens, mask, cache, attention)
         return self.head(last_token(x, rows, seqlens)) if last else rows.unpack(self.head(x))
 
@@ -290,7 +299,9 @@ class GPT(nn.Module):
         if batch.max_seqlen_k > self.config.max_positions:
             limit, end = self.config.max_positions, batch.max_seqlen_k
             raise ValueError(f"ids: expected at most max_positions ({limit}) tokens, got {end}")
-        rope = None if self.position is not None else rope_tables(self.config, ids.device)
+        if rows is None and not all(batch.new_tokens):
+            wrong_value("rows", "the rows wanted, where a sequence has no new token", None)
+        rope = None if self.position is not None else rope_tables(self.config, ids)
         paged = PagedRows.of(cache, batch, rope, batch_invariant)
         x = self.word(ids)
         if self.position is not None:
@@ -299,7 +310,7 @@ class GPT(nn.Module):
         for layer in self.layers:
             x = cast(GPTLayer, layer).step(x, paged)
         if rows is None:
-            rows = batch.cu_seqlens_q[1:] - 1
+            rows = (batch.cu_seqlens_q[1:] - 1).clamp(min=0)  # buffers that hold no batch have rows too
         return paged.apply(lambda x: self.head(self.norm(x)), x.index_select(0, rows))
 
     @torch.inference_mode()
@@ -317,6 +328,12 @@ class GPT(nn.Module):
         `mask` holds for the prompt and for what follows it. Where `eos` came, the rest of the row repeats it; all
         new_tokens steps run all the same, so no step waits for the host to read a token.
         """
+        if isinstance(new_tokens, bool) or not isinstance(new_tokens, int):
+            wrong_type("new_tokens", "an int", type(new_tokens).__name__)
+        if new_tokens < 0:
+            wrong_value("new_tokens", "0 or more", new_tokens)
+        if ids.dim() != 2:
+            wrong_value("ids", "shape (batch, seqlen)", ids.shape)
         batch, seqlen = ids.shape
         weight = self.word.weight
         capacity = seqlen + max(new_tokens - 1, 0)  # the last token is never read
@@ -334,6 +351,17 @@ class GPT(nn.Module):
         return tokens
 
 
+def check_last(ids: Tensor, seqlens: Tensor | None) -> None:
+    """That there is a last token of each sequence, where reading lengths does not wait for a device."""
+    if ids.dim() != 2:
+        return  # `Rows` names it
+    batch, seqlen = ids.shape
+    if seqlens is not None:
+        check_seqlens(seqlens, batch, seqlen, least=1)
+    elif seqlen == 0:
+        wrong_value("ids", "a token of each sequence, for its last one is wanted", ids.shape)
+
+
 def last_token(x: Tensor, rows: Rows, seqlens: Tensor | None) -> Tensor:
     """The hidden state (B, C) of each sequence's last token."""
     if rows.cu_seqlens is not None:
@@ -349,11 +377,46 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, (T, 1, D / 2) or (B or 1, S, 1, D /
 def rope_of(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Rope:
     """Rotary angles of the positions, in float32 at least, rounded to `dtype` (arXiv 2104.09864)."""
     exact = torch.promote_types(dtype, torch.float32)
-    angles = positions[..., None].to(exact) * frequencies(config, positions.device)
+    angles = positions[..., None].to(exact) * frequencies(config, positions)
     return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
 
 
-@lru_cache(maxsize=4)
+Made = TypeVar("Made", Tensor, Rope)
+KEPT = 8  # configurations and devices
+
+
+def kept(make: Callable[[GPTConfig, torch.device], Made]) -> Callable[[GPTConfig, Tensor], Made]:
+    """`make` on the device of a tensor that its result is used with, once for each configuration and device.
+
+    What a compiler, an export or a fake mode runs has a result of its own: one tensor of its kind, kept, would be in
+    every later call, and theirs cannot hold a plain one.
+    """
+    results: dict[tuple[GPTConfig, torch.device], Made] = {}
+
+    @wraps(make)
+    def found_or_made(config: GPTConfig, beside: Tensor) -> Made:
+        device = beside.device
+        if torch.compiler.is_compiling() or type(beside) is not Tensor:
+            return make(config, device)
+        found = results.get((config, device))
+        if found is None:
+            found = make(config, device)
+            if all(is_plain(x) for x in ((found,) if isinstance(found, Tensor) else found)):
+                if len(results) >= KEPT:
+                    results.clear()
+                results[config, device] = found
+        return found
+
+    return found_or_made
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x holds numbers of its own, now and later: a capture's memory is the graph's."""
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return type(x) is Tensor and not torch._is_functional_tensor(x) and not captured
+
+
+@kept
 def rope_tables(config: GPTConfig, device: torch.device) -> Rope:
     """cos and sin of all positions, float32 (max_positions, D / 2)."""
     with torch.inference_mode(False):
@@ -361,7 +424,7 @@ def rope_tables(config: GPTConfig, device: torch.device) -> Rope:
         return cos.squeeze(-2), sin.squeeze(-2)
 
 
-@lru_cache(maxsize=16)
+@kept
 def frequencies(config: GPTConfig, device: torch.device) -> Tensor:
     """float32 (D / 2,): radians a position, stretched as config.rope_scaling says."""
     with torch.inference_mode(False):

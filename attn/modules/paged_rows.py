@@ -43,8 +43,7 @@ class PagedRows:
         mask = causal()
         if any(prefixes):
             mask = prefix_lm(torch.tensor(prefixes, dtype=torch.int32, device=batch.seqlens_k.device))
-        decoding = batch.max_seqlen_q <= 1 and len(batch.positions) == len(batch.seqlens_k)
-        cu_seqlens = None if decoding else batch.cu_seqlens_q
+        cu_seqlens = None if batch.decodes else batch.cu_seqlens_q
         return cls(cache, batch, mask, rope or (None, None), cu_seqlens, batch_invariant)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import attention, varlen_attention
+from ..checks import contents_are_readable, wrong_type
+from ..functional import attention, check_tensor, varlen_attention
 from ..mask import Mask
 
 ATTENTIONS = ("duplex", "sdpa", "plain")
@@ -164,14 +165,17 @@ def is_causal(mask: Mask) -> bool:
     return mask.left is None and mask.right == 0 and isinstance(mask.prefix, int) and mask.prefix == 0
 
 
-def check_seqlens(seqlens: Tensor, batch: int, seqlen: int) -> None:
-    """Shape always, contents where reading them does not wait for a device (a longer one is cut to seqlen)."""
+def check_seqlens(seqlens: Tensor, batch: int, seqlen: int, least: int = 0) -> None:
+    """Kind and shape always, contents where they are readable (a longer one is cut to seqlen)."""
+    check_tensor("seqlens", seqlens)
+    if seqlens.is_floating_point() or seqlens.is_complex() or seqlens.dtype == torch.bool:
+        wrong_type("seqlens", "integers", seqlens.dtype)
     if seqlens.shape != (batch,):
         raise ValueError(f"seqlens: expected shape ({batch},), got {tuple(seqlens.shape)}")
-    if seqlens.device.type == "cpu":
+    if contents_are_readable(seqlens):
         for length in seqlens.tolist():
-            if not 0 <= length <= seqlen:
-                raise ValueError(f"seqlens: expected 0 to {seqlen}, got {length}")
+            if not least <= length <= seqlen:
+                raise ValueError(f"seqlens: expected {least} to {seqlen}, got {length}")
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -20,6 +20,9 @@ void Batch::fill(const BatchArrays& arrays, int32_t page_size) const {
   require_room("sequences", int64_t(seqs.size()), arrays.batch);
   require_room("pages a sequence", max_pages, arrays.max_pages);
   require_room("new tokens", new_tokens, arrays.tokens);
+  for (size_t b = 0; b < seqs.size(); ++b)
+    if (int64_t(seqs[b]->pages.size()) * page_size < ends[b])
+      throw std::invalid_argument("batch: expected sequences as they were when it was made, got one with fewer pages");
   int32_t *row = arrays.block_table, *position = arrays.positions, *offset = arrays.cu_seqlens_q;
   *offset++ = 0;
   for (size_t b = 0; b < seqs.size(); ++b, row += arrays.max_pages) {

@@ -163,8 +163,8 @@ void Cache::free(Sequence& seq) {
   release_pages(seq, 0);
   index_.release_root(seq.root);
   seq.state = State::FREED;
-  seq.tokens = {};
-  seq.pages = {};
+  seq.tokens = std::vector<int32_t>();  // gives the memory back, which = {} keeps: handles may stay for long
+  seq.pages = std::vector<int32_t>();
   seq.committed = seq.cached = 0;
   const size_t place = seq.place;
   sequences_.back()->place = place;

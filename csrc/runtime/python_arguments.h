@@ -26,6 +26,17 @@ inline int32_t token_id(long long id) {
   return int32_t(id);
 }
 
+// Owns the item: its __index__ may take it from the list that held it.
+inline long long index_of(const py::object& item, int* overflow) {
+  const long long id = PyLong_AsLongLongAndOverflow(item.ptr(), overflow);
+  if (id == -1 && PyErr_ExceptionMatches(PyExc_TypeError)) {
+    PyErr_Clear();
+    throw py::type_error("tokens: expected integers, got " + type_name(item));
+  }
+  if (id == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return id;
+}
+
 // Token ids: a list or tuple of ints, or a numpy array of integers.
 inline Tokens ids_of(py::handle tokens) {
   Tokens ids;
@@ -36,13 +47,9 @@ inline Tokens ids_of(py::handle tokens) {
       if (size_t(PySequence_Fast_GET_SIZE(tokens.ptr())) != ids.size())
         throw std::invalid_argument("tokens: expected a list, got one that changes while it is read");
       int overflow = 0;
-      const py::handle item = PySequence_Fast_GET_ITEM(tokens.ptr(), n);
-      const long long id = PyLong_AsLongLongAndOverflow(item.ptr(), &overflow);
-      if (id == -1 && PyErr_ExceptionMatches(PyExc_TypeError)) {
-        PyErr_Clear();
-        throw py::type_error("tokens: expected integers, got " + type_name(item));
-      }
-      if (id == -1 && PyErr_Occurred()) throw py::error_already_set();
+      PyObject* const item = PySequence_Fast_GET_ITEM(tokens.ptr(), n);
+      const long long id = PyLong_CheckExact(item) ? PyLong_AsLongLongAndOverflow(item, &overflow)
+                                                   : index_of(py::reinterpret_borrow<py::object>(item), &overflow);
       ids[n] = token_id(overflow ? -1 : id);
     }
     return ids;

@@ -9,6 +9,7 @@ import pytest
 import torch
 from duplex_attn.cache import Sequence
 from duplex_attn.modules import GPT
+from duplex_attn.modules.paged_rows import PagedRows
 from torch import Tensor
 
 EXACT = {"atol": 2e-5, "rtol": 2e-5}
@@ -108,11 +109,60 @@ def test_buffers_larger_than_the_batch(model: GPT) -> None:
         torch.testing.assert_close(row, model(torch.tensor([line]))[0, -1], **EXACT)
 
 
+def test_decoding_in_buffers_larger_than_the_batch(model: GPT) -> None:
+    cache = cache_for(model)
+    seqs = [cache.add(line) for line in LINES[:2]]
+    step(model, cache, seqs, [23, 1])
+    cache.append(seqs, [7, 8])
+    batch = cache.batch(seqs, out=cache.buffers(4, 16, 4))
+    logits = model.step(torch.tensor([7, 8, 0, 0]), cache, batch)
+    for row, line in zip(logits, ([*LINES[0], 7], [*LINES[1], 8]), strict=False):
+        torch.testing.assert_close(row, model(torch.tensor([line]))[0, -1], **EXACT)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_one_that_waits_among_those_that_decode(model: GPT, fixed: bool) -> None:
+    """A token for one of two sequences, in buffers with room for one of each: nothing goes into the other's pages."""
+    cache = cache_for(model)
+    waits, decodes = seqs = [cache.add(line) for line in (LINES[0], LINES[3])]
+    step(model, cache, seqs, [23, 9])
+    cache.append(seqs, [7, 8])
+    before = cache.k_pages[:, waits.pages].clone()
+    batch = cache.batch(seqs, [0, 1], out=cache.buffers(2, 16, 2) if fixed else cache.batch(seqs))
+    logits = model.step(torch.tensor([8, 0]), cache, batch, torch.tensor([0]))
+    cache.commit_batch(batch)
+    torch.testing.assert_close(logits[0], model(torch.tensor([[*LINES[3], 8]]))[0, -1], **EXACT)
+    assert (waits.committed, decodes.committed) == (23, 10)
+    assert cache.k_pages[:, waits.pages].view(torch.int32).equal(before.view(torch.int32))  # of bits, some being NaN
+    logits = step(model, cache, [waits], [1])
+    torch.testing.assert_close(logits[0], model(torch.tensor([[*LINES[0], 7]]))[0, -1], **EXACT)
+
+
+def test_what_a_graph_is_captured_with_serves_any_batch(model: GPT) -> None:
+    """In fixed buffers the offsets are read even where each row is a sequence's: a replay may have another batch there."""
+    cache = cache_for(model)
+    seqs = [cache.add([5]), cache.add([6])]
+    buffers = cache.buffers(2, 4, 2)
+    assert PagedRows.of(cache, cache.batch(seqs, out=buffers), None, False).cu_seqlens is buffers.cu_seqlens_q
+    assert PagedRows.of(cache, cache.batch(seqs), None, False).cu_seqlens is None
+    assert PagedRows.of(cache, cache.batch(seqs, [0, 1]), None, False).cu_seqlens is not None
+    assert model.step(torch.tensor([0, 0]), cache, cache.buffers(2, 4, 2)).shape == (2, model.config.vocab_size)
+
+
 def test_bad_input(model: GPT) -> None:
     cache = cache_for(model)
     batch = cache.batch([cache.add([1, 2, 3])])
     with pytest.raises(ValueError, match=r"ids: expected the batch's 3 new tokens, got \(2,\)"):
         model.step(torch.tensor([1, 2]), cache, batch)
+    seqs = [cache.add([1, 2]), cache.add([3, 4])]
+    for counts, out in (([1, 0], None), ([0, 2], None), ([1, 0], cache.buffers(3, 4, 1))):
+        batch = cache.batch(seqs, counts, out=out)
+        ids = torch.zeros(sum(counts), dtype=torch.int64)
+        with pytest.raises(
+            ValueError, match="rows: expected the rows wanted, where a sequence has no new token, got None"
+        ):
+            model.step(ids, cache, batch)
+        assert model.step(ids, cache, batch, torch.tensor([0])).shape == (1, 300)
     batch = cache.batch([cache.add(list(range(90)) + list(range(39)))])
     with pytest.raises(ValueError, match=r"ids: expected at most max_positions \(128\) tokens, got 129"):
         model.step(torch.zeros(129, dtype=torch.int64), cache, batch)

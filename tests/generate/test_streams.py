@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import duplex_attn as da
 import pytest
 import torch
-from duplex_attn.generate import Accept, Chunk, Engine, Request, SamplingParams
+from duplex_attn.generate import Accept, Chunk, Engine, Request, SamplingParams, cache_for
 from duplex_attn.generate import engine as module
 from duplex_attn.modules import GPT
 
@@ -70,6 +72,45 @@ def test_a_stream_that_is_closed(engine: MakeEngine) -> None:
     for _ in one.stream(request):
         break
     assert request.outputs[0].finish_reason == "cancelled"
+
+
+def test_a_request_of_another_engine(engine: MakeEngine) -> None:
+    """It is refused at once, and goes on where it belongs."""
+    one, other = engine(), engine()
+    request = one.submit(PROMPTS[0], LONG)
+    one.step()
+
+    async def read() -> None:
+        async for _ in other.astream(request):
+            pass
+
+    for call in (lambda: other.cancel(request), lambda: next(other.stream(request)), lambda: asyncio.run(read())):
+        with pytest.raises(ValueError, match="request: expected one submitted to this engine, got one of another"):
+            call()
+    with pytest.raises(TypeError, match="request: expected what submit returned, got int"):
+        one.cancel(request.id)  # type: ignore[arg-type]
+    assert not request.finished
+    assert [token for chunk in one.stream(request) for token in chunk.tokens] == expected(engine, PROMPTS[0])
+
+
+def test_a_request_that_nothing_runs_for(engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost by the scheduler, which must not happen: whoever waits for it is told, not kept."""
+    one = engine()
+    request = one.submit(PROMPTS[0], LONG)
+    one._scheduler.waiting.clear()
+    step, left = one.step, iter(range(2))
+    monkeypatch.setattr(one, "step", lambda: next(left) >= 0 and step())
+    with pytest.raises(RuntimeError, match="step: expected work for a request that has not ended, got none"):
+        next(one.stream(request))
+    assert request.finished
+
+
+def test_a_handle_does_not_keep_the_engine(small: GPT) -> None:
+    one = Engine(small, cache=cache_for(small, 8, 4))
+    request, gone = one.submit(PROMPTS[1]), weakref.ref(one)
+    del one
+    gc.collect()
+    assert gone() is None and request.prompt == PROMPTS[1]
 
 
 INTERRUPTED = ["cache.extend", "cache.batch", "model.step", "cache.commit_batch", "cache.fork", "choose", "verifier"]

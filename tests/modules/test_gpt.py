@@ -1,9 +1,12 @@
+import dataclasses
+
 import duplex_attn as da
 import pytest
 import torch
 import torch.nn.functional as F
 from duplex_attn.checkpoint import load_checkpoint
 from duplex_attn.modules import GPT, GPTConfig, KVCache, RopeScaling
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 EXACT = {"atol": 2e-5, "rtol": 2e-5}
 ATTENTIONS = ("duplex", "sdpa", "plain")
@@ -206,6 +209,76 @@ def test_the_llama_preset_has_the_shape_it_names(scaling):
         assert sum(p.numel() for p in GPT(GPTConfig.gpt2()).parameters()) == 124_439_808
 
 
+def in_a_fake_mode(model, ids):
+    with FakeTensorMode():
+        fake = GPT(model.config).eval()
+        assert fake(torch.zeros(2, 6, dtype=torch.int64)).shape == (2, 6, 97)
+        assert fake.generate(torch.zeros(2, 6, dtype=torch.int64), 3).shape == (2, 3)
+
+
+RUNS = {
+    "eager": lambda model, ids: model(ids),
+    "export": lambda model, ids: torch.export.export(model, (ids,)),
+    "strict export": lambda model, ids: torch.export.export(model, (ids,), strict=True),
+    "fake mode": in_a_fake_mode,
+    "functionalize": lambda model, ids: torch.func.functionalize(lambda ids: model(ids, attention="plain"))(ids),
+    "compile": lambda model, ids: torch.compile(model, fullgraph=True, backend="aot_eager")(ids),
+}
+
+
+@pytest.mark.parametrize("first", RUNS)
+def test_rotary_angles_are_not_those_of_another_kind_of_tensor(small, first):
+    """Whatever ran a configuration first, every other run after it finds what it needs."""
+    torch.manual_seed(5)
+    ids = torch.randint(3, 97, (2, 6))
+    config = dataclasses.replace(small.config, rope_theta=300.0 + list(RUNS).index(first))  # that nothing has run yet
+    model = GPT(config).eval()
+    model.load_state_dict(small.state_dict())
+    for name in (first, *(name for name in RUNS if name != first)):
+        RUNS[name](model, ids)
+        logits = model(ids)
+        assert type(logits) is torch.Tensor
+        assert model.generate(ids, 1)[:, 0].equal(logits[:, -1].argmax(-1))
+        cache = da.PagedKVCache(2, 4, 4, 2, 12)
+        stepped = model.step(ids[0], cache, cache.batch([cache.add(ids[0])]))  # by the tables of all positions
+        torch.testing.assert_close(stepped[0], logits[0, -1], **EXACT)
+    exported = torch.export.export(model, (ids,)).module()
+    torch.testing.assert_close(exported(ids), model(ids), **EXACT)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_generation_under_autocast(small, attention, positions):
+    """The cache keeps the weights' dtype: tokens are those of whole texts under the same autocast."""
+    torch.manual_seed(6)
+    model = GPT(dataclasses.replace(small.config, positions=positions)).eval()
+    ids = torch.randint(3, 97, (2, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = ids
+        for _ in range(5):
+            token = model(whole, attention=attention, last=True).argmax(-1)
+            whole = torch.cat((whole, token[:, None]), 1)
+        assert model.generate(ids, 5, attention=attention).equal(whole[:, 6:])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("lengths", [[3, 0], [0, 3]])
+def test_no_last_token_where_there_is_none(small, attention, lengths):
+    ids, seqlens = torch.randint(3, 97, (2, 6)), torch.tensor(lengths)
+    cache = KVCache(small.config, 2, 12, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="seqlens: expected 1 to 6, got 0"):
+        small(ids, seqlens, attention=attention, last=True)
+    with pytest.raises(ValueError, match="seqlens: expected 1 to 6, got 0"):
+        small.generate(ids, 3, seqlens, attention=attention)
+    small(ids, cache=cache)
+    with pytest.raises(ValueError, match="seqlens: expected 1 to 6, got 0"):
+        small(ids, seqlens, cache=cache, attention=attention, last=True)
+    assert cache.longest == 6
+    assert small(ids, seqlens, attention=attention).shape == (2, 6, 97)
+    with pytest.raises(ValueError, match="ids: expected a token of each sequence, for its last one is wanted"):
+        small(ids[:, :0], attention=attention, last=True)
+
+
 def test_bad_input_is_named(small):
     ids = torch.randint(3, 97, (2, 6))
     cache = KVCache(small.config, 2, 8, torch.float32, "cpu")
@@ -216,6 +289,19 @@ def test_bad_input_is_named(small):
         small(ids[:1], cache=cache)
     with pytest.raises(ValueError, match=r"seqlens: expected shape \(2,\), got \(1,\)"):
         small(ids[:, :2], torch.tensor([1]), cache=cache)
+    for seqlens, message in (
+        (torch.tensor([2.0, 3.0]), "seqlens: expected integers, got torch.float32"),
+        (torch.tensor([True, True]), "seqlens: expected integers, got torch.bool"),
+        ([2, 3], "seqlens: expected a tensor, got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            small(ids, seqlens)
+    with pytest.raises(ValueError, match="new_tokens: expected 0 or more, got -1"):
+        small.generate(ids, -1)
+    with pytest.raises(TypeError, match="new_tokens: expected an int, got float"):
+        small.generate(ids, 2.0)
+    with pytest.raises(ValueError, match=r"ids: expected shape \(batch, seqlen\), got \(6,\)"):
+        small.generate(ids[0], 2)
     learned = GPT(GPTConfig(vocab_size=97, hidden=12, layers=1, heads=1, heads_kv=1, head_dim=12, max_positions=5))
     with pytest.raises(ValueError, match=r"ids: expected at most max_positions \(5\) tokens, got 6"):
         learned(ids)

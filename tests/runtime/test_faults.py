@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import duplex_attn as da
+import numpy as np
 import pytest
 import torch
+from duplex_attn import _runtime
 
 Use = Callable[[da.PagedKVCache, Any], object]
 USES: dict[str, Use] = {
@@ -117,6 +121,26 @@ def test_batches_that_would_write_twice_or_past_the_end(cache: da.PagedKVCache) 
     assert (seq.length, other.length) == (3, 1)
 
 
+def test_counts_are_ints_in_a_list_array_or_tensor(cache: da.PagedKVCache) -> None:
+    seq = cache.add([1, 2, 3])
+    for counts in ([2], (2,), torch.tensor([2]), torch.tensor([2]).numpy()):
+        assert cache.batch([seq], counts).positions.tolist() == [0, 1]
+    for wrong, got in (([1.5], "one with float"), ([None], "one with NoneType"), ("2", "str"), (2, "int")):
+        with pytest.raises(TypeError, match=f"new_tokens: expected a list of ints, got {got}"):
+            cache.batch([seq], wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="new_tokens: expected a list of ints, got one with float"):
+        cache.batch([seq], torch.tensor([2.0]))
+
+
+def test_buffers_of_another_cache(cache: da.PagedKVCache) -> None:
+    other = da.PagedKVCache(2, 12, 8, 2, 8)
+    seq = cache.add([1, 2, 3])
+    with pytest.raises(ValueError, match=r"out: expected buffers of this cache's page_size \(4\), got 8"):
+        cache.batch([seq], out=other.buffers(1, 4, 8))
+    with pytest.raises(TypeError, match="out: expected a batch from `buffers`, got int"):
+        cache.batch([seq], out=5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "tokens, error, message",
     [
@@ -153,6 +177,55 @@ def test_a_list_that_changes_while_it_is_read(cache: da.PagedKVCache) -> None:
     with pytest.raises(ValueError, match="changes while it is read"):
         cache.add(tokens)
     assert cache.stats().sequences == 0
+
+
+def test_an_element_that_leaves_its_list_while_it_is_read(cache: da.PagedKVCache) -> None:
+    """It is named all the same, not what lies in its memory by then."""
+
+    class Leaves:
+        __slots__ = ()
+
+        def __index__(self) -> int:
+            tokens[0] = 0
+            del self
+            others.extend(Other() for _ in range(100))
+            raise TypeError
+
+    class Other:
+        __slots__ = ()
+
+    others: list[Other] = []
+    tokens: list[Any] = [Leaves()]
+    with pytest.raises(TypeError, match="tokens: expected integers, got Leaves"):
+        cache.add(tokens)
+
+
+@pytest.mark.parametrize("change", ["free", "truncate", "swap_out"])
+def test_a_batch_whose_sequence_has_lost_pages_is_not_filled(cache: da.PagedKVCache, change: str) -> None:
+    seq = cache.add([1, 2, 3, 4, 5])
+    cache.commit(seq, 3)
+    batch = cache._runtime.batch([seq])
+    getattr(cache, change)(seq, *[2] * (change == "truncate"))
+    arrays = [np.full(shape, 7, dtype=np.int32) for shape in ((1, 2), (1,), (2,), (2,))]
+    with pytest.raises(ValueError, match="batch: expected sequences as they were when it was made"):
+        batch.fill(cache._runtime, *arrays)
+    assert all((x == 7).all() for x in arrays)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_freed_sequence_keeps_no_memory() -> None:
+    """4 MB of tokens each, of handles that are kept."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    cache = _runtime.Cache(4096, 256)
+    before = resident()
+    seqs = []
+    for _ in range(50):
+        seqs.append(cache.add(10**6))
+        cache.free(seqs[-1])
+    assert resident() - before < 50e6
 
 
 def test_a_bidirectional_prefix_longer_than_the_prompt(cache: da.PagedKVCache) -> None:
