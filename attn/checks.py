@@ -149,12 +149,12 @@ def check_merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
             wrong_value(f"lses[{n}]", f"shape {lse_shape}", lse.shape)
 
 
-def read_in_order(call: Any, names: Sequence[str]) -> Any:
-    """With these of its tensors contiguous: kernels read lengths and ids one behind the other."""
-    for name in names:
-        x = getattr(call, name)
+def read_in_order(call: Any, places: Sequence[int]) -> Any:
+    """With the tensors there contiguous: kernels read lengths, ids and tables one behind the other."""
+    for n in places:
+        x = call[n]
         if x is not None and not x.is_contiguous():
-            call = call._replace(**{name: x.contiguous()})
+            call = call._replace(**{call._fields[n]: x.contiguous()})
     return call
 
 
@@ -221,7 +221,8 @@ def check_heads(
 
 def check_window(left: int | None, right: int | None) -> None:
     for name, distance in (("left", left), ("right", right)):
-        if distance is not None and not -MAX_DISTANCE <= distance <= MAX_DISTANCE:
+        # A symbolic distance may come from the data: it is checked when the operator runs.
+        if type(distance) is int and not -MAX_DISTANCE <= distance <= MAX_DISTANCE:
             wrong_value(name, f"a distance of at most {MAX_DISTANCE} either way, or None for no bound", distance)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
+from operator import index
 from typing import Any, cast
 
 import torch
@@ -69,7 +70,7 @@ def attention(
     Raises ValueError for shapes and values, TypeError for dtypes and kinds, naming the argument.
     """
     arguments = _arguments(
-        q, k, v, None, None, _rows(q), _rows(k), mask, seqlens_q, seqlens_k, starts_q, starts_k, bias,
+        q, k, v, None, None, None, None, mask, seqlens_q, seqlens_k, starts_q, starts_k, bias,
         distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap, dropout_p, seed,
         deterministic, batch_invariant, backend,
     )  # fmt: skip
@@ -144,8 +145,6 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     named = bound.arguments
     if packed:
         check_tensor("cu_seqlens_q", named["cu_seqlens_q"])
-    else:
-        named.update(max_seqlen_q=_rows(named["q"]), max_seqlen_k=_rows(named["k"]))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # every check of a call, without its kernels
         arguments = _arguments(*[named.get(name) for name in inspect.signature(_arguments).parameters])
         run_operator(_operator, arguments)
@@ -162,9 +161,16 @@ def _arguments(
     deterministic, batch_invariant, backend,
 ):  # fmt: skip
     """The operator's arguments."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+    if (
+        not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor))
+        or q.is_nested or k.is_nested or v.is_nested
+    ):  # fmt: skip
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_tensor(name, x)
+    if not ((scale is None or type(scale) is float) and type(softcap) is float and type(dropout_p) is float):
+        check_numbers(scale=scale, softcap=softcap, dropout_p=dropout_p)
+    if cu_seqlens_q is None:
+        max_seqlen_q, max_seqlen_k = _rows(q), _rows(k)
     prefix, left, right, top_left = named_mask(mask)
     if not isinstance(prefix, Tensor):
         prefix = None if prefix == 0 else prefix_tensor(prefix, _sequences(q, cu_seqlens_q), q)
@@ -211,10 +217,19 @@ def _raise_if_wrong_kind(error: RuntimeError) -> None:
 def check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         wrong_type(name, "a tensor", type(x).__name__)
+    if x.is_nested:
+        wrong_type(name, "a strided tensor", "a nested one")
+
+
+def check_numbers(**arguments: Any) -> None:
+    """The dispatcher would read a tensor's number, and its gradient would be lost."""
+    for name, x in arguments.items():
+        if isinstance(x, Tensor):
+            wrong_type(name, "a float", type(x).__name__)
 
 
 def _rows(x: Tensor) -> int:
-    return x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 0
+    return x.shape[1] if x.dim() > 1 else 0
 
 
 def _sequences(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
@@ -234,9 +249,8 @@ def named_mask(mask: Mask) -> tuple[Any, int | None, int | None, bool]:
 
 
 def prefix_tensor(prefix: Any, batch: int, q: Tensor) -> Tensor:
-    if not isinstance(prefix, int | torch.SymInt):
-        wrong_type("prefix", "an int or an int32 tensor (batch,)", type(prefix).__name__)
-    return torch.full((batch,), max(0, min(cast(int, prefix), MAX_DISTANCE)), dtype=torch.int32, device=q.device)
+    prefix = _integer("prefix", prefix, "an int or an int32 tensor (batch,)")
+    return torch.full((batch,), max(0, min(prefix, MAX_DISTANCE)), dtype=torch.int32, device=q.device)
 
 
 def four_dims(bias: Tensor) -> Tensor:
@@ -257,8 +271,17 @@ def table(name: str, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _seed_tensor(seed: Any, q: Tensor) -> Tensor:
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    if not isinstance(seed, (int, torch.SymInt)):
-        wrong_type("seed", "an int or an int64 tensor (1,)", type(seed).__name__)
+    seed = _integer("seed", seed, "an int or an int64 tensor (1,)")
     if not -(2**63) <= seed < 2**63:
         wrong_value("seed", "a 64-bit integer", seed)
-    return torch.full((1,), cast(int, seed), dtype=torch.int64, device=q.device)
+    return torch.full((1,), seed, dtype=torch.int64, device=q.device)
+
+
+def _integer(name: str, x: Any, expected: str) -> int:
+    """NumPy's integers too; a symbolic one stays so, which `index` would not leave it."""
+    if isinstance(x, int | torch.SymInt):
+        return cast(int, x)
+    try:
+        return index(x)
+    except TypeError:
+        wrong_type(name, expected, type(x).__name__)

@@ -49,10 +49,12 @@ _OTHERS = [n for n in range(len(Call._fields) + 1) if n not in _TENSORS]
 _take_differentiable, _take_tensors, _take_others = map(
     lambda places: itemgetter(*places), (_DIFFERENTIABLE, _TENSORS, _OTHERS)
 )
-_put_together = itemgetter(*[(_TENSORS + _OTHERS).index(n) for n in range(len(_TENSORS) + len(_OTHERS))])
+_SAVED = [(_TENSORS + _OTHERS).index(n) for n in range(len(_TENSORS) + len(_OTHERS))]  # where each argument lies then
 
-
-_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqlens_q", "seqlens_k", "starts_q", "starts_k", "prefix")
+_IN_ORDER = [Call._fields.index(name) for name in (
+    "cu_seqlens_q", "cu_seqlens_k", "seqlens_q", "seqlens_k", "starts_q", "starts_k", "prefix", "distance_bias",
+    "alibi_slopes", "sink",
+)]  # fmt: skip
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -77,7 +79,7 @@ def _checked_call(arguments: Sequence[Any]) -> Call:
     checks.check_attention(call)
     if checks.contents_are_readable(call.q):
         checks.check_contents(call)
-    call = checks.read_in_order(call, _LENGTHS)
+    call = checks.read_in_order(call, _IN_ORDER)
     q, k, v = call[:3]
     if not (_has_contiguous_rows(q) and _has_contiguous_rows(k) and _has_contiguous_rows(v)):
         q, k, v = (x if _has_contiguous_rows(x) else x.contiguous() for x in (q, k, v))
@@ -196,7 +198,8 @@ class _Attention(_Operation):
         if dout is None and dlse is None:
             return tuple(grads)
         out, lse, *tensors = ctx.saved_tensors
-        *call, backend = _put_together((*tensors, *ctx.others))
+        saved = (*tensors, *ctx.others)
+        *call, backend = [saved[n] for n in _SAVED]  # compiled autograd traces this, and knows no itemgetter
         dout = torch.zeros_like(out) if dout is None else dout
         output_mask = [wanted[n + 1] for n in _DIFFERENTIABLE]
         results = attention_backward(dout, dlse, out, lse, *call, output_mask, backend)

@@ -106,21 +106,35 @@ class SpanMask:
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TypeError("attention_mask: expected no change in place, got an assignment: a SpanMask has no elements")
 
-    def _refuse_sum(self, *args: Any) -> Any:
+    @property
+    def hides_nothing(self) -> bool:
+        return self.span.left is self.span.right is self.starts_k is self.seqlens_k is self.keys is None
+
+    def _add(self, other: Any) -> Any:
+        """BEiT adds its mask to a position bias; of one that hides nothing, the bias is the sum."""
+        return other if self.hides_nothing and isinstance(other, Tensor) else self._refuse_sum()
+
+    @staticmethod
+    def _refuse_sum(*args: Any) -> Any:
         raise TypeError(
             "attention_mask: expected a model that asks transformers' AttentionInterface, got one that adds its mask to "
             'scores itself; use attn_implementation="eager" for it'
         )
 
-    __add__ = __radd__ = __sub__ = __rsub__ = _refuse_sum  # of a boolean mask, a sum is never what was meant
+    add = __add__ = __radd__ = _add
+    sub = __sub__ = __rsub__ = _refuse_sum  # of a boolean mask, a difference is never what was meant
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _ADDITIONS and len(args) == 2 and not kwargs:
+            mask, other = args if isinstance(args[0], SpanMask) else args[::-1]
+            return mask._add(other)
+        if function in _ADDITIONS or function in _SUBTRACTIONS:
+            cls._refuse_sum()
+
         def plain(x: Any) -> Any:
             if isinstance(x, (list, tuple)):
                 return type(x)(plain(y) for y in x)
-            if isinstance(x, SpanMask) and function.__name__.strip("_") in _SUMS:
-                x._refuse_sum()
             return x.dense() if isinstance(x, SpanMask) else x
 
         return function(*plain(args), **{name: plain(x) for name, x in (kwargs or {}).items()})
@@ -130,7 +144,11 @@ class SpanMask:
         return f"SpanMask({self.span}{lengths}, shape={self.shape})"
 
 
-_SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
+_ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+_SUBTRACTIONS = (
+    torch.sub, torch.rsub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.subtract, Tensor.subtract_, Tensor.__sub__,
+    Tensor.__rsub__, Tensor.__isub__,
+)  # fmt: skip
 
 
 def _on_dense(name: str) -> Callable:
@@ -427,7 +445,8 @@ def attention(
     for the weights, which are never formed. attention_mask: what `span_mask` returned, or a mask of the user's, bool
     (True = keep) or floating (added), that broadcasts to (B, Hq, Sq, Sk). Without one, `is_causal` (or the module's)
     says the direction, as it does in transformers' sdpa; sliding_window is not read, the mask has it. A query that sees
-    no key gives 0, where eager gives the average of all values. Raises ValueError for output_attentions=True and for what
+    no key gives 0, where eager gives the average of all values. Raises ValueError for output_attentions=True, where a
+    model passes it on (GPT-2, OPT and GPTBigCode do not: their `attentions` are empty then, as with sdpa), and for what
     is no attention of this package: keys chosen for each query, sinks for each token, continuous batching.
     """
     if kwargs.get("output_attentions"):

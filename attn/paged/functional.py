@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS, Workers
 from ..checks import check_per_sequence, wrong_type, wrong_value
-from ..functional import check_tensor, four_dims, named_mask, prefix_tensor, run_operator, table
+from ..functional import check_numbers, check_tensor, four_dims, named_mask, prefix_tensor, run_operator, table
 from ..mask import Mask, causal
 from .call import FIXED_SPLIT
 from .checks import QUANTISED, check_plan_tensors, on_host
@@ -74,6 +74,8 @@ def paged_attention(
         q=q, k_pages=k_pages, v_pages=v_pages, bias=bias, distance_bias=distance_bias, alibi_slopes=alibi_slopes,
         row_distance_bias=row_distance_bias, col_distance_bias=col_distance_bias, sink=sink, out=out,
     )  # fmt: skip
+    if not ((scale is None or type(scale) is float) and type(softcap) is float):
+        check_numbers(scale=scale, softcap=softcap)
     (q,) = _autocast(k_pages, q)
     prefix, left, right, top_left = named_mask(mask)
     if not isinstance(prefix, Tensor):

@@ -46,6 +46,12 @@ paged_append = torch.ops.duplex_attn.paged_append.default
 copy_pages = torch.ops.duplex_attn.copy_pages.default
 
 
+_IN_ORDER = [PagedCall._fields.index(name) for name in (
+    "seqlens_k", "cu_seqlens_q", "prefix", "distance_bias", "alibi_slopes", "sink",
+)]  # fmt: skip
+_APPEND_IN_ORDER = [AppendCall._fields.index(name) for name in ("positions", "cu_seqlens")]
+
+
 def _attention(*arguments: Any) -> None:
     *given, out, lse, name = arguments
     call = PagedCall._make(given)
@@ -53,7 +59,7 @@ def _attention(*arguments: Any) -> None:
     backend = choose_paged(call, name)
     if contents_are_readable(call.q) and not backend.checks_paged_contents:
         checks.check_attention_contents(call)
-    call = read_in_order(call, ("seqlens_k", "cu_seqlens_q", "prefix"))
+    call = read_in_order(call, _IN_ORDER)
     if call.q.stride(2) != 1 and call.q.shape[2] > 1:
         call = call._replace(q=call.q.contiguous())
     backend.paged_attention(*call, out, lse)
@@ -67,7 +73,7 @@ def _append(*arguments: Any) -> None:
     backend = choose_append(call, name)
     if contents_are_readable(call.k) and not backend.checks_paged_contents:
         checks.check_append_contents(call)
-    call = read_in_order(call, ("positions", "cu_seqlens"))
+    call = read_in_order(call, _APPEND_IN_ORDER)
     if call.k.stride(2) != 1 or call.v.stride(2) != 1:
         call = call._replace(k=call.k.contiguous(), v=call.v.contiguous())
     backend.paged_append(*call)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import duplex_attn as da
+import numpy as np
 import pytest
 import torch
 from duplex_attn.backends import BACKENDS
@@ -42,6 +43,10 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+def nested(layout: torch.layout) -> Tensor:
+    return torch.nested.nested_tensor([zeros(rows, HEADS, DIM) for rows in (3, 5)], layout=layout)
+
+
 # What is changed in a good call, the error, how its message begins and what it says came.
 Bad = tuple[dict[str, Any], type[Exception], str, str]
 
@@ -49,6 +54,9 @@ BAD_IN_BOTH: list[Bad] = [
     *(({name: wrong}, TypeError, f"{name}: expected a tensor", type(wrong).__name__)
       for name in ("q", "k", "v", "bias", "distance_bias", "alibi_slopes", "sink") for wrong in ([1.0], 2)),
     *(({name: None}, TypeError, f"{name}: expected a tensor", "NoneType") for name in ("q", "k", "v")),
+    *(({name: nested(layout)}, TypeError, f"{name}: expected a strided tensor", "a nested one")
+      for name in ("q", "k", "v", "bias", "distance_bias", "alibi_slopes", "sink")
+      for layout in (torch.strided, torch.jagged)),
     *(({name: 2.0}, TypeError, f"{name}: expected Optional[Tensor]", "float")
       for name in ("row_distance_bias", "col_distance_bias")),
     *(({name: zeros(dtype=dtype)}, TypeError, f"{name}: expected ", str(dtype))
@@ -72,6 +80,8 @@ BAD_IN_BOTH: list[Bad] = [
     *(({"scale": x}, ValueError, "scale: expected a finite number", str(x))
       for x in (math.nan, math.inf, -math.inf, 1e39)),
     ({"scale": "1"}, TypeError, "scale: expected Optional[float]", "str"),
+    *(({name: kind(torch.tensor(0.3))}, TypeError, f"{name}: expected a float", kind.__name__)
+      for name in ("scale", "softcap", "dropout_p") for kind in (torch.Tensor, torch.nn.Parameter)),
     *(({"softcap": x}, ValueError, "softcap: expected 0 for none, or a positive finite number", str(x))
       for x in (-1.0, math.nan, math.inf, 1e39, 1e-46)),
     ({"softcap": None}, TypeError, "softcap: expected float", "NoneType"),
@@ -222,6 +232,8 @@ CALLS = (
 
 
 def written(x: Any) -> str:
+    if isinstance(x, Tensor) and x.is_nested:
+        return f"nested.{x.layout}".replace("torch.", "")
     if isinstance(x, Tensor):
         return f"{x.device if not x.is_cpu else ''}{x.dtype}{list(x.shape)}".removeprefix("torch.").replace(" ", "")
     if isinstance(x, list | da.Mask):
@@ -268,6 +280,7 @@ AT_THE_ENDS = [
     *({"mask": da.prefix_lm(x)} for x in (-(2**40), 2**40)),
     *({"mask": da.sliding_window(x, x)} for x in (0, 2**30)),
     *({"dropout_p": p, "seed": x} for p in (0.0, 0.999) for x in (-(2**63), 2**63 - 1, torch.tensor([0]))),
+    *({"mask": mask(np.int64(3)), "dropout_p": 0.5, "seed": np.int64(3)} for mask in (da.prefix_lm, da.sliding_window)),
     *({"scale": x, "softcap": abs(x)} for x in (0.0, -1.0, torch.finfo(torch.float32).max)),
     {"bias": torch.tensor(True), "distance_bias": zeros(HEADS, 1)},
     {"backend": ""},

@@ -178,6 +178,28 @@ def test_a_bound_read_from_the_lengths_compiles() -> None:
         )
 
 
+def test_a_window_read_from_a_tensor_compiles() -> None:
+    """One of no legal distance is refused when the compiled code runs, as in eager code."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, left: Tensor) -> Tensor:
+        return da.attention(q, k, v, da.sliding_window(left.item()), deterministic=True)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compare_all(function, [[*dense_qkv(), torch.tensor(left)] for left in (1, 3, -2)])
+        torch.compiler.reset()
+        with pytest.raises(ValueError, match=r"left: expected a distance of at most .*, got 1073741825"):
+            torch.compile(function, fullgraph=True, backend="aot_eager")(*dense_qkv(), torch.tensor(2**30 + 1))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_autograd(name: str) -> None:
+    function, tensors = CALLS[name]
+    expected = results(function, tensors(), gradients=True)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(fullgraph=True, backend="aot_eager")):
+        got = results(function, tensors(), gradients=True)
+    assert len(got) == len(expected) and all(map(torch.equal, got, expected))
+
+
 @pytest.mark.parametrize("seed", [None, 7, "tensor"])
 def test_dropout_draws_as_eager_does(seed: int | str | None) -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, *seeds: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import duplex_attn as da
 import pytest
 import torch
 from torch.library import opcheck
@@ -77,6 +78,22 @@ def test_backward_takes_its_inputs_in_any_strides(make: Callable[..., dict[str, 
     assert all(map(torch.equal, strided, backward(*given)))
     repeated = [x[:1].expand_as(x) for x in given]
     assert all(map(torch.equal, backward(*repeated), backward(*(x.contiguous() for x in repeated))))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_takes_what_a_hook_restores_in_any_strides(backend: str) -> None:
+    torch.manual_seed(0)
+    tensors = {name: leaf(1, 5, HEADS, 8) for name in "qkv"}
+    tensors |= {"distance_bias": leaf(HEADS, 5), "sink": leaf(HEADS)}
+    others = {"alibi_slopes": torch.rand(HEADS), "deterministic": True, "backend": backend}
+
+    def grads(unpack: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            out = da.attention(**tensors, **others)
+        return torch.autograd.grad(out.square().sum(), list(tensors.values()))
+
+    got, want = grads(lambda x: torch.stack([x, x + 7], -1)[..., 0]), grads(lambda x: x)
+    assert all(map(torch.equal, got, want))
 
 
 EVERYTHING = {

@@ -260,6 +260,44 @@ class TestReading:
         assert isinstance(mask.to(torch.bool), SpanMask)
         assert span_mask(3, 3, 8, attention_mask=mask) is mask  # prepared by generate before the forward
 
+    @pytest.mark.parametrize("hides", [False, True])
+    @pytest.mark.parametrize(
+        "add",
+        [
+            lambda m, x: x + m,
+            lambda m, x: m + x,
+            lambda m, x: torch.add(x, m),
+            lambda m, x: m.add(x),
+            lambda m, x: x.add_(m),
+        ],
+    )
+    def test_adds_nothing_where_it_hides_nothing(self, add, hides):
+        """sdpa has no mask then, and BEiT adds what mask there is to its position bias."""
+        bias = torch.randn(1, 4, 6, 6)
+        mask = span_mask(**arguments((6, 6, 0, 0), FUNCTIONS["bidirectional"], paddings(6)["right"] if hides else None))
+        if not hides:
+            assert add(mask, bias) is bias
+            return
+        with pytest.raises(TypeError, match='adds its mask to scores itself; use attn_implementation="eager"'):
+            add(mask, bias)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda m, x: x - m,
+            lambda m, x: 1.0 - m,
+            lambda m, x: m.sub(x),
+            lambda m, x: torch.sub(x, m),
+            lambda m, x: m + 1.0,
+            lambda m, x: torch.add(m, x, alpha=2),
+            lambda m, x: torch.add(x, other=m),
+        ],
+    )
+    def test_refuses_other_sums(self, change):
+        mask = span_mask(**arguments((6, 6, 0, 0), FUNCTIONS["bidirectional"], None))
+        with pytest.raises(TypeError, match="attention_mask: expected a model that asks"):
+            change(mask, torch.randn(1, 4, 6, 6))
+
     def test_refuses_a_change_in_place(self, both):
         mask, _ = both
         with pytest.raises(TypeError, match="attention_mask: expected no change in place"):

@@ -140,6 +140,40 @@ def test_cross_attention(build, name, keys):
         torch.testing.assert_close(logits(model, input_ids, None, **call), expected, rtol=1e-4, atol=1e-4)
 
 
+RELATIVE = ["use_relative_position_bias", "use_shared_relative_position_bias"]
+
+
+def beit(kind: str) -> transformers.BeitModel:
+    """A model that adds its mask to the bias of its layers."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    config = transformers.BeitConfig(
+        **sizes, image_size=16, patch_size=4, initializer_range=0.3, attn_implementation="eager", **{kind: True}
+    )
+    model = transformers.BeitModel(config).eval()
+    for name, x in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):  # zeros at first
+            torch.nn.init.normal_(x)
+    return model
+
+
+def images_through(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    out = model(torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(6))).last_hidden_state
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", RELATIVE)
+def test_a_bias_with_a_mask_that_hides_nothing(kind):
+    model = beit(kind)
+    expected, expected_gradients = images_through(model)
+    assert swap(model).swapped == {"BeitAttention": 2}
+    out, got = images_through(model)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(got, expected_gradients)
+
+
 class TestCache:
     @pytest.mark.parametrize("kind", ["none", "left", "holes"])
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -277,6 +311,14 @@ class TestCompiled:
         got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert_same_gradients(got, expected_gradients)
 
+    @pytest.mark.parametrize("kind", RELATIVE)
+    def test_a_bias_with_a_mask_that_hides_nothing(self, kind):
+        model = beit(kind)
+        swap(model)
+        expected, _ = images_through(model)
+        out, _ = images_through(torch.compile(model, backend="aot_eager", fullgraph=True))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize(("name", "graphs"), [("llama", 1), ("mistral", 2)])
     def test_generate_with_a_static_cache(self, build, name, graphs):
         """One graph for all steps, as eager has (and one for a window that is not yet full)."""
@@ -372,3 +414,7 @@ class TestSwap:
         model = build("llama", implementation=NAME)
         with pytest.raises(ValueError, match=r"output_attentions: expected False"):
             model(tokens(), output_attentions=True)
+
+    @pytest.mark.parametrize("implementation", ["sdpa", NAME])
+    def test_attention_weights_of_a_model_that_does_not_pass_the_wish_on(self, build, implementation):
+        assert build("gpt2", implementation=implementation)(tokens(), output_attentions=True).attentions == ()

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import duplex_attn as da
 import pytest
 import torch
 
@@ -67,6 +68,19 @@ def test_lengths_that_do_not_lie_side_by_side(lane: Lane, layout: str) -> None:
         if x is not None:
             setattr(apart, name, torch.stack([x, x + 7], 1)[:, 0])
     got, want = (run(call, lane, made.dout, made.dlse, deterministic=True) for call in (apart, made.call))
+    assert all(torch.equal(got[name], x) for name, x in want.items())
+
+
+def test_tables_that_do_not_lie_side_by_side(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an operator may be given them by others than the calls of the package, which lay them out first."""
+    monkeypatch.setattr(da.functional, "table", lambda name, x, dtype: x)
+    call = Call(normal(1, 20, 4, 8), normal(1, 30, 2, 8), normal(1, 30, 2, 16))
+    call.distance_bias, call.alibi_slopes, call.sink = normal(4, 5), normal(4).abs(), normal(4)
+    apart, dout = dataclasses.replace(call), normal(1, 20, 4, 16)
+    for name in ("distance_bias", "alibi_slopes", "sink"):
+        x = getattr(call, name)
+        setattr(apart, name, torch.stack([x, x + 7], -1)[..., 0])
+    got, want = (run(x, lane, dout, deterministic=True) for x in (apart, call))
     assert all(torch.equal(got[name], x) for name, x in want.items())
 
 

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from duplex_attn.paged import functional
 
 from ..lanes import Lane
 from ..oracle import answer, assert_accurate, floors
@@ -212,6 +213,16 @@ def test_lengths_and_ids_that_do_not_lie_side_by_side(lane: Lane) -> None:
         cu_seqlens_q=column(pool.cu_seqlens_q),
         block_table=column(pool.block_table),
     )
+    got, want = apart.run(lane), pool.run(lane)
+    assert torch.equal(got["out"], want["out"]) and torch.equal(got["lse"], want["lse"])
+
+
+def test_tables_that_do_not_lie_side_by_side(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the operator may be given them by others than the call of the package, which lays them out first."""
+    monkeypatch.setattr(functional, "table", lambda name, x, dtype: x)
+    pool = make(Case(((5, 17), (70, 33)), distance_radius=3, alibi=True, sink=True))
+    tables = {name: column(getattr(pool.packed, name)) for name in ("distance_bias", "alibi_slopes", "sink")}
+    apart = dataclasses.replace(pool, packed=dataclasses.replace(pool.packed, **tables))
     got, want = apart.run(lane), pool.run(lane)
     assert torch.equal(got["out"], want["out"]) and torch.equal(got["lse"], want["lse"])
 

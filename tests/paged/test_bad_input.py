@@ -54,6 +54,8 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("paged_attention", {"q": torch.randn(3, 4, 32, dtype=torch.float64).int()}, TypeError, "q"),
     ("paged_attention", {"q": torch.randn(1, 3, 4, 32)}, ValueError, "q"),
     ("paged_attention", {"q": [1.0]}, TypeError, "q"),
+    *(("paged_attention", {name: torch.nested.nested_tensor([torch.randn(3, 4, 32)], layout=layout)}, TypeError, name)
+      for name in ("q", "block_table", "sink") for layout in (torch.strided, torch.jagged)),
     ("paged_attention", {"q": torch.randn(3, 3, 32)}, ValueError, "k"),
     ("paged_attention", {"q": torch.randn(3, 4, 31)}, ValueError, "k"),
     ("paged_attention", {"q": torch.randn(3, 4, 32, requires_grad=True)}, ValueError, "q"),
@@ -96,6 +98,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("paged_attention", {"sink": torch.zeros(4, dtype=torch.int32)}, TypeError, "sink"),
     ("paged_attention", {"scale": float("nan")}, ValueError, "scale"),
     ("paged_attention", {"softcap": -1.0}, ValueError, "softcap"),
+    *(("paged_attention", {name: torch.tensor(0.3)}, TypeError, name) for name in ("scale", "softcap")),
     ("paged_attention", {"out": torch.empty(3, 4, 15)}, ValueError, "out"),
     ("paged_attention", {"out": torch.empty(3, 4, 16).half()}, TypeError, "out"),
     ("paged_attention", {"out": torch.empty(3, 1, 16).expand(3, 4, 16)}, ValueError, "out"),
