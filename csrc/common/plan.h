@@ -6,6 +6,8 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/span.h"
@@ -162,14 +164,31 @@ inline Plan make_plan(const PlanBatch& p, const PlanOptions& options) {
 
   const int64_t even = total / std::max<int64_t>(options.workers * TILES_A_WORKER, 1);
   const int64_t split = options.fixed_split ? options.fixed_split : std::max(LEAST_SPLIT, even);
-  const auto cut = [&](KeyRange keys, auto&& part) {
+  const auto step_of = [&](KeyRange keys) {
     const int64_t parts = std::max<int64_t>(1, (keys.end - keys.begin + split / 2) / split);
-    const int64_t step = ((keys.end - keys.begin + parts - 1) / parts + PART_STEP - 1) / PART_STEP * PART_STEP;
+    return ((keys.end - keys.begin + parts - 1) / parts + PART_STEP - 1) / PART_STEP * PART_STEP;
+  };
+  const auto parts_of = [&](KeyRange keys) -> int64_t {
+    if (keys.begin == keys.end) return 0;
+    if (options.fixed_split) return (keys.end - 1) / split - keys.begin / split + 1;
+    return (keys.end - keys.begin + step_of(keys) - 1) / step_of(keys);
+  };
+  const auto cut = [&](KeyRange keys, auto&& part) {
+    const int64_t step = step_of(keys);
     for (int64_t j = keys.begin, end; j < keys.end; j = end) {
       end = std::min(keys.end, options.fixed_split ? (j / split + 1) * split : j + step);
       part(int32_t(j), int32_t(end));
     }
   };
+
+  int64_t most = 0;  // slots, before any is written down in 32 bits
+  for (const Shared& s : shared) most += parts_of({0, s.keys}) * (s.row_end - s.row_begin);
+  for (const Block& b : blocks)
+    if (const int64_t count = parts_of(b.keys); b.group >= 0 || count > 1) most += count * (b.row_end - b.row_begin);
+  if (most > INT32_MAX)
+    throw std::invalid_argument(
+        "q: expected at most 2147483647 rows of partial results, by fewer new tokens a call, got " +
+        std::to_string(most));
 
   Plan plan;
   int64_t slots = 0;
@@ -185,8 +204,7 @@ inline Plan make_plan(const PlanBatch& p, const PlanOptions& options) {
     });
   }
   for (const Block& b : blocks) {
-    int32_t count = 0;
-    cut(b.keys, [&](int32_t, int32_t) { ++count; });
+    const int32_t count = int32_t(parts_of(b.keys));
     const bool is_final = b.group < 0 && count <= 1;
     const int32_t first = int32_t(slots);
     const auto add = [&](int32_t begin, int32_t end) {

@@ -70,18 +70,22 @@ Plan read_plan(const Tensor& t, const PlanBatch& batch, int64_t fixed_split) {
   const auto* merges = reinterpret_cast<const PlanMerge*>(rows + 1 + h.tiles);
   plan.tiles.assign(tiles, tiles + h.tiles);
   plan.merges.assign(merges, merges + h.merges);
+  int64_t shared = 0;
   for (const PlanTile& x : plan.tiles) {
     const int64_t b = x.sequence, size = int64_t(x.row_end) - x.row_begin;
     if (b < 0 || b >= batch.batch || x.row_begin < batch.row(b) || size < 0 || x.key_begin < 0 ||
         x.key_end < x.key_begin || x.key_end > batch.seqlens_k[b] || x.slot < -1 ||
         x.row_end > (x.shared ? h.rows : batch.row(b + 1)) || (x.slot >= 0 && x.slot + size > h.slots) ||
-        (x.shared && !shares_pages(batch, x)))
+        (x.shared != 0 && x.shared != 1) || (x.shared && !shares_pages(batch, x)))
       refuse();
+    shared += x.shared;
   }
+  if (shared != h.shared) refuse();  // which tells whether all rows of a tile see all of its keys
   for (const PlanMerge& m : plan.merges) {
     const int64_t size = int64_t(m.row_end) - m.row_begin;
     const auto inside = [&](int64_t slot, int64_t parts, int64_t stride) {
-      return parts == 0 || (parts > 0 && slot >= 0 && stride >= 0 && slot + (parts - 1) * stride + size <= h.slots);
+      return parts == 0 || (parts > 0 && parts <= h.slots && slot >= 0 && stride >= 0 &&
+                            slot + (parts - 1) * stride + size <= h.slots);
     };
     if (m.row_begin < 0 || size < 0 || m.row_end > h.rows || !inside(m.shared_slot, m.shared_count, m.shared_stride) ||
         !inside(m.own_slot, m.own_count, size))
@@ -251,7 +255,7 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   });
   parallel_tasks(int64_t(made.merges.size()), 0, [&](int64_t index, void*) {
     const PlanMerge& m = made.merges[index];
-    std::vector<int64_t> slots(m.shared_count + m.own_count);
+    std::vector<int64_t> slots(int64_t(m.shared_count) + m.own_count);
     for (int64_t r = m.row_begin; r < m.row_end; ++r) {
       const int64_t at = r - m.row_begin;
       for (int n = 0; n < m.shared_count; ++n) slots[n] = m.shared_slot + int64_t(n) * m.shared_stride + at;

@@ -156,8 +156,18 @@ def test_a_fixed_buffer_holds_any_plan(lens, window, invariant, shared, workers)
     assert len(made) <= plan_capacity(len(lens), sum(lens_q), width * 16, Workers(*workers))
 
 
+def test_more_parts_than_32_bits_count_are_refused() -> None:
+    """2048 of 2^20 rows and more, whose keys lie in pages that are the same."""
+    table, rows = torch.zeros(1, 2**14, dtype=torch.int32), 3 * 2**19
+    given = {"cu_seqlens_q": torch.tensor([0, rows], dtype=torch.int32), "batch_invariant": True}
+    with pytest.raises(ValueError, match=f"^q: expected at most 2147483647 rows .* got {rows * 2048}$"):
+        plan(table, torch.tensor([2**22], dtype=torch.int32), 256, da.full(), **given)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
-@pytest.mark.parametrize("change", ["longer", "window", "prefix", "invariant", "another table", "damaged", "cut"])
+@pytest.mark.parametrize(
+    "change", ["longer", "window", "prefix", "invariant", "another table", "damaged", "cut", "uncounted", "parts"]
+)
 def test_a_plan_of_something_else_is_refused(backend: str, change: str) -> None:
     lane = Lane(backend)
     if reason := missing(lane):
@@ -177,6 +187,10 @@ def test_a_plan_of_something_else_is_refused(backend: str, change: str) -> None:
         pool.block_table[12, 3] = pool.block_table[12, 20]  # one of its own
     elif change == "damaged":
         made[1, 4] = 10**6
+    elif change == "uncounted":
+        made[0, 5] = 0  # of tiles for calls without a bias
+    elif change == "parts":
+        made[1 + int(made[0, 0])] = torch.tensor([0, 0, 0, 2**31 - 1, 0, 0, 2**31 - 1, 0], dtype=torch.int32)
     else:
         options["plan"] = made[:2].contiguous()
     with pytest.raises(ValueError, match=r"^plan: expected"):
