@@ -51,6 +51,9 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
         if row["products"] and row["bits"] == 16:
             few_rows = row["kernel"] == "paged" and row["call"] in ("plain", "float8")  # less than a wgmma has
             assert row["mma" if few_rows else TENSOR_CORES[base]] > 0, what
+            if few_rows:  # as many buffers of keys and of values as loads go ahead
+                numbers = (row["stages"] - 1) * 2 * int(row["tile"].split("x")[1]) * row["head_dim"]
+                assert row["shared"] >= numbers * (1 if row["call"] == "float8" else 2), what
         assert (row["bulk"] > 0) == row["descriptors"], what
         assert row["slow"] == 0, what
         if row["kernel"] == "forward" and row["wgmma"]:
