@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from duplex_attn.kernels import tuning
+
+from benchmarks.gpu.check import Check
 
 KINDS = sorted({kind for table in tuning.tables().values() for kind, held in table.items() if isinstance(held, dict)})
 
@@ -44,6 +50,63 @@ def test_neighbours_are_one_step_away_and_tell_the_order_of_products() -> None:
         assert all(sum(x != y for x, y in zip(c, current, strict=True)) == 1 for c in found)
         assert any(c.values_behind != current.values_behind for c in found) == name.startswith("forward")
         assert not set(further(goal, current)) & {current, *found}
+
+
+class PlayedProblem:
+    """Whose call takes what the configuration in force says, or raises that."""
+
+    def __init__(self, outcomes: dict[tuning.Config, float | Exception]) -> None:
+        self.outcomes = outcomes
+
+    def ours(self, backend: str) -> Callable[[], float]:
+        def call() -> float:
+            found = self.outcomes[tuning.config("forward", "interpreter", 16, 64)]
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        return call
+
+    def check(self, answer: float) -> Check:
+        return Check(0.0, 1.0, 0.0 if answer > 0 else 2.0)
+
+
+class PlayedClock:
+    device = torch.device("cpu")
+
+    def warm(self) -> None:
+        pass
+
+    def rounds(self, calls: Mapping[Any, Callable[[], float]], seconds: float) -> dict[Any, list[float]]:
+        return {way: [call()] * 5 for way, call in calls.items()}
+
+
+@pytest.mark.parametrize(
+    "case", ["faster", "slower", "wrong", "does not fit", "current does not fit", "died", "timing died"]
+)
+def test_a_contest(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.gpu.stages import tune
+    from benchmarks.gpu.store import Store
+
+    current = tuning.config("forward", "interpreter", 16, 64)
+    other = current._replace(block_m=64)
+    does_not_fit = RuntimeError("out of resource: shared memory")
+    outcomes: dict[tuning.Config, float | Exception] = {current: 1.0, other: 0.9}
+    outcomes |= {
+        "slower": {other: 1.1}, "wrong": {other: -1.0}, "does not fit": {other: does_not_fit},
+        "current does not fit": {current: does_not_fit, other: 5.0},
+    }.get(case, {})  # fmt: skip
+    goal = tune.Target("forward", 16, 64, (tune.workloads()[0],))
+    monkeypatch.setattr(tune, "build", lambda workload, device: PlayedProblem(outcomes))
+    store = Store(tmp_path / "found.json")
+    record = store.stage("tune")
+    record |= {"refused": {}, "status": "cut", "reason": "played", "seconds": 0.0, "sources": "0"}
+    record["crashed"] = {"died": [tune.what(goal, other)], "timing died": [tune.what(goal, tune.TIMING)]}.get(case, [])
+    found = tune.contest(goal, current, [other], "interpreter", PlayedClock(), store, record)
+    moved = case in ("faster", "current does not fit")
+    assert (found is not None and found.way == other) == moved
+    assert bool(record["refused"]) == (case in ("wrong", "does not fit", "current does not fit"))
+    assert tuning.config("forward", "interpreter", 16, 64) == current and "running" not in record
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted where a card is")

@@ -31,7 +31,7 @@ from ..settings import Settings
 from ..small_grid import packed_with_all
 from ..store import Store, now
 from ..workload import Problem, Workload
-from .bench import TIMING, abort_unless_it_works, in_short, watch, works
+from .bench import TENSORS, TIMING, abort_unless_it_works, in_short, watch, works
 
 # Which workloads show how fast a kind of kernel is.
 MEASURED_BY: dict[str, Callable[[Workload], bool]] = {
@@ -85,14 +85,17 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     for name, nothing in (("tried", 0), ("winners", {}), ("gains", {}), ("refused", {})):
         record.setdefault(name, nothing)  # what an interrupted run had found stays found
     seeds = {goal: further(goal, current[goal]) for goal in goals}
+    longest = 0.0  # seconds of a contest
     while goals and time.monotonic() < deadline:
         wanted = [(g, c) for g in goals for c in (*seeds.pop(g, ()), *neighbours(g, current[g]))]
         compiled = compile_all(settings, store, record, wanted, deadline)
         moved = []
         for goal in goals:
-            if time.monotonic() > deadline:
+            begin = time.monotonic()
+            if begin + longest > deadline:
                 break
             found = contest(goal, current[goal], compiled[goal], table, clock, store, record)
+            longest = max(longest, time.monotonic() - begin)
             if found is None or found.way == current[goal]:
                 continue
             if goal.kernel in ALSO_WITH_TERMS and not fits_with_terms(
@@ -191,10 +194,17 @@ def contest(
     goal: Target, current: Config, compiled: list[Config], table: str, clock: Clock, store: Store, record: dict
 ) -> Found | None:
     """The best configuration; None where none works, or nothing was compiled that could be better."""
-    crashed = record.get("crashed", ())  # of what a process died before
-    if what(goal, TIMING) in crashed:
+    crashed = set(record.get("crashed", ()))  # of what a process died before
+    if crashed & {what(goal, TENSORS), what(goal, TIMING)}:
         return None
-    calls = [(problem, problem.ours("triton")) for problem in (build(w, clock.device) for w in goal.workloads)]
+    with watch(store, record, what(goal, TENSORS)):
+        try:
+            problems = [build(w, clock.device) for w in goal.workloads]
+        except RuntimeError as error:  # out of memory
+            abort_unless_it_works(clock.device, error)
+            refuse(record, what(goal, in_short(error)))
+            return None
+    calls = [(problem, problem.ours("triton")) for problem in problems]
 
     def within(c: Config, call: Callable[[], Any]) -> Any:
         with tuning.trial(table, goal.kernel, goal.bits, goal.head_dim_class, c):
@@ -205,8 +215,8 @@ def contest(
         if what(goal, c) in crashed:
             continue
         with watch(store, record, what(goal, c)):
-            problems = (wrong_with(clock.device, problem, partial(within, c, call)) for problem, call in calls)
-            if why := next(filter(None, problems), None):
+            wrong = (wrong_with(clock.device, problem, partial(within, c, call)) for problem, call in calls)
+            if why := next(filter(None, wrong), None):
                 refuse(record, f"{goal.name}, as it is: {why}" if c == current else why)
             else:
                 able.append(c)
