@@ -1,7 +1,7 @@
 """The results of a card: one JSON file, written anew after every step, so that an interruption loses one step at most.
 
     {"schema", "kind": "gpu", "device", "rehearsal", "machine", "stages": {name: {"status", "reason", "seconds", "commit",
-     "sources", "at", and what the stage found}}}
+     "sources", "versions", "at", and what the stage found}}}
 
 status: "done"; "failed", something is wrong with the package; "cut" by its time limit; "skipped", with its reason.
 A measured system is {"status": "measured", "seconds": {"median", "q1", "q3", "rounds"}, ...}; another one is "skipped",
@@ -11,6 +11,7 @@ A measured system is {"status": "measured", "seconds": {"median", "q1", "q3", "r
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,12 @@ class Store:
         return self.data["stages"].setdefault(name, {})
 
     def begin(self, name: str) -> dict[str, Any]:
-        """The stage's record: the old one where an interrupted run of the same sources left it, else an empty one."""
+        """The stage's record: the old one where an interrupted run of the same left it, else an empty one."""
         old = self.stage(name)
-        if old.get("status") != "cut" or old.get("sources") != sources():
+        if old.get("status") != "cut" or not is_of_this(old):
             self.data["stages"][name] = {}
         stamp = {"status": "cut", "reason": UNFINISHED, "seconds": 0.0, "commit": commit()}
-        self.stage(name).update(stamp | {"sources": sources(), "at": now()})
+        self.stage(name).update(stamp | {"sources": sources(), "versions": versions(), "at": now()})
         self.save()
         return self.stage(name)
 
@@ -64,7 +66,7 @@ class Store:
     def is_done(self, name: str) -> bool:
         stage = self.data["stages"].get(name, {})
         ended = ("done", "skipped") if name == "build" else ("done", "failed", "skipped")  # others need what it builds
-        return stage.get("status") in ended and stage.get("sources") == sources()
+        return stage.get("status") in ended and is_of_this(stage)
 
 
 def write(path: Path, data: dict[str, Any]) -> None:
@@ -128,6 +130,15 @@ def slug(device: str) -> str:
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def is_of_this(stage: dict[str, Any]) -> bool:
+    """Whether the same sources gave it, with the same torch and Triton."""
+    return stage.get("sources") == sources() and stage.get("versions", versions()) == versions()
+
+
+def versions() -> dict[str, str]:
+    return {x: metadata.version(x) for x in ("torch", "triton") if importlib.util.find_spec(x) is not None}
 
 
 def commit() -> str | None:

@@ -239,3 +239,21 @@ def test_winners_without_a_search_leave_a_good_file(tmp_path: Path) -> None:
     winners.run(parse(["winners", "--device", "cpu"]), store, record, 0.0)
     store.save()
     assert Store(store.path).stage("winners")["reason"] == "tune found nothing faster"
+
+
+@pytest.mark.parametrize("changed", ["nothing", "sources", "versions"])
+def test_only_an_interrupted_run_of_the_same_is_gone_on_with(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other sources, or with another Triton, its times stand beside none of today."""
+    from benchmarks.gpu import store
+
+    results = store.Store(tmp_path / "found.json")
+    results.begin("bench")["workloads"] = {ONE: {"systems": {}}}
+    results.stage("tune").update(results.stage("bench"), status="done", reason="")
+    results.save()
+    if changed != "nothing":
+        monkeypatch.setattr(store, changed, lambda: {"sources": "others", "versions": {"triton": "4.0"}}[changed])
+    again = store.Store(results.path)
+    assert again.is_done("tune") == (changed == "nothing")
+    assert ("workloads" in again.begin("bench")) == (changed == "nothing")
