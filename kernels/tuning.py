@@ -5,7 +5,7 @@ a dictionary access. `measured` says where its numbers come from. The forward ha
 dropout need beside the tile would leave registers for a smaller one only (forward_terms).
 
 A card's own table, named as the card, holds what was measured to be faster on it; all else is that of the architecture which it
-`inherits`.
+`inherits`. So does that of cards with little shared memory, for what would not fit there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import triton
 
 FOLDER = Path(__file__).parent / "tuning"
 HEAD_DIMS = (64, 128, 256)  # a class holds what is at most so wide
+SMALL = {(8, 6): "sm_86", (8, 9): "sm_86", (12, 0): "sm_86", (12, 1): "sm_86"}  # 99 KiB of shared memory a program
 
 
 class Config(NamedTuple):
@@ -49,14 +50,18 @@ def table_for(device: torch.device) -> str:
 
 
 def architecture(major: int, minor: int) -> str:
-    """The newest architecture's table that is not newer than the card."""
-    known = sorted(int(name.removeprefix("sm_")) for name in tables() if name.startswith("sm_"))
+    """The newest architecture's table that is not newer than the card, or that for its little shared memory."""
+    if (small := SMALL.get((major, minor))) is not None:
+        return small
+    known = [int(name.removeprefix("sm_")) for name in tables() if name.startswith("sm_") and base(name) == name]
     return f"sm_{max(n for n in known if n <= 10 * major + minor)}"
 
 
 def base(table: str) -> str:
-    """The architecture's table that a card's own one stands on."""
-    return tables()[table].get("inherits", table)
+    """The architecture's table that another one stands on."""
+    while "inherits" in tables()[table]:
+        table = tables()[table]["inherits"]
+    return table
 
 
 def file_name(card: str) -> str:

@@ -264,7 +264,8 @@ def report(job: tuple[str, str, int, int, int]) -> dict:
 
 if __name__ == "__main__":
     table = sys.argv[1]
-    driver.set_active(NamedCard(int(tuning.base(table).removeprefix("sm_"))))
+    card = table if table.startswith("sm_") else tuning.tables()[table]["inherits"]
+    driver.set_active(NamedCard(int(card.removeprefix("sm_"))))
     with multiprocessing.get_context("fork").Pool(2) as pool:
         for line in pool.imap_unordered(report, jobs(table)):
             print(json.dumps(line), flush=True)

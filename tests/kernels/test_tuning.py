@@ -33,10 +33,26 @@ def test_a_card_has_its_own_table_and_the_rest_from_its_architecture(own_table: 
 
 
 @pytest.mark.parametrize(
-    ("capability", "table"), [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_90")]
+    ("capability", "table"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 7), "sm_80"),
+        ((8, 9), "sm_86"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_90"),
+        ((12, 0), "sm_86"),
+    ],
 )
 def test_another_card_has_that_of_its_architecture(capability: tuple[int, int], table: str) -> None:
     assert tuning.architecture(*capability) == table
+
+
+def test_a_small_card_has_what_does_not_fit_from_its_own_table() -> None:
+    small, large = (tuning.config("dq", table, 16, 128) for table in ("sm_86", "sm_80"))
+    assert small.block_n < large.block_n
+    assert tuning.config("forward", "sm_86", 16, 128) == tuning.config("forward", "sm_80", 16, 128)
+    assert tuning.base("sm_86") == "sm_80"
 
 
 def test_a_trial_ends(own_table: None) -> None:
