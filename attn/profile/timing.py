@@ -6,8 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,18 @@ def interleaved(
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(-warmup, rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+        for name in in_turn(names, index):
             taken = once(calls[name], device, repeat)
             if index >= 0:
                 seconds[name].append(taken)
             each()
     return seconds
+
+
+def in_turn(names: Sequence[Name], index: int) -> list[Name]:
+    """The order of that round: each begins with another one, so that none always follows the same."""
+    first = index % max(1, len(names))
+    return [*names[first:], *names[:first]]
 
 
 def speed(seconds: Mapping[str, Sequence[float]], system: str, peer: str) -> Spread:

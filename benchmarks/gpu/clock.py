@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from duplex_attn.profile.timing import Name, in_turn
 
 WARM = 0.5  # seconds of matrix products until the clocks have risen
 AHEAD = 1_000_000  # cycles, half a millisecond, that the card waits before a timed call, while the host enqueues it
 FEWEST, MOST = 5, 50  # rounds
 HOST_CALLS = 100  # in one sample of the host's time
 GIB = 2**30
-Name = TypeVar("Name")
 
 
 class Clock:
@@ -67,8 +67,7 @@ class Clock:
     def rounds(
         self, calls: Mapping[Name, Callable[[], Any]], seconds: float, on_host: bool = False
     ) -> dict[Name, list[float]]:
-        """Samples of each, round by round, so that what disturbs one disturbs all; about `seconds` in all. A round begins with another
-        one each time, so that none always follows the same."""
+        """Samples of each, round by round, so that what disturbs one disturbs all; about `seconds` in all."""
         sample = self.on_host if on_host else self.once
         count = 1
         if not self.tiny:
@@ -77,11 +76,9 @@ class Clock:
                 sample(call)
             count = min(max(int(seconds / (time.perf_counter() - begin)), FEWEST), MOST)
         found: dict[Name, list[float]] = {name: [] for name in calls}
-        order = list(calls.items())
-        for n in range(count):
-            first = n % max(1, len(order))
-            for name, call in order[first:] + order[:first]:
-                found[name].append(sample(call))
+        for index in range(count):
+            for name in in_turn(list(calls), index):
+                found[name].append(sample(calls[name]))
         return found
 
     def ceilings(self) -> dict[str, float]:

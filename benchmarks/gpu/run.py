@@ -49,8 +49,7 @@ def main(arguments: list[str]) -> int:
     limits = after_build(settings.limits, settings.limits["build"] * ("build" in stages), settings.asked)
     most = sum(limits[stage] for stage in stages)
     print(f"gpu: {', '.join(stages)}: at most {most / 60:.1f} minutes", flush=True)
-    for name in ("SIGTERM", "SIGHUP"):  # of a batch system, or a terminal that is gone: no stage stays on the card
-        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    leave_no_stage_behind()
     for stage in stages:
         if card.problem and stage != "build":
             if store.stage(stage):
@@ -68,6 +67,13 @@ def main(arguments: list[str]) -> int:
         print(f"gpu: {stage}: {found['status']} in {found['seconds']:.0f} s {found.get('reason', '')}", flush=True)
     print(f"gpu: written to {path}", flush=True)
     return status(card, {name: store.stage(name).get("status", "") for name in stages})
+
+
+def leave_no_stage_behind() -> None:
+    """On the card, where a batch system or a terminal that is gone ends this process; nohup's runs go on."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def status(card: Card, stages: Mapping[str, str]) -> int:

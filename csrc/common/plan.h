@@ -131,11 +131,13 @@ inline Group shared_prefix(const PlanBatch& p, int64_t b) {
 inline Plan make_plan(const PlanBatch& p, const PlanOptions& options) {
   using namespace plan_detail;
   struct Shared {
-    int64_t sequence, row_begin, row_end, keys, slot, count;
+    int64_t sequence, row_begin, row_end, keys, slot, parts;
   };
   struct Block {
     int64_t sequence, row_begin, row_end, group;  // of `shared`, or -1
     KeyRange keys;
+    int64_t parts;
+    bool is_final() const { return group < 0 && parts <= 1; }
   };
   std::vector<Shared> shared;
   std::vector<Block> blocks;
@@ -157,7 +159,7 @@ inline Plan make_plan(const PlanBatch& p, const PlanOptions& options) {
         keys.begin = std::max(keys.begin, group.keys);
         keys.end = std::max(keys.end, keys.begin);
         total += keys.end - keys.begin;
-        blocks.push_back({b, first + i, first + i1, worth ? int64_t(shared.size()) - 1 : -1, keys});
+        blocks.push_back({b, first + i, first + i1, worth ? int64_t(shared.size()) - 1 : -1, keys, 0});
       }
     }
   }
@@ -182,9 +184,14 @@ inline Plan make_plan(const PlanBatch& p, const PlanOptions& options) {
   };
 
   int64_t most = 0;  // slots, before any is written down in 32 bits
-  for (const Shared& s : shared) most += parts_of({0, s.keys}) * (s.row_end - s.row_begin);
-  for (const Block& b : blocks)
-    if (const int64_t count = parts_of(b.keys); b.group >= 0 || count > 1) most += count * (b.row_end - b.row_begin);
+  for (Shared& s : shared) {
+    s.parts = parts_of({0, s.keys});
+    most += s.parts * (s.row_end - s.row_begin);
+  }
+  for (Block& b : blocks) {
+    b.parts = parts_of(b.keys);
+    if (!b.is_final()) most += b.parts * (b.row_end - b.row_begin);
+  }
   if (most > INT32_MAX)
     throw std::invalid_argument(
         "q: expected at most 2147483647 rows of partial results, by fewer new tokens a call, got " +
@@ -200,26 +207,23 @@ inline Plan make_plan(const PlanBatch& p, const PlanOptions& options) {
         plan.tiles.push_back({int32_t(s.sequence), int32_t(r), int32_t(std::min(s.row_end, r + options.block_rows)),
                               begin, end, int32_t(slots + r - s.row_begin), 1, 0});
       slots += rows;
-      ++s.count;
     });
   }
   for (const Block& b : blocks) {
-    const int32_t count = int32_t(parts_of(b.keys));
-    const bool is_final = b.group < 0 && count <= 1;
     const int32_t first = int32_t(slots);
     const auto add = [&](int32_t begin, int32_t end) {
       plan.tiles.push_back({int32_t(b.sequence), int32_t(b.row_begin), int32_t(b.row_end), begin, end,
-                            is_final ? -1 : int32_t(slots), 0, 0});
-      if (!is_final) slots += b.row_end - b.row_begin;
+                            b.is_final() ? -1 : int32_t(slots), 0, 0});
+      if (!b.is_final()) slots += b.row_end - b.row_begin;
     };
     cut(b.keys, add);
-    if (is_final && count == 0) add(0, 0);  // rows that see nothing are written too
-    if (is_final) continue;
-    PlanMerge merge{int32_t(b.row_begin), int32_t(b.row_end), 0, 0, 0, first, count, 0};
+    if (b.is_final() && b.parts == 0) add(0, 0);  // rows that see nothing are written too
+    if (b.is_final()) continue;
+    PlanMerge merge{int32_t(b.row_begin), int32_t(b.row_end), 0, 0, 0, first, int32_t(b.parts), 0};
     if (b.group >= 0) {
       const Shared& s = shared[b.group];
       merge.shared_slot = int32_t(s.slot + b.row_begin - s.row_begin);
-      merge.shared_count = int32_t(s.count);
+      merge.shared_count = int32_t(s.parts);
       merge.shared_stride = int32_t(s.row_end - s.row_begin);
     }
     plan.merges.push_back(merge);

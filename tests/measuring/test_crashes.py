@@ -194,6 +194,22 @@ def test_what_ends_the_command_ends_its_stage(tmp_path: Path) -> None:
     assert not Path(f"/proc/{child}").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_so(number: signal.Signals) -> None:
+    """As by nohup."""
+    from benchmarks.gpu.run import leave_no_stage_behind
+
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        leave_no_stage_behind()
+        kept = [one for one in before if signal.getsignal(one) is signal.SIG_IGN]
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert kept == [number]
+
+
 def test_a_card_that_is_short_of_memory_leaves_results_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

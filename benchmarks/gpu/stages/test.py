@@ -100,10 +100,7 @@ class Recorder:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.came_up = self.came_up or time.monotonic() - self.begin
         self.record["running"] = nodeid
-        if self.alone:  # a death of this process is told by what it was at
-            self.store.save()
-        else:
-            self.save()
+        self.save(at_once=self.alone)  # a death of this process is told by what it was at
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -131,8 +128,8 @@ class Recorder:
         self.record["failures"].append({"test": test, "message": why[-1500:]})
         self.store.save()
 
-    def save(self) -> None:
-        if time.monotonic() > self.saved + SAVED_EVERY:
+    def save(self, at_once: bool = False) -> None:
+        if at_once or time.monotonic() > self.saved + SAVED_EVERY:
             self.saved = time.monotonic()
             self.store.save()
 
