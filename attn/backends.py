@@ -29,7 +29,6 @@ _INTERPRET_HINT = " (TRITON_INTERPRET=1 interprets it on the CPU)"
 _FLOAT64 = "float64 runs in the reference only"
 _OLDEST = (8, 0)  # compute capability
 _NOT_RUN = "compiled and emulated, this kernel has not run on such a card yet"
-_ROW_BIAS = "row_distance_bias and col_distance_bias run in the reference only"
 
 
 class Workers(NamedTuple):
@@ -109,13 +108,13 @@ class KernelBackend(Backend):
     """Kernels of this package."""
 
     def refuses(self, call: Call) -> str | None:
-        return _refuses_row_bias(call) or self.refuses_tensor(call.q)
+        return self.refuses_tensor(call.q)
 
     def refuses_merge(self, outs: Sequence[Tensor]) -> str | None:
         return self.refuses_tensor(outs[0])
 
     def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
-        return (_refuses_row_bias(call) if call is not None else None) or self.refuses_tensor(x)
+        return self.refuses_tensor(x)
 
     def refuses_tensor(self, x: Tensor) -> str | None:
         return _FLOAT64 if x.dtype == torch.float64 else self.refuses_device(x)
@@ -273,11 +272,14 @@ class CudaBackend(NativeBackend):
         return _too_old(self.capability(x.device))
 
     def _refuses_scores(self, call: Call | PagedCall) -> str | None:
-        if reason := _refuses_row_bias(call) or self.refuses_tensor(call.q):
+        if reason := self.refuses_tensor(call.q):
             return reason
         if call.q.dtype not in (torch.bfloat16, torch.float16):
             return "it takes bfloat16 and float16"
-        return None if call.bias is None else "its kernels have no bias"
+        for name in ("bias", "row_distance_bias", "col_distance_bias"):
+            if getattr(call, name) is not None:
+                return f"its kernels have no {name}"
+        return None
 
     def detail(self) -> str:
         return "forward, backward and paged calls"
@@ -306,10 +308,6 @@ def _too_old(card: tuple[int, int]) -> str | None:
         if card >= _OLDEST
         else f"its kernels are for compute capability 8.0 and later, this card has {card[0]}.{card[1]}"
     )
-
-
-def _refuses_row_bias(call: Call | PagedCall) -> str | None:
-    return None if call.row_distance_bias is call.col_distance_bias is None else _ROW_BIAS
 
 
 def _refuses_rows(**tensors: Tensor) -> str | None:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..call import Call
+from ..call import GRADIENTS, Call
 from . import problem, tuning
 from .backward import delta_kernel, dkdv_kernel, dq_kernel, dsink_kernel
 from .bias_backward import dbias_kernel
@@ -22,6 +22,7 @@ from .forward import forward_kernel
 from .launch import Launch, descriptor, options, run
 from .merge import merge_kernel
 from .problem import plane, row_view, view
+from .row_bias_backward import drow_bias_kernel
 from .schedule import section
 
 
@@ -38,7 +39,7 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def attention_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, bias, distance_bias, (two that this backend refuses) and sink: those that `output_mask` wants.
+    """Gradients of attn/call.py's GRADIENTS: those that `output_mask` wants.
 
     Workspaces: float32, one number for each of lse and, for the gradient of distance_bias, two for each distance and head.
     """
@@ -46,9 +47,10 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tens
     c = Call._make(arguments)
     table = tuning.table_for(c.q.device)
     made = [wanted[0], *[wanted[1] or wanted[2]] * 2, *wanted[3:]]  # k and v share their kernel
-    inputs = (c.q, c.k, c.v, c.bias, c.distance_bias, None, None, c.sink)
-    new = Tensor.new_empty if _has_scores(c) else Tensor.new_zeros
-    grads = [new(x, x.shape) if want and x is not None else None for x, want in zip(inputs, made, strict=True)]
+    grads = [
+        _gradient(name, c) if want and getattr(c, name) is not None else None
+        for name, want in zip(GRADIENTS, made, strict=True)
+    ]
     delta = torch.empty_like(lse)
     partial = None if grads[4] is None else lse.new_empty(diagonals(c, table).size)
     run(
@@ -59,6 +61,13 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tens
         grad if grad is not None and want else c.q.new_empty(0, dtype=torch.float32)
         for grad, want in zip(grads, wanted, strict=True)
     )
+
+
+def _gradient(name: str, c: Call) -> Tensor:
+    """To be filled: by zeros where no score is, and in tables by row, whose entries need not all be of a score."""
+    x = getattr(c, name)
+    has_all = _has_scores(c) and name not in ("row_distance_bias", "col_distance_bias")
+    return (x.new_empty if has_all else x.new_zeros)(x.shape)
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -84,7 +93,7 @@ def backward(
     grads: Sequence[Tensor | None], delta: Tensor, partial: Tensor | None, table: str,
 ) -> list[Launch]:  # fmt: skip
     """Fills those of `grads` that are there; without a single score the sink's alone, since the others are zero as they come."""
-    dq, dk, dv, dbias, ddistance, _, _, dsink = grads
+    dq, dk, dv, dbias, ddistance, drow, dcol, dsink = grads
     given = (view(dout), row_view(lse), row_view(delta))
     launches = [delta_of(dout, dlse, out, lse, delta)]
     if _has_scores(c):
@@ -96,6 +105,7 @@ def backward(
             launches.append(dbias_of(c, given, dbias, table))
         if ddistance is not None and partial is not None:
             launches += ddistance_of(c, given, diagonals(c, table), partial, ddistance, table)
+        launches += [drow_bias_of(c, given, x, table, of_keys=x is dcol) for x in (drow, dcol) if x is not None]
     if dsink is not None:
         launches.append(dsink_of(c, lse, delta, dsink))
     return launches
@@ -158,6 +168,17 @@ def dbias_of(c: Call, given: tuple, dbias: Tensor, table: str) -> Launch:
         dbias_kernel, owned[0] * owned[1] * owned[2] * owned[3],
         (*_qkv(c), *given, plane(dbias), *summed, *owned[1:], *_shared(c), heads // c.k.shape[-2]),
         _constants(c, tile) | once, options(tile),
+    )  # fmt: skip
+
+
+def drow_bias_of(c: Call, given: tuple, dbias: Tensor, table: str, *, of_keys: bool) -> Launch:
+    tile = _tile("dbias", c, table)
+    heads = c.q.shape[-2]
+    blocks = triton.cdiv(c.max_seqlen_k, tile.block_n) if of_keys else triton.cdiv(c.max_seqlen_q, tile.block_m)
+    return Launch(
+        drow_bias_kernel, c.batch * heads * blocks,
+        (*_qkv(c), *given, plane(dbias), dbias.shape[-1] // 2, blocks, *_shared(c), heads, heads // c.k.shape[-2]),
+        _constants(c, tile) | {"OF_KEYS": of_keys}, options(tile),
     )  # fmt: skip
 
 

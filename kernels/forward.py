@@ -61,8 +61,6 @@ def forward_kernel(
         return
     live = s.len_q - i0
     origin = bias_origin(lengths, s)
-    # A finite score in every row of an inside block: no row's maximum can be -inf there.
-    FINITE: tl.constexpr = terms.bias is None
     FILLED: tl.constexpr = lengths.cu_k is None and lengths.len_k is None
     UNIT: tl.constexpr = LN2 if PLAIN else 1.0  # of `largest` and of sums in the exponent
 
@@ -94,7 +92,7 @@ def forward_kernel(
                     True, FILLED or not EDGE, BLOCK_N, BLOCK_DV, HEAD_DIM_V,
                 )  # fmt: skip
             x, _ = logits(products, terms, s, b, h, i0, j0, origin, PLAIN, EDGE, KEYS_DOWN=False)
-            p, largest, total, decay = softmax_step(x, largest, total, terms, PLAIN, EDGE or not FINITE)
+            p, largest, total, decay = softmax_step(x, largest, total, terms, PLAIN, EDGE or not PLAIN)
             if dropout is not None:
                 p = tl.where(kept(dropout, b, h, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
             if BEHIND:

@@ -213,7 +213,6 @@ def attend(
         tile_q = (tile_q.to(tl.float32) * inverse(unit_q)).to(tl.float16)
     unit_v = power_of_two(0.0)  # of scales so far
     i, head = (i0 + r)[:, None], h[:, None]
-    FINITE: tl.constexpr = terms.bias is None
     UNIT: tl.constexpr = LN2 if PLAIN else 1.0  # of `largest` and of sums in the exponent
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -238,8 +237,8 @@ def attend(
             if k_pages.scales is not None:
                 products *= load_scales(k_pages, kv_head, page, slot, inside, not EDGE)[None, :]
             nearest, furthest = j0 - (i1 - 1 + s.offset), j0 + BLOCK_N - 1 - (i0 + s.offset)
-            x, _ = scores(products, terms, s, b, head, i, j[None, :], nearest, furthest, (0, first), PLAIN, EDGE)
-            p, largest, total, decay = softmax_step(x, largest, total, terms, PLAIN, EDGE or not FINITE)
+            x, _ = scores(products, terms, s, b, head, i, j[None, :], nearest, furthest, (0, first, first), PLAIN, EDGE)
+            p, largest, total, decay = softmax_step(x, largest, total, terms, PLAIN, EDGE or not PLAIN)
             if v_pages.scales is not None:
                 worth = load_scales(v_pages, kv_head, page, slot, inside, not EDGE)
                 if NARROW:

@@ -36,7 +36,8 @@ def paged_attention(*arguments: Any) -> None:
         lse.fill_(-torch.inf)
         return
     table = tuning.table_for(c.q.device)
-    if c.plan is not None and c.bias is None and c.distance_bias is None and c.alibi_slopes is None:
+    by_place = (c.bias, c.distance_bias, c.alibi_slopes, c.row_distance_bias, c.col_distance_bias)
+    if c.plan is not None and all(x is None for x in by_place):
         plan, parts = c.plan, partial_results(c, c.plan.shape[0])
         run("planned", arguments, parts, lambda: planned(c, plan, out, lse, parts, table))
     else:

@@ -64,6 +64,18 @@ class Terms(NamedTuple):
     bias_head: int | None
     bias_row: int | None
     bias_column: int | None
+    row_distance_bias: Any  # (batch, heads_q, rows, 2 * radius + 1), its strides and radius
+    row_batch: int | None
+    row_head: int | None
+    row_row: int | None
+    row_entry: int | None
+    row_radius: int | None
+    col_distance_bias: Any  # the same with a row for each key
+    col_batch: int | None
+    col_head: int | None
+    col_row: int | None
+    col_entry: int | None
+    col_radius: int | None
 
 
 class Dropout(NamedTuple):
@@ -101,7 +113,13 @@ def terms(c: Call) -> Terms:
         None if c.distance_bias is None else c.distance_bias.shape[-1] // 2,
         c.alibi_slopes,
         *([None] * 5 if bias is None else plane(bias)),
+        *_row_table(c.row_distance_bias),
+        *_row_table(c.col_distance_bias),
     )
+
+
+def _row_table(x: Tensor | None) -> tuple:
+    return (None,) * 6 if x is None else (x, *x.stride(), x.shape[-1] // 2)
 
 
 def dropout(c: Call) -> Dropout | None:
@@ -113,4 +131,5 @@ def dropout(c: Call) -> Dropout | None:
 
 def plain(t: Terms) -> bool:
     """A score is a positive multiple of <q, k>: the factor can be applied inside the exponent."""
-    return t.scale > 0 and t.softcap is None and t.distance_bias is None and t.alibi_slopes is None and t.bias is None
+    others = (t.softcap, t.distance_bias, t.alibi_slopes, t.bias, t.row_distance_bias, t.col_distance_bias)
+    return t.scale > 0 and all(x is None for x in others)

@@ -72,11 +72,11 @@ def sequence(lengths, b, rows_q, rows_k, max_q, max_k, left, right, TOP_LEFT: tl
 
 @triton.jit
 def bias_origin(lengths, s):
-    """Where row 0 and key 0 of the sequence are in a bias: as stored in dense calls, at the start in packed ones."""
+    """Where row 0 and key 0 of s are in a bias, as stored in dense calls, at the start in packed ones; and key 0 in the sequence."""
     if lengths.cu_q is not None:
-        return 0, 0
+        return 0, 0, 0
     else:
-        return s.row_q, s.row_k
+        return s.row_q, s.row_k, 0
 
 
 @triton.jit

@@ -123,7 +123,7 @@ def probabilities(x, reference, terms, PLAIN: tl.constexpr):
 def softmax_step(x, largest, total, terms, PLAIN: tl.constexpr, MAYBE_EMPTY: tl.constexpr):
     """Probabilities of a tile's scores against the running maximum, that maximum, the running sum, and what older sums shrink by.
 
-    MAYBE_EMPTY: a row may have seen nothing yet.
+    MAYBE_EMPTY: a row may have seen nothing yet, as in any block if a term of its scores may be -inf.
     """
     unit: tl.constexpr = LN2 if PLAIN else 1.0
     highest = tl.max(x, 1) * terms.log2_scale if PLAIN else tl.max(x, 1)
@@ -157,11 +157,24 @@ def tanh(x):
 
 @triton.jit
 def bias_at(terms, s, batch, head, i, j, origin):
-    """The bias for rows i and keys j; 0 outside the sequence, where it is never read."""
+    """The bias for rows i and keys j, 0 outside the sequence, where it is never read; origin as in `bias_origin`."""
     pointers = terms.bias + tl.cast(batch, tl.int64) * terms.bias_batch + tl.cast(head, tl.int64) * terms.bias_head
     pointers += tl.cast(origin[0] + i, tl.int64) * terms.bias_row + tl.cast(origin[1] + j, tl.int64) * terms.bias_column
-    mask = (i >= 0) & (i < s.len_q) & (j >= 0) & (j < s.len_k)
-    return tl.load(pointers, mask=mask, other=0)
+    return tl.load(pointers, mask=in_sequence(s, i, j), other=0)
+
+
+@triton.jit
+def in_sequence(s, i, j):
+    return (i >= 0) & (i < s.len_q) & (j >= 0) & (j < s.len_k)
+
+
+@triton.jit
+def in_row_table(table, batch_stride, head_stride, row_stride, entry, radius, batch, head, row, distance, mask):
+    """What a table (batch, head, row, 2 * radius + 1) has for rows and clamped distances."""
+    pointers = table + tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride
+    pointers += tl.cast(row, tl.int64) * row_stride
+    pointers = pointers + tl.cast(tl.minimum(tl.maximum(distance, -radius), radius) + radius, tl.int64) * entry
+    return tl.load(pointers, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -196,6 +209,16 @@ def scores(products, terms, s, batch, head, i, j, nearest, furthest, origin, PLA
             x += tl.load(middle + tl.minimum(tl.maximum(j - (i + s.offset), -terms.radius), terms.radius))
         else:  # beyond the table's reach all have one bias
             x += tl.load(middle + tl.where(nearest < terms.radius, -terms.radius, terms.radius))
+    if terms.row_distance_bias is not None:
+        x += in_row_table(
+            terms.row_distance_bias, terms.row_batch, terms.row_head, terms.row_row, terms.row_entry, terms.row_radius,
+            batch, head, i, j - (i + s.offset), in_sequence(s, i, j),
+        )  # fmt: skip
+    if terms.col_distance_bias is not None:
+        x += in_row_table(
+            terms.col_distance_bias, terms.col_batch, terms.col_head, terms.col_row, terms.col_entry, terms.col_radius,
+            batch, head, origin[2] + j, j - (i + s.offset), in_sequence(s, i, j),
+        )  # fmt: skip
     if terms.alibi_slopes is not None:
         x -= tl.load(terms.alibi_slopes + head) * tl.abs(j - (i + s.offset)).to(tl.float32)
     if terms.bias is not None:

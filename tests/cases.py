@@ -303,8 +303,8 @@ def make(case: Case) -> Problem:
         call.alibi_slopes = guard.place(0.02 + 0.3 * torch.rand(heads_q, generator=g), offset=1)
     if case.row_col_radius is not None:
         width = 2 * case.row_col_radius + 1
-        call.row_distance_bias = guard.place(normal(batch, heads_q, stored_q, width))
-        call.col_distance_bias = guard.place(normal(batch, heads_q, stored_k, width))
+        call.row_distance_bias = guard.place(normal(batch, heads_q, stored_q, width).to(own), gap=1)
+        call.col_distance_bias = guard.place(normal(batch, heads_q, stored_k, width).to(own), (0, 2, 3, 1), offset=1)
     if case.sink != "none":
         call.sink = guard.place(normal(heads_q).to(own), offset=1)
     if case.bias != "none":

@@ -21,7 +21,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -450,10 +450,7 @@ def attention(
     is no attention of this package: keys chosen for each query, sinks for each token, continuous batching.
     """
     if kwargs.get("output_attentions"):
-        raise ValueError(
-            "output_attentions: expected False, got True; duplex_attn never forms the attention weights, "
-            'use attn_implementation="eager" for them'
-        )
+        refuse_output_attentions()
     for name in _NOT_TAKEN:
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -491,6 +488,13 @@ def attention(
     return out, None
 
 
+def refuse_output_attentions() -> NoReturn:
+    raise ValueError(
+        "output_attentions: expected False, got True; duplex_attn never forms the attention weights, "
+        'use attn_implementation="eager" for them'
+    )
+
+
 def _combine(position_bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """One bias that says both."""
     if position_bias is None or mask is None:
@@ -525,23 +529,29 @@ def swap(model: nn.Module) -> SwapReport:
     """Run the attention of a built model here: a transformers model, or any module that holds some.
 
     Weights are untouched; transformers' `model.set_attn_implementation(...)`, with what the report has in `previous`,
-    undoes it. Raises TypeError if there is no transformers model in `model`.
+    undoes it (of a DeBERTa, `integrations.deberta.restore(model)`). Raises TypeError if there is no transformers model in `model`.
     """
+    from . import deberta
+
     register()
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not models:
         raise TypeError(f"model: expected a transformers model or a module that holds one, got {type(model).__name__}")
     previous = {type(part).__name__: part.config._attn_implementation for part in models}
     for part in models:  # each by itself: 5.17 passes over a part whose config is a copy of the whole's, as T5's are
-        part.set_attn_implementation(NAME)
+        if not isinstance(part, deberta.MODELS):
+            part.set_attn_implementation(NAME)
+    deberta.replace(model)
 
-    asks = {kind: _asks_interface(kind) for kind in {type(module) for module in model.modules()}}
+    kinds = {type(module) for module in model.modules()}
+    asks = {kind: issubclass(kind, deberta.ATTENTION) or _asks_interface(kind) for kind in kinds}
     swapped: Counter[str] = Counter()
     left: dict[str, str] = {}
     for module in model.modules():
         kind = type(module).__name__
         if asks[type(module)]:
-            used = module.config._attn_implementation  # type: ignore[union-attr]
+            own = isinstance(module, deberta.ATTENTION)
+            used = NAME if own else module.config._attn_implementation  # type: ignore[union-attr]
             if used == NAME:
                 swapped[kind] += 1
             else:

@@ -28,6 +28,16 @@ struct BiasView {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// A bias by row of a sequence and by distance, clamped: (batch, heads_q, rows, 2 * radius + 1).
+struct RowTable {
+  void* data = nullptr;
+  DType dtype = DType::FLOAT32;
+  int64_t batch = 0, head = 0, row = 0, entry = 0;  // strides
+  int64_t radius = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
 // How the pages of a cache hold numbers: in the dtype of the queries, or quantised.
 enum class Storage : int32_t { AS_QUERIES, INT8, FLOAT8_E4M3 };
 
@@ -77,6 +87,7 @@ struct Problem {
   int64_t radius;
   const float* alibi_slopes;  // (heads_q,)
   const float* sink;          // (heads_q,)
+  RowTable row_distance_bias, col_distance_bias;
 
   float scale, softcap;
   bool dropout;

@@ -97,7 +97,8 @@ GradientTensors attention_backward(Tensor dout, OptionalTensor dlse, Tensor out,
   const auto wanted = [&](int n) { return (output_mask >> n & 1) != 0; };
   const Problem p = problem_of(call, out, lse);
   const Isa& isa = isa_for(p.dtype);
-  const bool padded = has_padding(p, call), keys = wanted(1) || wanted(2), queries = wanted(0);
+  const bool padded = has_padding(p, call), keys = wanted(1) || wanted(2) || wanted(6),
+             queries = wanted(0) || wanted(5);
   if (!last_is_contiguous(dout)) dout = torch::stable::contiguous(dout);
   if (dlse) dlse = torch::stable::contiguous(*dlse);
 
@@ -106,6 +107,8 @@ GradientTensors attention_backward(Tensor dout, OptionalTensor dlse, Tensor out,
          dv = keys ? gradient_of(v, padded) : none();
   Tensor dbias = wanted(3) ? gradient_of(*bias, true) : none();
   Tensor ddistance = wanted(4) ? new_float(q, {p.heads_q, 2 * p.radius + 1}) : none();
+  Tensor drow = wanted(5) ? gradient_of(*row_distance_bias, true) : none();
+  Tensor dcol = wanted(6) ? gradient_of(*col_distance_bias, true) : none();
   Tensor dsink = wanted(7) ? new_float(q, {p.heads_q}) : none();
   Tensor delta = new_float(q, {lse.numel()});
   Tensor distance_parts = wanted(4) ? new_float(q, {p.batch * p.heads_q, 2 * p.radius + 1}) : none();
@@ -119,6 +122,8 @@ GradientTensors attention_backward(Tensor dout, OptionalTensor dlse, Tensor out,
     g.dk = view(dk);
     g.dv = view(dv);
   }
+  if (wanted(5)) g.drow_distance = row_table(drow);
+  if (wanted(6)) g.dcol_distance = row_table(dcol);
   if (wanted(4)) g.ddistance = static_cast<float*>(distance_parts.data_ptr());
 
   const float* dlse_data = dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr;
@@ -145,9 +150,10 @@ GradientTensors attention_backward(Tensor dout, OptionalTensor dlse, Tensor out,
   }
   if (wanted(4)) sum_over_batch(p, g.ddistance, static_cast<float*>(ddistance.data_ptr()));
   if (wanted(7)) sink_gradient(p, g.delta, static_cast<float*>(dsink.data_ptr()));
+  if (!wanted(0)) dq = none();
   if (!wanted(1)) dk = none();
   if (!wanted(2)) dv = none();
-  return {dq, dk, dv, dbias, ddistance, none(), none(), dsink};
+  return {dq, dk, dv, dbias, ddistance, drow, dcol, dsink};
 }
 
 }  // namespace duplex

@@ -31,13 +31,21 @@ BiasView bias_view(const OptionalTensor& t) {
 
 }  // namespace
 
+RowTable row_table(const OptionalTensor& t) {
+  if (!t) return {};
+  return {t->data_ptr(), dtype_of(*t), t->stride(0), t->stride(1), t->stride(2), t->stride(3), t->size(3) / 2};
+}
+
 void set_scores(Problem& p, const OptionalTensor& bias, const OptionalTensor& distance_bias,
-                const OptionalTensor& alibi_slopes, const OptionalTensor& sink, std::optional<double> scale,
+                const OptionalTensor& alibi_slopes, const OptionalTensor& row_distance_bias,
+                const OptionalTensor& col_distance_bias, const OptionalTensor& sink, std::optional<double> scale,
                 double softcap) {
   p.bias = bias_view(bias);
   p.distance_bias = data<float>(distance_bias);
   p.radius = distance_bias ? distance_bias->size(1) / 2 : 0;
   p.alibi_slopes = data<float>(alibi_slopes);
+  p.row_distance_bias = row_table(row_distance_bias);
+  p.col_distance_bias = row_table(col_distance_bias);
   p.sink = data<float>(sink);
   p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
   p.softcap = float(softcap);
@@ -45,8 +53,6 @@ void set_scores(Problem& p, const OptionalTensor& bias, const OptionalTensor& di
 }
 
 Problem problem_of(const CallArguments& call, const Tensor& out, const Tensor& lse) {
-  if (call.row_distance_bias || call.col_distance_bias)
-    throw std::invalid_argument("row_distance_bias, col_distance_bias: not in the CPU kernels");
   const int64_t dims = call.q.dim();
   Problem p{};
   p.dtype = dtype_of(call.q);
@@ -74,7 +80,8 @@ Problem problem_of(const CallArguments& call, const Tensor& out, const Tensor& l
   p.left = clamp(call.left.value_or(UNBOUNDED), -UNBOUNDED, UNBOUNDED);
   p.right = clamp(call.right.value_or(UNBOUNDED), -UNBOUNDED, UNBOUNDED);
   p.top_left = call.top_left;
-  set_scores(p, call.bias, call.distance_bias, call.alibi_slopes, call.sink, call.scale, call.softcap);
+  set_scores(p, call.bias, call.distance_bias, call.alibi_slopes, call.row_distance_bias, call.col_distance_bias,
+             call.sink, call.scale, call.softcap);
   p.dropout = call.dropout_p > 0;
   p.drop_below = uint64_t(std::floor(call.dropout_p * 4294967296.0));
   p.keep_scale = call.dropout_p < 1 ? float(1.0 / (1.0 - call.dropout_p)) : 0.0f;

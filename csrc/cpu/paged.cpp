@@ -198,8 +198,6 @@ Tensor rotated(const Tensor& q, const PlanBatch& batch, const Rope& rope, const 
 }  // namespace
 
 void paged_attention(DUPLEX_PAGED_PARAMETERS) {
-  if (row_distance_bias || col_distance_bias)
-    throw std::invalid_argument("row_distance_bias, col_distance_bias: not in the CPU kernels");
   const Isa& isa = isa_for(dtype_of(q));
   block_table = table_of(block_table);
   const PlanBatch batch =
@@ -222,10 +220,10 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   p.left = batch.left;
   p.right = batch.right;
   p.top_left = top_left;
-  set_scores(p, bias, distance_bias, alibi_slopes, sink, scale, softcap);
+  set_scores(p, bias, distance_bias, alibi_slopes, row_distance_bias, col_distance_bias, sink, scale, softcap);
   const Pages pages = pages_of(k_pages, v_pages, k_scales, v_scales, block_table);
 
-  const bool may_share = !bias && !distance_bias && !alibi_slopes;
+  const bool may_share = !bias && !distance_bias && !alibi_slopes && !row_distance_bias && !col_distance_bias;
   const PlanOptions options = plan_options(batch_invariant, may_share);
   Plan made;
   if (plan) made = read_plan(*plan, batch, options.fixed_split);

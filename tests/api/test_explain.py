@@ -56,10 +56,6 @@ CALLS: dict[str, tuple[Call, str, str, str]] = {  # the call, who runs it, why t
     "asked": (dense(backend="reference"), "reference", "could run it, reference was asked for", "could run it, reference was asked for"),
     "interpreted": (dense(backend="triton"), "triton", "could run it, triton was asked for", ""),
     "float64": (dense(torch.float64), "reference", "float64 runs in the reference only", "float64 runs in the reference only"),
-    "row_distance_bias": (
-        dense(row_distance_bias=torch.randn(BATCH, HEADS, SEQLEN_Q, 3)), "reference",
-        "row_distance_bias and col_distance_bias run in the reference only", "row_distance_bias and col_distance_bias run in the reference only",
-    ),
     "meta": (
         {name: x.to("meta") for name, x in dense().items()}, "reference",
         "it runs on CPU tensors, these are on meta", "it runs on CUDA tensors, these are on meta",
@@ -155,10 +151,9 @@ def test_explain_draws_no_seed() -> None:
 
 @pytest.mark.parametrize(("name", "arguments", "reason"), [
     ("cpu", dense(torch.float64), "cpu: float64 runs in the reference only"),
-    ("cpu", dense(col_distance_bias=torch.randn(BATCH, HEADS, SEQLEN_Q, 3)), "cpu: row_distance_bias and col_distance_bias run in"),
     ("cpu", {name: x.to("meta") for name, x in dense().items()}, "cpu: it runs on CPU tensors, these are on meta"),
     ("triton", dense(), f"triton: {NOT_INTERPRETED}"),
-], ids=["cpu-float64", "cpu-col_distance_bias", "cpu-meta", "triton-no-card"])  # fmt: skip
+], ids=["cpu-float64", "cpu-meta", "triton-no-card"])  # fmt: skip
 def test_a_named_backend_that_cannot_raises_its_reason(
     not_interpreted: None, name: str, arguments: Call, reason: str
 ) -> None:

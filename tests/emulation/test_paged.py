@@ -48,6 +48,7 @@ def fitting(case: Case) -> Case:
         case,
         dtype=BF16 if case.dtype == torch.float32 else case.dtype,
         head_dims=tuple(-(-d // multiple) * multiple for d in case.head_dims),
+        row_col_radius=None,
         bias="none",
     )
 

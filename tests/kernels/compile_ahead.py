@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
-from duplex_attn.call import Call
+from duplex_attn.call import GRADIENTS, Call
 from duplex_attn.kernels import attention, paged_calls, tuning
 from duplex_attn.kernels.launch import Launch
 from duplex_attn.paged.call import AppendCall, PagedCall
@@ -102,6 +102,13 @@ def narrow_call(dtype: torch.dtype, head_dim: int) -> Call:
     return c._replace(**odd)
 
 
+def tables_call(dtype: torch.dtype, head_dim: int) -> Call:
+    """DeBERTa's: padded, with a row of distances for each query and for each key."""
+    lengths = torch.empty(BATCH, dtype=torch.int32)
+    tables = {f"{name}_distance_bias": torch.empty(BATCH, HEADS, ROWS, 1023, dtype=dtype) for name in ("row", "col")}
+    return plain_call(dtype, head_dim)._replace(seqlens_q=lengths, seqlens_k=lengths, right=None, **tables)
+
+
 PAGES, PAGE_SIZE, WORKERS = 64, 16, 1024
 STORED = {
     "plain": None,
@@ -168,10 +175,17 @@ CONFIGURED_ALIKE = {
     "copy_kernel",
     "parts_kernel",
 }
-CALLS = {"plain": plain_call, "everything": full_call, "boolean": boolean_call, "narrow": narrow_call}
+CALLS = {
+    "plain": plain_call,
+    "everything": full_call,
+    "boolean": boolean_call,
+    "narrow": narrow_call,
+    "tables": tables_call,
+}
 ONCE = {  # kernels of calls that are compiled in one class alone
     "boolean": {"forward_kernel", "dq_kernel", "dkdv_kernel", "paged_kernel"},
     "narrow": {"forward_kernel", "dq_kernel", "dkdv_kernel"},
+    "tables": {"forward_kernel", "dq_kernel", "dkdv_kernel", "drow_bias_kernel"},
 }
 
 
@@ -182,7 +196,7 @@ def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
     c = CALLS[kind](dtype, head_dim)
     out, dout = (torch.empty(*c.q.shape[:-1], c.v.shape[-1], dtype=dtype) for _ in range(2))
     lse = torch.empty((HEADS, BATCH * ROWS) if c.packed else (BATCH, HEADS, ROWS))
-    inputs = (c.q, c.k, c.v, c.bias, c.distance_bias, None, None, c.sink)
+    inputs = [getattr(c, name) for name in GRADIENTS]
     grads = [torch.empty_like(x) if x is not None and x.is_floating_point() else None for x in inputs]
     partial = torch.empty(attention.diagonals(c, table).size) if kind == "everything" else None
     dlse = lse if kind == "everything" else None
@@ -190,7 +204,7 @@ def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
         attention.forward(c, out, lse, table),
         *attention.backward(c, dout, dlse, out, lse, grads, torch.empty_like(lse), partial, table),
         attention.merge([out, out], [lse, lse], out, lse),
-        *(paged_launches(table, kind, dtype, head_dim) if kind != "narrow" else []),
+        *(paged_launches(table, kind, dtype, head_dim) if kind not in ("narrow", "tables") else []),
     ]
 
 

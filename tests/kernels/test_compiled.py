@@ -66,7 +66,7 @@ def test_every_configuration_compiles_and_fits(table: str, tmp_path: Path) -> No
     names |= {"paged", "parts", "append", "copy"}
     assert compiled == {
         (name, bits, head_dim) for name in names for bits in (16, 32) for head_dim in (64, 128, 256)
-    } | {(name, 16, head_dim) for name in ("planned", "planned_parts") for head_dim in (64, 128, 256)}
+    } | {(name, 16, head_dim) for name in ("planned", "planned_parts") for head_dim in (64, 128, 256)} | {("drow_bias", 16, 64)}
     by_bulk_copy = {(row["kernel"], row["head_dim"]) for row in rows if row["descriptors"]}
     expected = {(name, d) for name in ("forward", "dq", "dkdv") for d in (64, 128, 256)}
     assert by_bulk_copy == (expected if base == "sm_90" else set())

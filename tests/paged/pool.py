@@ -32,6 +32,7 @@ class Case:
     softcap: float = 0.0
     distance_radius: int | None = None
     alibi: bool = False
+    row_col_radius: int | None = None
     bias: str = "none"  # or "full", "keys", "bool"
     sink: bool = False
     strided: bool = False  # heads before slots in memory
@@ -42,6 +43,9 @@ class Case:
         changed = [f for f in dataclasses.fields(self) if f.name != "seed" and getattr(self, f.name) != f.default]
         words = [f"{f.name}={getattr(self, f.name)}" for f in changed]
         return f"{self.seed}:" + ",".join(words).replace("torch.", "").replace(" ", "")
+
+
+TERMS = ("bias", "distance_bias", "alibi_slopes", "row_distance_bias", "col_distance_bias", "sink", "scale", "softcap")
 
 
 @dataclasses.dataclass
@@ -65,9 +69,9 @@ class Pool:
         *rows, dim = (*self.q.shape[:-1], self.v_pages.shape[-1])
         storage = torch.full((rows[0] + 2, rows[1] + 2, dim + 2), math.nan, dtype=case.dtype, device=lane.device)
         out = storage[1:-1, 1:-1, 1:-1]
-        given = {
-            name: getattr(call, name) for name in ("bias", "distance_bias", "alibi_slopes", "sink", "scale", "softcap")
-        } | {"k_scales": self.k_scales, "v_scales": self.v_scales, "out": out, "return_lse": True}
+        given = {name: getattr(call, name) for name in TERMS} | {
+            "k_scales": self.k_scales, "v_scales": self.v_scales, "out": out, "return_lse": True,
+        }  # fmt: skip
         if not self.decodes:
             longest = int(self.cu_seqlens_q.diff().max()) if len(self.cu_seqlens_q) > 1 else 0
             given |= {"cu_seqlens_q": self.cu_seqlens_q, "max_seqlen_q": longest}
@@ -192,6 +196,10 @@ def make(case: Case) -> Pool:
     if case.sink:
         call.sink = torch.randn(heads_q, generator=g)
     longest = int(lens_q.max()) if batch else 0
+    if case.row_col_radius is not None:
+        width = 2 * case.row_col_radius + 1
+        call.row_distance_bias = torch.randn(batch, heads_q, longest, width, generator=g)
+        call.col_distance_bias = torch.randn(batch, heads_q, table_width * page_size, width, generator=g).to(case.dtype)
     if case.bias == "full":
         call.bias = torch.randn(batch, heads_q, longest, table_width * page_size, generator=g).to(case.dtype)
     elif case.bias == "keys":

@@ -41,6 +41,7 @@ CHOICES = {
     "softcap": [0.0, 0.0, 2.0],
     "distance_radius": [None, None, 5],
     "alibi": [False, False, True],
+    "row_col_radius": [None, None, 2, 100],
     "bias": ["none", "none", "full", "keys", "bool"],
     "sink": [False, True],
     "strided": [False, True],

@@ -116,9 +116,10 @@ def test_every_backend_follows_any_plan(lane: Lane, mask: tuple, workers: Worker
     made = plan(pool.block_table, pool.seqlens_k, 16, da.Mask(*mask), cu_seqlens_q=pool.cu_seqlens_q, workers=workers)
     assert (made[0, 5] > 0) == (mask == (0, None, 0))
     pool.check(lane, plan=made)
-    biased = dataclasses.replace(pool, packed=dataclasses.replace(pool.packed, alibi_slopes=torch.rand(4)))
-    with_plan, without = biased.run(lane, plan=made)["out"].clone(), biased.run(lane)["out"]
-    torch.testing.assert_close(with_plan, without, msg="distances in a shared tile")
+    for term, x in (("alibi_slopes", torch.rand(4)), ("row_distance_bias", torch.randn(15, 4, max(lens_q), 9))):
+        biased = dataclasses.replace(pool, packed=dataclasses.replace(pool.packed, **{term: x}))
+        with_plan, without = biased.run(lane, plan=made)["out"].clone(), biased.run(lane)["out"]
+        torch.testing.assert_close(with_plan, without, msg=f"{term} in a shared tile")
 
 
 @pytest.mark.parametrize("decodes", [True, False])

@@ -27,6 +27,7 @@ struct Scratch {
   float *dk, *dv, *dq, *dq_t;              // [BLOCK][floats], [BLOCK][floats_v], [TILE][floats], [floats][TILE]
   unit *weights, *dscores, *dscore_pairs;  // of the products: [KEYS][TILE / STEP] twice, [KEYS / STEP][TILE]
   float* diagonals;
+  float* column_ends;  // [BLOCK][2]
   QueryTile<P> queries;
   GradientTile<P> tile;
 
@@ -45,6 +46,7 @@ struct Scratch {
         dscores(carver.take<unit>(KEYS * TILE / P::STEP)),
         dscore_pairs(carver.take<unit>(KEYS * TILE / P::STEP)),
         diagonals(carver.take<float>(TILE + KEYS)),
+        column_ends(carver.take<float>(p.col_distance_bias ? BLOCK * 2 : 0)),
         queries(p, carver),
         tile(p, carver) {}
 };
@@ -88,6 +90,33 @@ void add_distance_gradient(const HeadScores& head, const TileRange& t, Scratch<P
   for (int x = 0; x < TILE + KEYS; ++x) table[clamp(nearest + KEYS - 1 - x, -r, r) + r] += s.diagonals[x];
 }
 
+// dS of a tile into the gradients of the tables that have a row for each of its queries, or of its keys.
+template <class P>
+void write_row_table(const HeadScores& head, const TileRange& t, Scratch<P>& s, const RowTable& to, float* ends) {
+  float* const by_query = s.tile.score->stored_bias;  // [query][KEYS]
+  transpose_units((uint32_t*)by_query, KEYS, (const uint32_t*)s.tile.dscores, TILE, t.keys, t.rows);
+  for (int m = 0; m < t.rows; ++m)
+    with_row(to, head.b, head.h, t.i0 + m, [&](auto* row) {
+      write_distances(by_query + m * KEYS, to, row, head.distance(t, m, 0), t.keys, ends + 2 * m);
+    });
+}
+
+template <class P>
+void write_column_table(const HeadScores& head, const TileRange& t, Scratch<P>& s, const RowTable& to, float* ends) {
+  const int last = t.rows - 1;
+  for (int n = 0; n < t.keys; ++n) {
+    float rising[TILE];
+    for (int m = 0; m < t.rows; ++m) rising[last - m] = s.tile.dscores[n * TILE + m];
+    with_row(to, head.b, head.h, t.j0 + n,
+             [&](auto* row) { write_distances(rising, to, row, head.distance(t, last, n), t.rows, ends + 2 * n); });
+  }
+}
+
+void write_table_ends(const RowTable& to, int64_t b, int64_t h, int64_t first, int64_t count, const float* ends) {
+  for (int64_t r = 0; r < count; ++r)
+    with_row(to, b, h, first + r, [&](auto* row) { write_ends(to, row, ends + 2 * r); });
+}
+
 // to[r][x] += from[r][x]
 inline void add_rows(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int dim) {
   for (int r = 0; r < rows; ++r)
@@ -122,6 +151,7 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
   }
   for (int64_t x = 0; x < group; ++x) {
     const HeadScores head{p, seq, task.b, task.h_kv * group + x};
+    if (g.dcol_distance) memset(s.column_ends, 0, BLOCK * 2 * sizeof(float));
     for (int64_t i0 = task.row_begin; i0 < task.row_end; i0 += TILE) {
       const int rows = int(clamp(task.row_end - i0, 0, TILE));
       if (seq.span.cover(i0, i0 + rows, begin, begin + count) == Cover::NONE) continue;
@@ -136,6 +166,10 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
         s.tile.compute(head, s.queries, t, keys, cover, s.keys + at * w.units, s.values + at * w.units_v);
         if (g.ddistance)
           add_distance_gradient(head, t, s, g.ddistance + (head.b * p.heads_q + head.h) * (2 * p.radius + 1));
+        if (g.drow_distance && task.queries)
+          write_row_table(head, t, s, g.drow_distance,
+                          g.row_ends + 2 * (x * (task.row_end - task.row_begin) + i0 - task.row_begin));
+        if (g.dcol_distance && task.keys) write_column_table(head, t, s, g.dcol_distance, s.column_ends + 2 * at);
         make_units(head, t, s, keys);
         typedef typename P::unit unit;
         const unit* weights = P::STEP == 1 ? (unit*)s.tile.weights : s.weights;
@@ -172,6 +206,7 @@ void backward_block(const Problem& p, const Gradients& g, const BackwardTask& ta
           add_rows(g.dq.at<float>(task.b, seq.row_q + i0, head.h), g.dq.row, s.dq, w.floats, rows, int(d));
       }
     }
+    if (g.dcol_distance && task.keys) write_table_ends(g.dcol_distance, head.b, head.h, begin, count, s.column_ends);
   }
   if (task.keys) {
     narrow_rows(g.dk.at<E>(task.b, row_k, task.h_kv), g.dk.row, s.dk, w.floats, count, int(d));
@@ -193,12 +228,19 @@ void backward_task(const Problem& p, const Gradients& given, const BackwardTask&
       for (int64_t r = 0; r < rows; ++r)
         memset(g.dq.at<float>(task.b, seq.row_q + task.row_begin + r, task.h_kv * group + x), 0, d * sizeof(float));
   }
+  if (g.drow_distance && task.queries) {
+    g.row_ends = s.carver.template take<float>(group * rows * 2);
+    memset(g.row_ends, 0, group * rows * 2 * sizeof(float));
+  }
   for (int64_t j = task.key_begin; j < task.key_end; j += BLOCK)
     backward_block<P, E>(p, g, task, seq, s, j, int(clamp(task.key_end - j, 0, BLOCK)));
   if (task.queries && g.dq_sum)
     for (int64_t x = 0; x < group; ++x)
       narrow_rows(g.dq.at<E>(task.b, seq.row_q + task.row_begin, task.h_kv * group + x), g.dq.row,
                   g.dq_sum + x * rows * d, d, int(rows), int(d));
+  if (g.row_ends)
+    for (int64_t x = 0; x < group; ++x)
+      write_table_ends(g.drow_distance, task.b, task.h_kv * group + x, task.row_begin, rows, g.row_ends + 2 * x * rows);
 }
 
 template <class E>
@@ -224,6 +266,7 @@ const BackwardKernel backward = {
       size_t bytes = p.dtype == DType::BFLOAT16 ? Scratch<Bf16Product>(p, nullptr).carver.bytes
                                                 : Scratch<Float32>(p, nullptr).carver.bytes;
       if (p.dtype != DType::FLOAT32) bytes += p.group() * rows * p.head_dim * sizeof(float) + 128;
+      if (p.row_distance_bias) bytes += p.group() * rows * 2 * sizeof(float) + 128;
       return bytes;
     },
     [](const Problem& p, const View& dout, const float* dlse, float* delta, int64_t b, int64_t h) {

@@ -296,6 +296,13 @@ void finish_scores(const HeadScores& head, int64_t i, int64_t j0, int keys, floa
     for (int n = 0; n < keys; ++n) scores[n] += head.distance_term(j0 + n - (i + span.offset));
   if (p.bias)
     for (int n = 0; n < keys; ++n) scores[n] += bias_at(p.bias, head, i, j0 + n);
+  const int64_t nearest = j0 - (i + span.offset);
+  if (const RowTable& table = p.row_distance_bias)
+    with_row(table, head.b, head.h, i, [&](const auto* row) { add_distances(scores, table, row, nearest, keys); });
+  if (const RowTable& table = p.col_distance_bias)
+    for (int n = 0; n < keys; ++n)
+      with_row(table, head.b, head.h, j0 + n,
+               [&](const auto* row) { add_distances(scores + n, table, row, nearest + n, 1); });
   if (span.cover(i, i + 1, j0, j0 + keys) != Cover::ALL)
     for (int n = 0; n < keys; ++n)
       if (!span.sees(i, j0 + n)) scores[n] = -INF;

@@ -54,16 +54,18 @@ struct AppendKernel {
 
 struct Gradients {
   View dout, dq, dk, dv;
-  float* delta;      // laid out as lse: rowsum(dout * out) - dlse
-  float* dq_sum;     // set by the kernel
-  float* ddistance;  // (batch, heads_q, 2 * radius + 1), or null
+  float* delta;                           // laid out as lse: rowsum(dout * out) - dlse
+  float* dq_sum;                          // set by the kernel
+  float* ddistance;                       // (batch, heads_q, 2 * radius + 1), or null
+  RowTable drow_distance, dcol_distance;  // contiguous, or not wanted
+  float* row_ends;                        // set by the kernel
 };
 
 struct BackwardTask {
   int32_t b, h_kv;
   int64_t row_begin, row_end;  // queries
   int64_t key_begin, key_end;  // keys; key_begin is a multiple of key_block
-  bool keys, queries;          // what this task writes: dk and dv, dq
+  bool keys, queries;          // what this task writes: dk, dv and dcol_distance; dq and drow_distance
 };
 
 struct BackwardKernel {

@@ -3,7 +3,7 @@
 
 #include "common/philox.h"
 #include "common/problem.h"
-#include "cpu/kernels/pack.h"
+#include "cpu/kernels/row_table.h"
 
 namespace duplex::DUPLEX_ISA {
 
@@ -21,7 +21,7 @@ struct TileRange {
 
 struct ScoreScratch {
   float distance[TILE + KEYS];     // distance terms by query - key, see DistanceTerms
-  float stored_bias[TILE * KEYS];  // [query][KEYS], as the tensor has it
+  float stored_bias[TILE * KEYS];  // [query][KEYS], as tensors have it
   float bias[KEYS * TILE];         // [key][TILE]
 };
 
@@ -32,10 +32,9 @@ struct HeadScores {
   int64_t b, h;
 
   bool has_distance() const { return problem.distance_bias || problem.alibi_slopes; }
+  bool has_bias() const { return problem.bias || problem.row_distance_bias || problem.col_distance_bias; }
   // Nothing but a positive scale stands between product and score: it is then folded into the exponential.
-  bool is_scaled_product() const {
-    return problem.softcap <= 0 && !has_distance() && !problem.bias && problem.scale > 0;
-  }
+  bool is_scaled_product() const { return problem.softcap <= 0 && !has_distance() && !has_bias() && problem.scale > 0; }
   // What turns a stored score into natural units.
   float unit() const { return is_scaled_product() ? problem.scale : 1.0f; }
 
@@ -78,21 +77,46 @@ struct HeadScores {
     for (int m = 0; m < t.rows; ++m)
       for (int n = 0; n < t.keys; ++n) to[m * KEYS + n] = from[m * v.row + n * v.col] ? 0.0f : -INF;
   }
-  void fill_bias(const TileRange& t, ScoreScratch& scratch) const {
-    if (t.rows < TILE || t.keys < KEYS) memset(scratch.stored_bias, 0, sizeof scratch.stored_bias);
+  void fill_dense_bias(const TileRange& t, float* to) const {
     switch (problem.bias.dtype) {
-      case DType::FLOAT32: widen_bias<float>(t, scratch.stored_bias); break;
-      case DType::FLOAT16: widen_bias<f16>(t, scratch.stored_bias); break;
-      case DType::BFLOAT16: widen_bias<bf16>(t, scratch.stored_bias); break;
-      case DType::BOOL: widen_mask(t, scratch.stored_bias); break;
+      case DType::FLOAT32: return widen_bias<float>(t, to);
+      case DType::FLOAT16: return widen_bias<f16>(t, to);
+      case DType::BFLOAT16: return widen_bias<bf16>(t, to);
+      case DType::BOOL: return widen_mask(t, to);
     }
+  }
+  // j - p(i) of a tile's query m and key n.
+  int64_t distance(const TileRange& t, int m, int n) const { return t.j0 + n - (t.i0 + m + seq.span.offset); }
+
+  void add_row_table(const TileRange& t, float* to) const {
+    const RowTable& table = problem.row_distance_bias;
+    for (int m = 0; m < t.rows; ++m)
+      with_row(table, b, h, t.i0 + m,
+               [&](const auto* row) { add_distances(to + m * KEYS, table, row, distance(t, m, 0), t.keys); });
+  }
+  // Down a column of keys distances fall, so the last query comes first.
+  void add_column_table(const TileRange& t, float* to) const {
+    const RowTable& table = problem.col_distance_bias;
+    const int last = t.rows - 1;
+    for (int n = 0; n < t.keys; ++n) {
+      float rising[TILE] = {};
+      with_row(table, b, h, t.j0 + n,
+               [&](const auto* row) { add_distances(rising, table, row, distance(t, last, n), t.rows); });
+      for (int m = 0; m < t.rows; ++m) to[n * TILE + m] += rising[last - m];
+    }
+  }
+  void fill_bias(const TileRange& t, ScoreScratch& scratch) const {
+    if (!problem.bias || t.rows < TILE || t.keys < KEYS) memset(scratch.stored_bias, 0, sizeof scratch.stored_bias);
+    if (problem.bias) fill_dense_bias(t, scratch.stored_bias);
+    if (problem.row_distance_bias) add_row_table(t, scratch.stored_bias);
     transpose_units((uint32_t*)scratch.bias, TILE, (const uint32_t*)scratch.stored_bias, KEYS, TILE, KEYS);
+    if (problem.col_distance_bias) add_column_table(t, scratch.bias);
   }
 
-  // Scale, softcap, distance and bias. slopes, when given, receives d(score)/d(scaled product), 1 without softcap.
+  // Scale, softcap, distance and biases. slopes, when given, receives d(score)/d(scaled product), 1 without softcap.
   void finish(const TileRange& t, float* scores, ScoreScratch& scratch, float* slopes = nullptr) const {
     if (has_distance()) fill_distance(t, scratch.distance);
-    if (problem.bias) fill_bias(t, scratch);
+    if (has_bias()) fill_bias(t, scratch);
     const float cap = problem.softcap;
     for (int n = 0; n < t.keys; ++n)
       for (int m = 0; m < t.lanes(); m += LANES) {
@@ -103,7 +127,7 @@ struct HeadScores {
           if (slopes) store(slopes + n * TILE + m, 1.0f - bent * bent);
         }
         if (has_distance()) s += load<vfloat>(scratch.distance + m - n + KEYS - 1);
-        if (problem.bias) s += load<vfloat>(scratch.bias + n * TILE + m);
+        if (has_bias()) s += load<vfloat>(scratch.bias + n * TILE + m);
         store(scores + n * TILE + m, s);
       }
   }
