@@ -57,7 +57,7 @@ def attention(
     distance_bias: (Hq, 2R+1), added at clamp(j - p(i), -R, R) + R (T5, Raffel et al. 2020).
     alibi_slopes: (Hq,), subtracts slope * |j - p(i)| (ALiBi, Press et al. 2022); no gradient.
     row_distance_bias, col_distance_bias: (B, Hq, Sq, 2R+1) and (B, Hq, Sk, 2R+1), indexed by i or j and by distance as
-        distance_bias is (DeBERTa, He et al. 2021); in the reference only.
+        distance_bias is (DeBERTa, He et al. 2021); in any floating dtype, not in the CUDA C++ kernels.
     sink: (Hq,), a logit that takes part in the softmax and has no value (GPT-OSS, 2025).
     scale: of the scores, D ** -0.5 by default. softcap: s -> softcap * tanh(s / softcap) when > 0 (Gemma 2, 2024).
     dropout_p: in [0, 1), of the probabilities. seed: int or int64 tensor (1,); None draws one from torch's generator.

@@ -124,7 +124,7 @@ def delta_of(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, delta:
 
 
 def dq_of(c: Call, given: tuple, dq: Tensor, table: str) -> Launch:
-    tile = _tile("dq", c, table)
+    tile = _tile(_kind("dq", c), c, table)
     blocks = triton.cdiv(c.max_seqlen_q, tile.block_m)
     return Launch(
         dq_kernel, c.batch * c.q.shape[-2] * blocks,
@@ -134,7 +134,7 @@ def dq_of(c: Call, given: tuple, dq: Tensor, table: str) -> Launch:
 
 
 def dkdv_of(c: Call, given: tuple, dk: Tensor, dv: Tensor, table: str) -> Launch:
-    tile = _tile("dkdv", c, table)
+    tile = _tile(_kind("dkdv", c), c, table)
     blocks = triton.cdiv(c.max_seqlen_k, tile.block_n)
     heads_kv, group = c.k.shape[-2], c.q.shape[-2] // c.k.shape[-2]
     read = c.max_seqlen_q * group * (c.q.shape[-1] + c.v.shape[-1]) * c.q.element_size()
@@ -172,7 +172,7 @@ def dbias_of(c: Call, given: tuple, dbias: Tensor, table: str) -> Launch:
 
 
 def drow_bias_of(c: Call, given: tuple, dbias: Tensor, table: str, *, of_keys: bool) -> Launch:
-    tile = _tile("dbias", c, table)
+    tile = _tile("ddistance", c, table)
     heads = c.q.shape[-2]
     blocks = triton.cdiv(c.max_seqlen_k, tile.block_n) if of_keys else triton.cdiv(c.max_seqlen_q, tile.block_m)
     return Launch(
@@ -243,8 +243,12 @@ def _has_scores(c: Call) -> bool:
 
 
 def forward_tile(c: Call, table: str) -> tuning.Config:
+    return _tile(_kind("forward", c), c, table)
+
+
+def _kind(kernel: str, c: Call) -> str:
     bare = problem.plain(problem.terms(c)) and c.dropout_p == 0
-    return _tile("forward" if bare else "forward_terms", c, table)
+    return kernel if bare else f"{kernel}_terms"
 
 
 def _tile(kernel: str, c: Call, table: str) -> tuning.Config:

@@ -1,8 +1,8 @@
 """Which tile, how many warps and how deep a pipeline: read from tuning/*.json, one table an architecture or a card.
 
 A table has an entry for every kind of kernel, width of the elements in bits and class of head_dim, so that looking one up is
-a dictionary access. `measured` says where its numbers come from. The forward has two kinds: what the other terms of a score and
-dropout need beside the tile would leave registers for a smaller one only (forward_terms).
+a dictionary access. `measured` says where its numbers come from. What the other terms of a score and dropout need beside the tile
+leaves registers for a smaller one only, so forward, dq and dkdv have a second kind for calls with any of them (forward_terms).
 
 A card's own table, named as the card, holds what was measured to be faster on it; all else is that of the architecture which it
 `inherits`. So does that of cards with little shared memory, for what would not fit there.

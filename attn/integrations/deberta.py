@@ -9,26 +9,53 @@ takes back.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.deberta import modeling_deberta as v1
 from transformers.models.deberta_v2 import modeling_deberta_v2 as v2
 from transformers.utils.import_utils import is_tracing
 
 from .. import functional
 from ..mask import Mask
-from .transformers import SpanMask, refuse_output_attentions
+from .transformers import refuse_output_attentions
+
+LIMIT = {"cpu": 2**26, "cuda": 2**28}  # bytes of tables at a time: on a CPU about what its caches hold
+
+
+class Padding(NamedTuple):
+    """Which of (batch, seqlen) are tokens; what is None hides nothing."""
+
+    lengths: Tensor | None = None  # int32 (batch,), tokens come first
+    longest: tuple[int, ...] | None = None  # the same on the host
+    keys: Tensor | None = None  # bool (batch, 1, 1, seqlen), where they come anywhere, or were not read
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> Padding:
+        """tokens (batch, seqlen) bool. Costs one look at its contents; while a graph is traced nothing is read."""
+        if not is_tracing(tokens):
+            host = tokens.cpu()
+            lengths = host.sum(1, dtype=torch.int32)
+            if host.all():
+                return cls()
+            if torch.equal(host, torch.arange(host.shape[1]) < lengths[:, None]):
+                return cls(lengths.to(tokens.device), tuple(lengths.tolist()))
+        return cls(keys=tokens[:, None, None, :])
+
+    def part(self, sequences: slice) -> Padding:
+        parts: Any = [None if x is None else x[sequences] for x in self]
+        return Padding(*parts)
 
 
 class _Encoder:
     """What an encoder prepares once for all of its layers: the padding as lengths, and no positions."""
 
-    def get_attention_mask(self, attention_mask: Tensor) -> Any:
-        if attention_mask.dim() > 2:
-            return super().get_attention_mask(attention_mask)  # type: ignore[misc]
-        return _padding_mask(attention_mask.bool())
+    def get_attention_mask(self, attention_mask: Tensor) -> Padding:
+        if attention_mask.dim() <= 2:
+            return Padding.of(attention_mask.bool())
+        return Padding(keys=super().get_attention_mask(attention_mask).bool())  # type: ignore[misc]
 
     def get_rel_pos(self, hidden_states: Tensor, query_states: Tensor | None = None, relative_pos: Any = None) -> Any:
         return relative_pos
@@ -40,7 +67,7 @@ class _Attention:
     def forward(
         self: Any,
         hidden_states: Tensor,
-        attention_mask: Tensor | SpanMask,
+        attention_mask: Padding,
         output_attentions: bool = False,
         query_states: Tensor | None = None,
         relative_pos: Tensor | None = None,
@@ -56,23 +83,14 @@ class _Attention:
             raise ValueError("relative_pos: expected None, got a tensor; restore(model) computes with it")
         q, k, v = self.projections(hidden_states, query_states)
         scale = (q.shape[-1] * (1 + len({"c2p", "p2c"}.intersection(self.pos_att_type)))) ** -0.5
-        tables: dict[str, Tensor] = {}
+        keys = queries = None  # of distances
         if self.relative_attention and rel_embeddings is not None:
             rel_embeddings = self.pos_dropout(rel_embeddings)
-            entries = self.entries(max(q.shape[1], k.shape[1]), q.device)
-            if "c2p" in self.pos_att_type:
-                tables["row_distance_bias"] = _products(q * scale, self.keys_of(rel_embeddings)[entries])
-            if "p2c" in self.pos_att_type:
-                tables["col_distance_bias"] = _products(k * scale, self.queries_of(rel_embeddings)[entries])
-
-        mask: dict[str, Any]
-        if isinstance(attention_mask, SpanMask):
-            lengths = attention_mask.seqlens_k
-            mask = {"mask": attention_mask.span, "seqlens_q": lengths, "seqlens_k": lengths, "bias": attention_mask.keys}
-        else:
-            mask = {"bias": attention_mask.bool()}
-        dropout = self.dropout.p if self.training else 0.0
-        return functional.attention(q, k, v, **mask, **tables, scale=scale, dropout_p=dropout).flatten(2), None
+            entries = self.entries(q.shape[1], q.device)
+            keys = self.keys_of(rel_embeddings)[entries] * scale if "c2p" in self.pos_att_type else None
+            queries = self.queries_of(rel_embeddings)[entries] * scale if "p2c" in self.pos_att_type else None
+        out = attend(q, k, v, keys, queries, attention_mask, scale, self.dropout.p if self.training else 0.0)
+        return out.flatten(2), None
 
     def heads(self: Any, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_attention_heads, -1))
@@ -132,24 +150,67 @@ def _clamped(behind: Tensor, span: int) -> Tensor:
     return (behind + span).clamp(0, 2 * span - 1)
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor | None,
+    queries: Tensor | None,
+    padding: Padding,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """q, k, v and the result (batch, seqlen, heads, dim); keys, queries (distances, heads, dim), of distances and scaled.
+
+    The tables are made for so many sequences at a time that they take LIMIT bytes, and made again on the way back.
+    """
+    batch, length, heads, _ = q.shape
+    tables = sum(x is not None for x in (keys, queries))
+    each = tables * heads * length * (2 * length - 1) * q.element_size()
+    step = max(1, LIMIT.get(q.device.type, LIMIT["cuda"]) // max(1, each)) if tables else batch
+    outs = []
+    for first in range(0, batch, step):
+        some = slice(first, first + step)
+        part = padding.part(some)
+        rows = length if part.longest is None else max(1, *part.longest)
+        given: tuple[Any, ...] = (*(x[some, :rows] for x in (q, k, v)), _nearest(keys, rows), _nearest(queries, rows))
+        given += part, scale, dropout_p
+        recompute = tables and torch.is_grad_enabled()
+        out = checkpoint(_attend, *given, use_reentrant=False) if recompute else _attend(*given)
+        outs.append(out if rows == length else nn.functional.pad(out, (0, 0, 0, 0, 0, length - rows)))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor | None,
+    queries: Tensor | None,
+    padding: Padding,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    return functional.attention(
+        q, k, v, Mask(align="top_left"), seqlens_q=padding.lengths, seqlens_k=padding.lengths, bias=padding.keys,
+        row_distance_bias=None if keys is None else _products(q, keys),
+        col_distance_bias=None if queries is None else _products(k, queries),
+        scale=scale, dropout_p=dropout_p,
+    )  # fmt: skip
+
+
+def _nearest(positions: Tensor | None, rows: int) -> Tensor | None:
+    """Of (distances, heads, dim), those that sequences of `rows` have."""
+    if positions is None:
+        return None
+    middle = len(positions) // 2
+    return positions[max(0, middle - rows + 1) : middle + rows]
+
+
 def _products(x: Tensor, positions: Tensor) -> Tensor:
     """x (batch, seqlen, heads, dim), positions (distances, heads, dim) -> (batch, heads, seqlen, distances)."""
     by_head = torch.bmm(x.flatten(0, 1).transpose(0, 1), positions.permute(1, 2, 0))
     return by_head.unflatten(1, x.shape[:2]).transpose(0, 1)
-
-
-def _padding_mask(padding: Tensor) -> SpanMask:
-    """padding (batch, seqlen) bool. Costs one look at its contents; while a graph is traced nothing is read."""
-    batch, length = padding.shape
-    span, shape = Mask(align="top_left"), (batch, 1, length, length)
-    if not is_tracing(padding):
-        host = padding.cpu()
-        if host.all():
-            return SpanMask(span, shape, padding.device)
-        lengths = host.sum(1, dtype=torch.int32)
-        if torch.equal(host, torch.arange(length) < lengths[:, None]):
-            return SpanMask(span, shape, padding.device, seqlens_k=lengths.to(padding.device))
-    return SpanMask(span, shape, padding.device, keys=padding[:, None, None, :])
 
 
 MODELS = (v1.DebertaPreTrainedModel, v2.DebertaV2PreTrainedModel)

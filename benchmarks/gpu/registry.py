@@ -70,6 +70,7 @@ def padding_and_bias() -> Iterator[Workload]:
     )  # fmt: skip
     sizes = {"heads": 4, "queries": 384, "pair_bias": True}
     yield Workload("bias of pairs, forward + backward 384", "biased", 128, head_dim=32, **sizes)
+    yield Workload("tables by row and key, forward + backward 512", "tables", 16, 12, queries=512, head_dim=64)
 
 
 def paged() -> Iterator[Workload]:

@@ -19,12 +19,11 @@ TERMS: dict[str, Any] = {
     "layout": "packed", "mask": "prefix_each", "softcap": 3.0, "distance_radius": 7, "alibi": True, "bias": "full",
     "sink": "float32", "dropout_p": 0.3,
 }  # fmt: skip
-BACKWARD = {"dq", "dkdv"}
 TRITON = [lane for lane in SMALL if lane.backend == "triton"]  # whose tables they are
 TRITON += [pytest.param(lane, marks=pytest.mark.gpu) for lane in CARD if lane.backend == "triton"]
 KINDS = {  # which kinds of kernels a call meets
-    "plain": {"forward"} | BACKWARD,
-    "terms": {"forward_terms", "dbias", "ddistance"} | BACKWARD,
+    "plain": {"forward", "dq", "dkdv"},
+    "terms": {"forward_terms", "dq_terms", "dkdv_terms", "dbias", "ddistance"},
     "decode": {"paged_decode"},
     "prefill": {"paged"},
     "prefill with terms": {"paged_terms"},

@@ -109,6 +109,12 @@ def tables_call(dtype: torch.dtype, head_dim: int) -> Call:
     return plain_call(dtype, head_dim)._replace(seqlens_q=lengths, seqlens_k=lengths, right=None, **tables)
 
 
+def training_call(dtype: torch.dtype, head_dim: int) -> Call:
+    """BERT's in training: plain, with dropout."""
+    seed = torch.empty(1, dtype=torch.int64)
+    return plain_call(dtype, head_dim)._replace(right=None, dropout_p=0.1, seed=seed)
+
+
 PAGES, PAGE_SIZE, WORKERS = 64, 16, 1024
 STORED = {
     "plain": None,
@@ -168,8 +174,6 @@ OFF = {"top_left": False, "softcap": 0.0, "dropout_p": 0.0, "deterministic": Tru
 # For both calls.
 CONFIGURED_ALIKE = {
     "delta_kernel",
-    "dq_kernel",
-    "dkdv_kernel",
     "merge_kernel",
     "append_kernel",
     "copy_kernel",
@@ -181,11 +185,13 @@ CALLS = {
     "boolean": boolean_call,
     "narrow": narrow_call,
     "tables": tables_call,
+    "training": training_call,
 }
 ONCE = {  # kernels of calls that are compiled in one class alone
     "boolean": {"forward_kernel", "dq_kernel", "dkdv_kernel", "paged_kernel"},
     "narrow": {"forward_kernel", "dq_kernel", "dkdv_kernel"},
     "tables": {"forward_kernel", "dq_kernel", "dkdv_kernel", "drow_bias_kernel"},
+    "training": {"forward_kernel", "dq_kernel", "dkdv_kernel"},
 }
 
 
@@ -204,7 +210,7 @@ def launches(table: str, kind: str, bits: int, head_dim: int) -> list[Launch]:
         attention.forward(c, out, lse, table),
         *attention.backward(c, dout, dlse, out, lse, grads, torch.empty_like(lse), partial, table),
         attention.merge([out, out], [lse, lse], out, lse),
-        *(paged_launches(table, kind, dtype, head_dim) if kind not in ("narrow", "tables") else []),
+        *(paged_launches(table, kind, dtype, head_dim) if kind in ("plain", "everything", "boolean") else []),
     ]
 
 

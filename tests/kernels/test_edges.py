@@ -155,3 +155,13 @@ def test_each_head_dim_from_1_to_40_and_the_ends(lane: Lane) -> None:
             {k: 4 * x for k, x in floor.items()},
             f"{lane}: {case}",
         )
+
+
+@pytest.mark.parametrize("name", ["distance_bias", "row_distance_bias", "col_distance_bias"])
+def test_distances_that_nobody_sees(lane: Lane, name: str) -> None:
+    """-inf beyond 3 keys either way: of a block of keys far from its queries, no score is finite, and of the last rows none at all."""
+    call = Call(normal(1, 150, 2, 8), normal(1, 140, 2, 8), normal(1, 140, 2, 8), top_left=True)
+    table = normal(*((2,) if name == "distance_bias" else (1, 2, 150 if name.startswith("row") else 140)), 2 * 150 + 1)
+    table[..., :147] = table[..., 154:] = -math.inf
+    setattr(call, name, table)
+    compare(call, lane)

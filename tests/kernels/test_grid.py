@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from ..cases import CHOICES, Case, covering, grid, problem
+from ..cases import CHOICES, Case, covering, grid
 from ..checking import check
 from ..lanes import Lane
 

@@ -54,14 +54,25 @@ def biased(
     """SDPA with the whole bias as a tensor, made of a table in every step, as T5 does: by the fastest of `planes`, since of a
     table's gradient, in which so many numbers come together, one way to form it may be many times as slow as another."""
 
-    def sdpa(backend: SDPBackend) -> Peer:
-        def step(plane: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-            whole = plane(bias).to(w.dtype)[None].expand(w.batch, -1, -1, -1)
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), whole)
-            return torch.autograd.grad(out.transpose(1, 2), [*leaves, bias], dout)
+    def whole(plane: Callable[[Tensor], Tensor]) -> Tensor:
+        return plane(bias).to(w.dtype)[None].expand(w.batch, -1, -1, -1)
 
-        return Peer(min((partial(step, plane) for plane in planes), key=partial(_seconds, dout.device)))
+    return with_whole_bias(leaves, [bias], [partial(whole, plane) for plane in planes], dout)
+
+
+def with_whole_bias(
+    leaves: Sequence[Tensor], tables: Sequence[Tensor], wholes: Sequence[Callable[[], Tensor]], dout: Tensor
+) -> Makers:
+    """SDPA with what the fastest of `wholes` makes of the tables in every step, (B, H, Sq, Sk)."""
+
+    def sdpa(backend: SDPBackend) -> Peer:
+        def step(whole: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+            bias = whole()
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), bias)
+            return torch.autograd.grad(out.transpose(1, 2), [*leaves, *tables], dout)
+
+        return Peer(min((partial(step, whole) for whole in wholes), key=partial(_seconds, dout.device)))
 
     return {
         "sdpa with a bias": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),

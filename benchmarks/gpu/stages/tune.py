@@ -39,6 +39,8 @@ MEASURED_BY: dict[str, Callable[[Workload], bool]] = {
     "forward_terms": lambda w: w.family == "biased",
     "dq": lambda w: w.family == "backward",
     "dkdv": lambda w: w.family == "backward",
+    "dq_terms": lambda w: w.family == "biased",
+    "dkdv_terms": lambda w: w.family == "biased",
     "dbias": lambda w: w.family == "biased" and w.pair_bias,
     "ddistance": lambda w: w.family == "biased" and w.distance_radius > 0,
     "paged": lambda w: w.family == "decode" and w.queries > 1 and not w.terms,
@@ -46,7 +48,7 @@ MEASURED_BY: dict[str, Callable[[Workload], bool]] = {
     "paged_decode": lambda w: w.family == "decode" and w.queries == 1,
 }
 MOST_WORKLOADS = 3  # of one entry
-ALSO_WITH_TERMS = {"dq", "dkdv"}  # kernels whose entries serve calls with terms, which no workload of their class has
+ALSO_WITH_TERMS = {"forward_terms", "dq_terms", "dkdv_terms"}  # serve calls with more terms than a workload has
 TERMS = "every term of a score"
 COMPILING = 0.6  # of the time left, at most
 # More than a step away from what is in use: rows, keys, warps and stages that keep two programs on a multiprocessor of Hopper,
