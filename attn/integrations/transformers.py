@@ -12,25 +12,31 @@ What travels is a `SpanMask`: a plain object, as the `BlockMask` of transformers
 that a mask passes is ready for it. It holds no reference to the cache, whose counters change under it, and no global is
 involved, so forwards may be nested, interleaved and recomputed (gradient checkpointing). torch.compile traces through
 it with its integers symbolic, which it does not do for a tensor subclass. A model that computes with its mask (slices
-it, combines it) gets the boolean tensor that the sdpa implementation would have had.
+it, combines it) gets the boolean tensor that the sdpa implementation would have had. A model that knows eager alone
+gets eager's floating tensor whether it does or not, for most of these add it to their scores.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, __version__
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, eager_mask, prepare_padding_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 from .. import functional
+from ..checks import MAX_HEAD_DIM
 from ..mask import Mask
 
 NAME = "duplex_attn"
@@ -291,6 +297,23 @@ def _read(mask_function: Callable) -> _Reach | None:
     return reach if isinstance(reach, _Reach) else None
 
 
+@cache
+def _models_know_eager_alone(config: type) -> bool:
+    for kind in config.__mro__:  # a config made by hand may extend one that has models
+        module = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
+        classes: list[Any] = [x for x in vars(module or object).values() if isinstance(x, type)]
+        models = [x for x in classes if issubclass(x, PreTrainedModel) and x.config_class is kind]
+        if models:
+            return not any(x._supports_sdpa or x._supports_flash_attn or x._supports_flex_attn for x in models)
+    return False
+
+
+@torch.compiler.assume_constant_result  # Dynamo would trace through what is cached
+def _knows_eager_alone(config: type) -> bool:
+    """Whether the models of a class of configs take no other masks than eager's and, where they have none, no direction."""
+    return _models_know_eager_alone(config)
+
+
 def span_mask(
     batch_size: int,
     q_length: int,
@@ -302,12 +325,14 @@ def span_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **kwargs: Any,
-) -> SpanMask | Tensor:
+) -> SpanMask | Tensor | None:
     """The mask entry: called by transformers' `create_*_mask` functions, with the arguments of its `sdpa_mask`.
 
     Query i stands at position i + q_offset (a tensor with a static cache), key j at j + kv_offset; attention_mask is
-    the padding mask, bool (batch, positions). Returns a SpanMask or, for what is none, bool (batch, 1, queries, keys).
+    the padding mask, bool (batch, positions). Returns a SpanMask or, for what is none, bool (batch, 1, queries, keys);
+    for the config of models that know eager alone, what eager has: a floating mask, or None where nothing is hidden.
     Costs one host check when there is a padding mask; while a graph is traced or captured nothing is read, and the
     padding is kept as a bias of one row.
     """
@@ -317,6 +342,20 @@ def span_mask(
     if attention_mask is not None and attention_mask.dim() != 2:
         got = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask: expected 2 dimensions (batch, positions), or a mask with 4, got {got}")
+
+    call: dict[str, Any] = dict(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        device=device,
+        **kwargs,
+    )
+    if _knows_eager_alone(type(config)):
+        return eager_mask(allow_is_bidirectional_skip=allow_is_bidirectional_skip, **call)
 
     tracing = is_tracing(attention_mask)
     # Dynamo cannot trace a tensor indexed by symbols; a skip is allowed only where the function has no tensor in it.
@@ -333,19 +372,7 @@ def span_mask(
             mask = _from_offsets(reach, shape, q_offset, kv_offset, keys, device)
     if mask is not None:
         return mask
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        device=device,
-        **kwargs,
-    )
+    return sdpa_mask(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **call)
 
 
 def _from_offsets(
@@ -445,9 +472,10 @@ def attention(
     for the weights, which are never formed. attention_mask: what `span_mask` returned, or a mask of the user's, bool
     (True = keep) or floating (added), that broadcasts to (B, Hq, Sq, Sk). Without one, `is_causal` (or the module's)
     says the direction, as it does in transformers' sdpa; sliding_window is not read, the mask has it. A query that sees
-    no key gives 0, where eager gives the average of all values. Raises ValueError for output_attentions=True, where a
-    model passes it on (GPT-2, OPT and GPTBigCode do not: their `attentions` are empty then, as with sdpa), and for what
-    is no attention of this package: keys chosen for each query, sinks for each token, continuous batching.
+    no key gives 0, where eager gives the average of all values. D and Dv up to 256 run here; a wider call goes to
+    transformers' sdpa, with a warning. Raises ValueError for output_attentions=True, where a model passes it on (GPT-2,
+    OPT and GPTBigCode do not: their `attentions` are empty then, as with sdpa), and for what is no attention of this
+    package: keys chosen for each query, sinks for each token, continuous batching, softcap or s_aux in a wider call.
     """
     if kwargs.get("output_attentions"):
         refuse_output_attentions()
@@ -458,18 +486,28 @@ def attention(
                 'use the model\'s own attention, attn_implementation="eager"'
             )
 
+    if isinstance(attention_mask, SpanMask):
+        attention_mask, is_causal = _fitting(attention_mask, query.shape[2], key.shape[2]), False
+    elif attention_mask is not None and attention_mask.dim() != 4:
+        raise ValueError(f"attention_mask: expected 4 dimensions (B, H, Sq, Sk), got {tuple(attention_mask.shape)}")
+    causal = attention_mask is None and query.shape[2] > 1 and (_is_causal(module) if is_causal is None else is_causal)
+    dropout = dropout if module.training else 0.0
+
+    head_dim = max(query.shape[3], value.shape[3])
+    if head_dim > MAX_HEAD_DIM and s_aux is None and not softcap:  # sdpa would leave these two out
+        if not is_tracing(query):
+            limit = f"head_dim: expected at most {MAX_HEAD_DIM}, got {head_dim}"
+            warnings.warn(f"{limit}; transformers' sdpa computes it", stacklevel=2)
+        mask = attention_mask.dense() if isinstance(attention_mask, SpanMask) else attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, causal, position_bias)
+
     span, starts_k, seqlens_k, bias = Mask(), None, None, position_bias
     if isinstance(attention_mask, SpanMask):
-        if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):  # a span would fit, where a tensor would not
-            wanted = f"{query.shape[2]} queries and {key.shape[2]} keys"
-            raise ValueError(f"attention_mask: expected one for {wanted}, got {attention_mask}")
         span, starts_k, seqlens_k = attention_mask.span, attention_mask.starts_k, attention_mask.seqlens_k
         bias = _combine(position_bias, attention_mask.keys)
     elif attention_mask is not None:
-        if attention_mask.dim() != 4:
-            raise ValueError(f"attention_mask: expected 4 dimensions (B, H, Sq, Sk), got {tuple(attention_mask.shape)}")
         bias = _combine(position_bias, attention_mask)
-    elif query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    elif causal:
         span = Mask(right=0, align="top_left")
 
     out = functional.attention(
@@ -483,9 +521,25 @@ def attention(
         sink=s_aux,
         scale=scaling,
         softcap=softcap or 0.0,
-        dropout_p=dropout if module.training else 0.0,
+        dropout_p=dropout,
     )
     return out, None
+
+
+def _is_causal(module: nn.Module) -> bool:
+    """Whether layers without a mask look back alone."""
+    return getattr(module, "is_causal", True) and not _knows_eager_alone(type(getattr(module, "config", None)))
+
+
+def _fitting(mask: SpanMask, queries: int, keys: int) -> SpanMask | Tensor | None:
+    """The mask of so many queries and keys: None, or a tensor that broadcasts, where it was made for others."""
+    if mask.shape[2:] == (queries, keys):
+        return mask
+    if mask.hides_nothing:  # sdpa would have none: BERT, both ways, makes one for a new token and leaves out the cache
+        return None
+    if mask.shape[2] in (1, queries) and mask.shape[3] in (1, keys):
+        return mask.dense()
+    raise ValueError(f"attention_mask: expected one for {queries} queries and {keys} keys, got {mask}")
 
 
 def refuse_output_attentions() -> NoReturn:
@@ -506,7 +560,8 @@ def _combine(position_bias: Tensor | None, mask: Tensor | None) -> Tensor | None
 
 def register() -> None:
     """Make `attn_implementation="duplex_attn"` known to transformers: attention and mask, for without the mask entry a
-    model would get no mask and lose its causality in silence."""
+    model would get no mask and lose its causality in silence. Some models (SAM, Falcon, GPT-Neo, GIT) look a class up by
+    that name as they are built, and raise KeyError; `swap` one that is built."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, span_mask)
 
@@ -529,7 +584,8 @@ def swap(model: nn.Module) -> SwapReport:
     """Run the attention of a built model here: a transformers model, or any module that holds some.
 
     Weights are untouched; transformers' `model.set_attn_implementation(...)`, with what the report has in `previous`,
-    undoes it (of a DeBERTa, `integrations.deberta.restore(model)`). Raises TypeError if there is no transformers model in `model`.
+    undoes it (of a DeBERTa, `integrations.deberta.restore(model)`). Layers of a head_dim over 256 stay with transformers'
+    sdpa. Raises TypeError if there is no transformers model in `model`.
     """
     from . import deberta
 
@@ -552,10 +608,13 @@ def swap(model: nn.Module) -> SwapReport:
         if asks[type(module)]:
             own = isinstance(module, deberta.ATTENTION)
             used = NAME if own else module.config._attn_implementation  # type: ignore[union-attr]
-            if used == NAME:
-                swapped[kind] += 1
-            else:
+            head_dim = getattr(module, "head_dim", None)
+            if used != NAME:
                 left[kind] = f"its model refused another implementation than {used!r}"
+            elif isinstance(head_dim, int) and head_dim > MAX_HEAD_DIM:
+                left[kind] = f"its head_dim of {head_dim} is over {MAX_HEAD_DIM}"
+            else:
+                swapped[kind] += 1
         elif "Attention" in kind and not any(asks[type(part)] for part in module.modules()):
             left[kind] = "it computes attention itself instead of asking transformers' AttentionInterface"
     return SwapReport(dict(swapped), left, previous)

@@ -48,7 +48,47 @@ MODELS = {
         _LLAMA | {"sliding_window": 5, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
     ),
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
-}
+    "bert_both_ways": ("BertLMHeadModel", "BertConfig", _BERT | {"eos_token_id": None}),
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0, "initializer_range": 0.3},
+    ),
+    "mpt": (
+        "MptForCausalLM",
+        "MptConfig",
+        {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "initializer_range": 0.3},
+    ),
+    "longformer": ("LongformerForMaskedLM", "LongformerConfig", _BERT | {"attention_window": 4}),
+    "canine": (
+        "CanineForTokenClassification",
+        "CanineConfig",
+        _BERT | {"num_hash_buckets": 64, "local_transformer_stride": 4, "downsampling_rate": 2},
+    ),
+    "bigbird_pegasus": (
+        "BigBirdPegasusForConditionalGeneration",
+        "BigBirdPegasusConfig",
+        dict(
+            vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, dropout=0.0,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+            attention_type="original_full", init_std=0.3, pad_token_id=0,
+        ),
+    ),
+    "deepseek_v4": (  # keys of which no padding mask knows, one for each 4 tokens
+        "DeepseekV4ForCausalLM",
+        "DeepseekV4Config",
+        _LLAMA | dict(
+            num_key_value_heads=1, head_dim=16, q_lora_rank=16, o_groups=2, o_lora_rank=16, n_routed_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=48, index_n_heads=2, index_head_dim=16, index_topk=2,
+            sliding_window=5, layer_types=["compressed_sparse_attention"] * 2,
+        ),
+    ),
+    "git": (
+        "GitForCausalLM",
+        "GitConfig",
+        _BERT | {"vision_config": {"hidden_size": 24, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}},
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -166,6 +166,24 @@ def test_any_run_of_keys(window, symmetric, past, q_length, room, ahead, static,
     torch.testing.assert_close(seen, their_mask(**call)[:, 0])
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (transformers.BertConfig, torch.bool),
+        (transformers.BloomConfig, torch.float32),
+        (transformers.Gemma4TextConfig, torch.bool),
+        (transformers.Gemma4AudioConfig, torch.float32),  # beside a text model that knows sdpa
+        (type("MadeByHand", (transformers.BloomConfig,), {}), torch.float32),
+        (type("MadeByHandFromNothing", (transformers.PreTrainedConfig,), {}), torch.bool),
+        (type(None), torch.bool),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_what_is_added_to_scores_is_for_models_that_know_eager_alone(config, expected):
+    transformers.BertModel, transformers.BloomModel, transformers.Gemma4Model  # noqa: B018, imports them
+    assert span_mask(2, 4, 4, config=config()).dtype == expected
+
+
 class TestForm:
     """Exact is not enough: what can be a span with lengths must be one."""
 
@@ -338,6 +356,52 @@ class TestAttentionEntry:
         out, _ = attention(module, query, key, value, None, is_causal=is_causal)
         torch.testing.assert_close(out, expected)
 
+    def test_without_a_mask_a_model_that_knows_eager_alone_has_no_direction(self):
+        """The image layers of BridgeTower say is_causal, which its eager does not read."""
+        module = transformers.models.bridgetower.modeling_bridgetower.BridgeTowerSelfAttention(
+            transformers.BridgeTowerTextConfig(hidden_size=32, num_attention_heads=4), is_causal=True
+        )
+        query, key, value = self.inputs()
+        full = attention(module, query, key, value, None, is_causal=False)[0]
+        assert torch.equal(attention(module, query, key, value, None)[0], full)
+        assert not torch.equal(attention(torch.nn.Module(), query, key, value, None)[0], full)
+
+    @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 4), (3, 1)])
+    def test_a_mask_that_broadcasts(self, queries, keys):
+        """One query or key stands for all, as in a tensor: T5 makes such a mask for a prompt that is read in chunks."""
+        query, key, value = self.inputs(3, 4)
+        padding = torch.tensor([[True] * keys, [False] + [True] * (keys - 1)])
+        mask = span_mask(2, queries, keys, mask_function=theirs.bidirectional_mask_function, attention_mask=padding)
+        expected, _ = attention(torch.nn.Module(), query, key, value, mask.dense())
+        out, _ = attention(torch.nn.Module(), query, key, value, mask)
+        assert torch.equal(out, expected)
+
+    @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 7)])
+    def test_a_mask_that_hides_nothing_fits_all(self, queries, keys):
+        query, key, value = self.inputs(3, 4)
+        mask = span_mask(2, queries, keys, mask_function=theirs.bidirectional_mask_function)
+        expected, _ = attention(torch.nn.Module(), query, key, value, None, is_causal=False)
+        assert torch.equal(attention(torch.nn.Module(), query, key, value, mask)[0], expected)
+
+    @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(264, 8), (8, 264)])
+    def test_a_head_dim_that_is_too_large(self, head_dim, head_dim_v):
+        query, key = torch.randn(2, 4, 4, head_dim), torch.randn(2, 2, 4, head_dim)
+        value = torch.randn(2, 2, 4, head_dim_v)
+        module = torch.nn.Module()
+        module.num_key_value_groups = 2
+        padding = torch.tensor([[True, True, True, True], [True, True, True, False]])
+        causal, padded = their_mask_for(torch.ones_like(padding)), their_mask_for(padding)
+        for mask, keep in ((None, causal), (span_mask(2, 4, 4, attention_mask=padding), padded), (padded, padded)):
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), keep
+            ).transpose(1, 2)
+            with pytest.warns(UserWarning, match="^head_dim: expected at most 256, got 264; transformers' sdpa"):
+                out, _ = attention(module, query, key, value, mask)
+            torch.testing.assert_close(out, expected)
+        for unknown_to_sdpa in ({"softcap": 2.0}, {"s_aux": torch.zeros(4)}):
+            with pytest.raises(ValueError, match=r"expected head_dim 1 to 256, got 264"):
+                attention(module, query, key, value, None, **unknown_to_sdpa)
+
     def test_dropout_is_for_training(self):
         query, key, value = self.inputs()
         module = torch.nn.Module()
@@ -370,7 +434,7 @@ class TestAttentionEntry:
             attention(torch.nn.Module(), query, key, value, torch.ones(2, 4, dtype=torch.bool))
         with pytest.raises(ValueError, match=r"attention_mask: expected 2 dimensions .* got \(2, 4, 4\)"):
             span_mask(2, 4, 4, attention_mask=torch.ones(2, 4, 4, dtype=torch.bool))
-        for q_length, kv_length in ((4, 5), (5, 4), (1, 4)):
+        for q_length, kv_length in ((4, 5), (5, 4), (3, 1)):
             with pytest.raises(ValueError, match="attention_mask: expected one for 4 queries and 4 keys, got SpanMask"):
                 attention(torch.nn.Module(), query, key, value, span_mask(2, q_length, kv_length))
 

@@ -9,6 +9,7 @@ from duplex_attn.integrations.transformers import NAME, SpanMask, swap
 REQUIRED = ["bert", "roberta", "gpt2", "llama", "mistral"]
 MORE = ["bert_decoder", "modernbert", "gemma2", "gpt_oss", "t5"]
 DECODERS = ["gpt2", "llama", "mistral", "gemma2", "bert_decoder"]
+EAGER_ALONE = ["bloom", "mpt", "longformer", "canine", "bigbird_pegasus", "deepseek_v4", "git"]
 TOKENS = 12
 
 
@@ -113,6 +114,41 @@ def test_packed_position_ids(build, name):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["none", "whole", "right", "left", "holes"])
+@pytest.mark.parametrize("name", EAGER_ALONE)
+def test_a_model_that_knows_eager_alone(build, name, kind):
+    """It adds its mask to scores, compares it with 0 or inverts it, whatever it is."""
+    input_ids, mask = tokens(), padding(kind)
+    expected, expected_gradients = gradients(build(name), input_ids, mask)
+    model = build(name) if name == "git" else build(name, implementation=NAME)  # GIT cannot be built with it
+    swap(model)
+    out, got = gradients(model, input_ids, mask)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(got, expected_gradients)
+
+
+def test_packed_position_ids_beside_keys_without_a_position(build):
+    """DeepSeek-V4 lengthens its mask by that of its compressed keys, whose elements are added."""
+    model, input_ids = build("deepseek_v4"), tokens(batch=1)
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1]])
+    expected = model(input_ids, position_ids=position_ids, use_cache=False).logits
+    swap(model)
+    out = model(input_ids, position_ids=position_ids, use_cache=False).logits
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:head_dim. expected at most 256, got 264:UserWarning")
+@pytest.mark.parametrize("kind", ["none", "right", "left", "holes"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_head_dim_that_is_too_large(build, name, kind):
+    model, input_ids, mask = build(name, head_dim=264), tokens(), padding(kind)
+    expected, expected_gradients = gradients(model, input_ids, mask)
+    swap(model)
+    out, got = gradients(model, input_ids, mask)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(got, expected_gradients)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_decoder_without_causality(build, name):
     """transformers runs a decoder in both directions with is_causal=False; its sdpa would do so too."""
@@ -206,7 +242,7 @@ class TestCache:
     @pytest.mark.filterwarnings("ignore:.*right-padding")
     @pytest.mark.parametrize("kind", ["none", "left", "right"])
     @pytest.mark.parametrize("cache", [None, "static"])
-    @pytest.mark.parametrize("name", DECODERS)
+    @pytest.mark.parametrize("name", [*DECODERS, "bert_both_ways"])
     def test_generate(self, build, name, cache, kind):
         model, prompt, mask = build(name), tokens(), padding(kind)
         mask = torch.ones_like(prompt) if mask is None else mask
@@ -319,6 +355,21 @@ class TestCompiled:
         out, _ = images_through(torch.compile(model, backend="aot_eager", fullgraph=True))
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
+    def test_a_model_that_knows_eager_alone(self, build):
+        model, input_ids, mask = build("bloom", implementation=NAME), tokens(), padding("left")
+        expected = logits(build("bloom"), input_ids, mask, use_cache=False)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        out = compiled(input_ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+    def test_a_head_dim_that_is_too_large(self, build):
+        model, input_ids, mask = build("llama", head_dim=264), tokens(), padding("left")
+        expected = logits(model, input_ids, mask, use_cache=False)[mask.bool()]
+        swap(model)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        out = compiled(input_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize(("name", "graphs"), [("llama", 1), ("mistral", 2)])
     def test_generate_with_a_static_cache(self, build, name, graphs):
         """One graph for all steps, as eager has (and one for a window that is not yet full)."""
@@ -388,15 +439,10 @@ class TestSwap:
         assert report.swapped == {} and list(report.left) == ["XLNetRelativeAttention"]
         assert "left as it was" in str(report)
 
-    @pytest.mark.parametrize("padded", [False, True])
-    def test_a_model_that_adds_the_mask_itself(self, padded):
-        """It takes the name without asking what it stands for, and would add 1 to the scores of what may be seen."""
-        small = {"vocab_size": 97, "hidden_size": 32, "n_layer": 1, "n_head": 4}
-        model = transformers.BloomForCausalLM(transformers.BloomConfig(**small, attn_implementation=NAME))
-        mask = torch.ones_like(tokens())
-        mask[1, 5:] = 1 - padded
-        with pytest.raises(TypeError, match='adds its mask to scores itself; use attn_implementation="eager"'):
-            model(tokens(), attention_mask=mask)
+    def test_layers_of_a_head_dim_that_is_too_large(self, build):
+        report = swap(build("llama", head_dim=264))
+        assert report.swapped == {}
+        assert report.left == {"LlamaAttention": "its head_dim of 264 is over 256"}
 
     def test_nothing_to_swap(self):
         with pytest.raises(
