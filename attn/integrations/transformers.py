@@ -52,6 +52,7 @@ class SpanMask:
     starts_k, seqlens_k: int32 (batch,) or None; where the keys of each sequence lie in their padded row.
     keys: bool (batch, 1, 1, keys), True for what may be seen, or None; padding that is not one run, or was not read.
     shape: (batch, 1, queries, keys), of the boolean mask that this stands for.
+    placed: whether distances of the span are those of the stored queries and keys, as a bias by distance wants them.
     """
 
     dtype = torch.bool
@@ -65,8 +66,9 @@ class SpanMask:
         starts_k: Tensor | None = None,
         seqlens_k: Tensor | None = None,
         keys: Tensor | None = None,
+        placed: bool = True,
     ):
-        self.span, self.shape, self.device = span, shape, device
+        self.span, self.shape, self.device, self.placed = span, shape, device, placed
         self.starts_k, self.seqlens_k, self.keys = starts_k, seqlens_k, keys
 
     def dense(self) -> Tensor:
@@ -99,8 +101,10 @@ class SpanMask:
         if dtype not in (None, torch.bool):
             return self.dense().to(*args, **kwargs)
         target = device or self.device
-        moved = (None if x is None else x.to(target) for x in (self.starts_k, self.seqlens_k, self.keys))
-        return SpanMask(self.span, self.shape, target, *moved)
+        starts_k, seqlens_k, keys = (
+            None if x is None else x.to(target) for x in (self.starts_k, self.seqlens_k, self.keys)
+        )
+        return SpanMask(self.span, self.shape, target, starts_k, seqlens_k, keys, self.placed)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -389,13 +393,15 @@ def _from_offsets(
         keys = keys[:, None, None, :]
     offset = q_offset - kv_offset  # query i stands beside the stored key i + offset
     end = q_length + offset  # no key of its own lies after the last query
-    span = None
-    if reach.unbounded or (isinstance(end, int) and end == kv_length):
+    span, placed = None, True
+    if isinstance(end, int) and end == kv_length:
         span = reach.span(0, "bottom_right")
     elif isinstance(offset, int):
-        span = reach.span(offset, "top_left")
+        span, placed = reach.span(offset, "top_left"), offset == 0
+    elif reach.unbounded:
+        span, placed = reach.span(0, "top_left"), False
     if span is not None:
-        return SpanMask(span, shape, device, keys=keys)
+        return SpanMask(span, shape, device, keys=keys, placed=placed)
 
     # Causal, in a cache longer than what it holds: what lies after the last query is seen by none.
     span = reach.span(0, "bottom_right")
@@ -430,12 +436,14 @@ def _from_lengths(
     count = host.sum(1)
     query_end = q_length + q_offset - kv_offset  # the stored key just past the last query's own
 
-    span = None
+    span, placed = None, True
     one_run = (count == end - start).all()
-    if one_run and (reach.unbounded or (end == query_end).all()):  # left padding
+    if one_run and (end == query_end).all():  # left padding
         span = reach.span(0, "bottom_right")
     elif one_run and not start.any():  # right padding
-        span = reach.span(q_offset - kv_offset, "top_left")
+        span, placed = reach.span(q_offset - kv_offset, "top_left"), q_offset == kv_offset
+    elif one_run and reach.unbounded:
+        span, placed = reach.span(0, "top_left"), False
     if span is None:
         return None, keys, q_offset
 
@@ -443,7 +451,7 @@ def _from_lengths(
         return torch.from_numpy(x.astype(np.int32)).to(device)
 
     starts_k = lengths(start) if start.any() else None
-    return SpanMask(span, shape, device, starts_k, lengths(count)), None, q_offset
+    return SpanMask(span, shape, device, starts_k, lengths(count), placed=placed), None, q_offset
 
 
 # What changes the attention of some models, and no argument of ours says: keys chosen for each query (DeepSeek-V3.2,
@@ -493,8 +501,10 @@ def attention(
     causal = attention_mask is None and query.shape[2] > 1 and (_is_causal(module) if is_causal is None else is_causal)
     dropout = dropout if module.training else 0.0
 
+    distance_bias, position_bias = _by_distance(position_bias, attention_mask, causal, query.shape[2], key.shape[2])
     head_dim = max(query.shape[3], value.shape[3])
-    if head_dim > MAX_HEAD_DIM and s_aux is None and not softcap:  # sdpa would leave these two out
+    alike = s_aux is None and not softcap and distance_bias is None  # sdpa would leave these out
+    if head_dim > MAX_HEAD_DIM and alike:
         if not is_tracing(query):
             limit = f"head_dim: expected at most {MAX_HEAD_DIM}, got {head_dim}"
             warnings.warn(f"{limit}; transformers' sdpa computes it", stacklevel=2)
@@ -518,6 +528,7 @@ def attention(
         starts_k=starts_k,
         seqlens_k=seqlens_k,
         bias=bias,
+        distance_bias=distance_bias,
         sink=s_aux,
         scale=scaling,
         softcap=softcap or 0.0,
@@ -529,6 +540,21 @@ def attention(
 def _is_causal(module: nn.Module) -> bool:
     """Whether layers without a mask look back alone."""
     return getattr(module, "is_causal", True) and not _knows_eager_alone(type(getattr(module, "config", None)))
+
+
+def _by_distance(
+    bias: Tensor | None, mask: SpanMask | Tensor | None, causal: bool, queries: int, keys: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """A table by distance, and what is a bias of all pairs; of t5.py's tables, whose last query stands at the last key, either."""
+    if bias is None or bias.dim() == 4:
+        return None, bias
+    if bias.numel() == 0:
+        return None, None
+    if mask.placed if isinstance(mask, SpanMask) else not causal or queries == keys:
+        return bias, None
+    reach = bias.shape[1] // 2
+    j, i = torch.arange(keys, device=bias.device), torch.arange(keys - queries, keys, device=bias.device)[:, None]
+    return None, bias[:, (j - i).clamp(-reach, reach) + reach][None]
 
 
 def _fitting(mask: SpanMask, queries: int, keys: int) -> SpanMask | Tensor | None:
@@ -587,7 +613,7 @@ def swap(model: nn.Module) -> SwapReport:
     undoes it (of a DeBERTa, `integrations.deberta.restore(model)`). Layers of a head_dim over 256 stay with transformers'
     sdpa. Raises TypeError if there is no transformers model in `model`.
     """
-    from . import deberta
+    from . import deberta, t5
 
     register()
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -598,6 +624,7 @@ def swap(model: nn.Module) -> SwapReport:
         if not isinstance(part, deberta.MODELS):
             part.set_attn_implementation(NAME)
     deberta.replace(model)
+    t5.replace(model)
 
     kinds = {type(module) for module in model.modules()}
     asks = {kind: issubclass(kind, deberta.ATTENTION) or _asks_interface(kind) for kind in kinds}
