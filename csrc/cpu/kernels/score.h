@@ -64,10 +64,10 @@ struct HeadScores {
       return;
     }
     for (int m = 0; m < t.rows; ++m)
-      for (int n = 0; n < t.keys; ++n) {
-        alignas(64) float one[LANES];
-        store(one, widen_partial(from + m * v.row + n * v.col, 1));
-        to[m * KEYS + n] = one[0];
+      for (int n = 0; n < t.keys; n += LANES) {
+        E some[LANES] = {};
+        for (int x = 0; x < LANES && n + x < t.keys; ++x) some[x] = from[m * v.row + (n + x) * v.col];
+        store(to + m * KEYS + n, widen(some));
       }
   }
   void widen_mask(const TileRange& t, float* to) const {
