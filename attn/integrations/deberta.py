@@ -164,39 +164,34 @@ def attend(
 
     The tables are made for so many sequences at a time that they take LIMIT bytes, and made again on the way back.
     """
+
+    def some(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, queries: Tensor | None, part: Padding) -> Tensor:
+        return functional.attention(
+            q, k, v, Mask(align="top_left"), seqlens_q=part.lengths, seqlens_k=part.lengths, bias=part.keys,
+            row_distance_bias=None if keys is None else _products(q, keys),
+            col_distance_bias=None if queries is None else _products(k, queries),
+            scale=scale, dropout_p=dropout_p,
+        )  # fmt: skip
+
     batch, length, heads, _ = q.shape
     tables = sum(x is not None for x in (keys, queries))
     each = tables * heads * length * (2 * length - 1) * q.element_size()
     step = max(1, LIMIT.get(q.device.type, LIMIT["cuda"]) // max(1, each)) if tables else batch
+    recompute = tables and torch.is_grad_enabled()
     outs = []
     for first in range(0, batch, step):
-        some = slice(first, first + step)
-        part = padding.part(some)
+        at = slice(first, first + step)
+        part = padding.part(at)
         rows = length if part.longest is None else max(1, *part.longest)
-        given: tuple[Any, ...] = (*(x[some, :rows] for x in (q, k, v)), _nearest(keys, rows), _nearest(queries, rows))
-        given += part, scale, dropout_p
-        recompute = tables and torch.is_grad_enabled()
-        out = checkpoint(_attend, *given, use_reentrant=False) if recompute else _attend(*given)
+        given: tuple[Any, ...] = (
+            *(x[at, :rows] for x in (q, k, v)),
+            _nearest(keys, rows),
+            _nearest(queries, rows),
+            part,
+        )
+        out = checkpoint(some, *given, use_reentrant=False) if recompute else some(*given)
         outs.append(out if rows == length else nn.functional.pad(out, (0, 0, 0, 0, 0, length - rows)))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor | None,
-    queries: Tensor | None,
-    padding: Padding,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    return functional.attention(
-        q, k, v, Mask(align="top_left"), seqlens_q=padding.lengths, seqlens_k=padding.lengths, bias=padding.keys,
-        row_distance_bias=None if keys is None else _products(q, keys),
-        col_distance_bias=None if queries is None else _products(k, queries),
-        scale=scale, dropout_p=dropout_p,
-    )  # fmt: skip
 
 
 def _nearest(positions: Tensor | None, rows: int) -> Tensor | None:

@@ -9,6 +9,9 @@ import transformers
 from duplex_attn.integrations import deberta
 from torch import nn
 
+from . import padded
+from .padded import assert_same
+
 SIZES = dict(
     vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, pad_token_id=0,
     max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3,
@@ -43,29 +46,12 @@ def build(name: str = "v3", **changes: object) -> nn.Module:
 
 
 def inputs(padding: str = "none") -> dict[str, torch.Tensor]:
-    mask = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    for row, (first, end) in zip(mask, PADDING[padding], strict=True):
-        row[first:end] = 1
-    ids = torch.randint(2, 97, mask.shape, generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": mask}
+    return padded.inputs(PADDING[padding], LENGTH)
 
 
 def results(model: nn.Module, padding: str = "none") -> dict[str, torch.Tensor]:
-    """Logits of the tokens and the gradients of all parameters."""
     given = inputs(padding)
-    out = model(**given).logits[given["attention_mask"].bool()]
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    model.zero_grad(set_to_none=True)
-    (out * weights).sum().backward()
-    return {"logits": out.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    largest = float(max(x.abs().max() for n, x in expected.items() if n != "logits"))
-    torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
-    for name, x in expected.items():
-        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+    return padded.results(model, given, given["attention_mask"].bool())
 
 
 @pytest.mark.parametrize("padding", PADDING)

@@ -7,6 +7,9 @@ import transformers
 from duplex_attn.integrations import transformers as integration
 from torch import nn
 
+from . import padded
+from .padded import assert_same
+
 SIZES = dict(
     vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0,
     relative_attention_num_buckets=8, relative_attention_max_distance=6, decoder_start_token_id=0,
@@ -29,27 +32,13 @@ def build(kind: str, **changes: object) -> nn.Module:
 
 
 def inputs(padding: str = "none") -> dict[str, torch.Tensor]:
-    mask = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    for row, (first, end) in zip(mask, PADDING[padding], strict=True):
-        row[first:end] = 1
-    ids = torch.randint(2, 97, mask.shape, generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1)[:, :13]}
+    given = padded.inputs(PADDING[padding], LENGTH)
+    return given | {"decoder_input_ids": given["input_ids"].flip(1)[:, :13]}
 
 
 def results(model: nn.Module, padding: str = "none") -> dict[str, torch.Tensor]:
-    out = model(**inputs(padding)).logits
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    model.zero_grad(set_to_none=True)
-    (out * weights).sum().backward()
-    return {"logits": out.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    largest = float(max(x.abs().max() for n, x in expected.items() if n != "logits"))
-    torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
-    for name, x in expected.items():
-        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+    given = inputs(padding)
+    return padded.results(model, given, torch.ones_like(given["decoder_input_ids"]).bool())
 
 
 @pytest.fixture
