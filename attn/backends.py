@@ -156,6 +156,12 @@ class CpuBackend(NativeBackend):
             return f"{self.library.name} is not there: the package was built without a C++ compiler"
         return self.load()
 
+    def refuses(self, call: Call) -> str | None:
+        return super().refuses(call) or _refuses_float64(call)
+
+    def refuses_paged(self, x: Tensor, call: PagedCall | None) -> str | None:
+        return super().refuses_paged(x, call) or (None if call is None else _refuses_float64(call))
+
     def refuses_device(self, x: Tensor) -> str | None:
         return None if x.is_cpu else f"it runs on CPU tensors, these are on {x.device}"
 
@@ -164,6 +170,14 @@ class CpuBackend(NativeBackend):
 
     def tile(self, call: Call) -> str:
         return torch.ops.duplex_attn_cpu.isa(call.q.dtype == torch.bfloat16)
+
+
+def _refuses_float64(call: Call | PagedCall) -> str | None:
+    """Of what may be of another dtype than q."""
+    for name in ("bias", "row_distance_bias", "col_distance_bias"):
+        if (x := getattr(call, name)) is not None and x.dtype == torch.float64:
+            return f"{name}: {_FLOAT64}"
+    return None
 
 
 class TritonBackend(KernelBackend):

@@ -71,7 +71,7 @@ def class_of_copy(k_pages: Tensor, v_pages: Tensor, src: Tensor) -> str:
 
 
 def _has_terms(call: Call | PagedCall) -> bool:
-    terms = (call.bias, call.distance_bias, call.alibi_slopes)
+    terms = (call.bias, call.distance_bias, call.alibi_slopes, call.row_distance_bias, call.col_distance_bias)
     return call.softcap > 0 or any(term is not None for term in terms)
 
 

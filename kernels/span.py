@@ -72,7 +72,8 @@ def sequence(lengths, b, rows_q, rows_k, max_q, max_k, left, right, TOP_LEFT: tl
 
 @triton.jit
 def bias_origin(lengths, s):
-    """Where row 0 and key 0 of s are in a bias, as stored in dense calls, at the start in packed ones; and key 0 in the sequence."""
+    """Where row 0 and key 0 of s are in a bias, as stored in dense calls, at the start in packed ones; and which key of the whole
+    sequence key 0 is, which may be a part's first."""
     if lengths.cu_q is not None:
         return 0, 0, 0
     else:

@@ -9,6 +9,7 @@ takes back.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as v2
 from transformers.utils.import_utils import is_tracing
 
 from .. import functional
+from ..checks import MAX_HEAD_DIM
 from ..mask import Mask
 from .transformers import refuse_output_attentions
 
@@ -67,7 +69,7 @@ class _Attention:
     def forward(
         self: Any,
         hidden_states: Tensor,
-        attention_mask: Padding,
+        attention_mask: Padding | Tensor,
         output_attentions: bool = False,
         query_states: Tensor | None = None,
         relative_pos: Tensor | None = None,
@@ -81,15 +83,16 @@ class _Attention:
             refuse_output_attentions()
         if relative_pos is not None:
             raise ValueError("relative_pos: expected None, got a tensor; restore(model) computes with it")
+        padding = attention_mask if isinstance(attention_mask, Padding) else Padding(keys=attention_mask.bool())
         q, k, v = self.projections(hidden_states, query_states)
-        scale = (q.shape[-1] * (1 + len({"c2p", "p2c"}.intersection(self.pos_att_type)))) ** -0.5
+        scale = (q.shape[-1] * self.products()) ** -0.5
         keys = queries = None  # of distances
         if self.relative_attention and rel_embeddings is not None:
             rel_embeddings = self.pos_dropout(rel_embeddings)
             entries = self.entries(q.shape[1], q.device)
             keys = self.keys_of(rel_embeddings)[entries] * scale if "c2p" in self.pos_att_type else None
             queries = self.queries_of(rel_embeddings)[entries] * scale if "p2c" in self.pos_att_type else None
-        out = attend(q, k, v, keys, queries, attention_mask, scale, self.dropout.p if self.training else 0.0)
+        out = attend(q, k, v, keys, queries, padding, scale, self.dropout.p if self.training else 0.0)
         return out.flatten(2), None
 
     def heads(self: Any, x: Tensor) -> Tensor:
@@ -102,6 +105,10 @@ class DisentangledAttention(_Attention, v1.DisentangledSelfAttention):
             raise ValueError("query_states: expected None, got a tensor; transformers computes nothing with it either")
         q, k, v = self.heads(self.in_proj(hidden_states)).chunk(3, -1)
         return q + self.heads(self.q_bias), k, v + self.heads(self.v_bias)
+
+    def products(self) -> int:
+        """Of which a score is the sum."""
+        return 1 + len(self.pos_att_type)
 
     def entries(self, length: int, device: torch.device) -> Tensor:
         span = self.max_relative_positions
@@ -118,6 +125,9 @@ class DisentangledAttentionV2(_Attention, v2.DisentangledSelfAttention):
     def projections(self, hidden_states: Tensor, query_states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q = self.query_proj(hidden_states if query_states is None else query_states)
         return self.heads(q), self.heads(self.key_proj(hidden_states)), self.heads(self.value_proj(hidden_states))
+
+    def products(self) -> int:
+        return 1 + len({"c2p", "p2c"}.intersection(self.pos_att_type))
 
     def entries(self, length: int, device: torch.device) -> Tensor:
         behind = _behind(length, self.max_relative_positions, device)
@@ -174,10 +184,11 @@ def attend(
         )  # fmt: skip
 
     batch, length, heads, _ = q.shape
-    tables = sum(x is not None for x in (keys, queries))
-    each = tables * heads * length * (2 * length - 1) * q.element_size()
-    step = max(1, LIMIT.get(q.device.type, LIMIT["cuda"]) // max(1, each)) if tables else batch
-    recompute = tables and torch.is_grad_enabled()
+    tables = [x for x in (keys, queries) if x is not None]
+    each = sum(map(len, tables)) * heads * length * q.element_size()
+    step = max(1, LIMIT.get(q.device.type, LIMIT["cuda"]) // max(1, each)) if tables else max(1, batch)
+    recompute = partial(checkpoint, some, use_reentrant=False, preserve_rng_state=dropout_p > 0)
+    call = recompute if tables and torch.is_grad_enabled() else some
     outs = []
     for first in range(0, batch, step):
         at = slice(first, first + step)
@@ -189,7 +200,7 @@ def attend(
             _nearest(queries, rows),
             part,
         )
-        out = checkpoint(some, *given, use_reentrant=False) if recompute else some(*given)
+        out = call(*given)
         outs.append(out if rows == length else nn.functional.pad(out, (0, 0, 0, 0, 0, length - rows)))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -219,10 +230,18 @@ _OWN: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def replace(model: nn.Module) -> None:
-    """Give each DeBERTa in `model` the classes of this file, but for one whose heads mix (talking_head)."""
+    """Give each DeBERTa in `model` the classes of this file, but for one that _is_another()."""
     for part in model.modules():
-        if isinstance(part, MODELS) and not getattr(part.config, "talking_head", False):
+        if isinstance(part, MODELS) and not any(map(_is_another, part.modules())):
             _to_classes(part, _OWN)
+
+
+def _is_another(part: nn.Module) -> bool:
+    """Whether it is an encoder or its attention that somebody changed, whose heads mix, or are too wide for the kernels."""
+    if not isinstance(part, tuple(_OWN)):
+        return False
+    changed = type(part) not in (*_OWN, *_OWN.values()) or "forward" in vars(part)
+    return changed or getattr(part, "talking_head", False) or getattr(part, "attention_head_size", 1) > MAX_HEAD_DIM
 
 
 def restore(model: nn.Module) -> None:

@@ -3,7 +3,8 @@
 transformers makes their bias a tensor of all pairs, (1, heads, queries, keys), and its gradient one too, though it follows
 from the distance alone (Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer",
 2020). Here it travels from layer to layer as a table (heads, 2 * max_distance + 1), which the attention entry takes for a
-distance_bias; a tensor, so that gradient checkpointing sees it.
+distance_bias: a tensor, so that gradient checkpointing sees it, with three dimensions of 1 in front, so that nobody takes it
+for one of pairs. The cross attention of UMT5 keeps its tensor of zeros.
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ class _ByDistance:
         if not known or self.config._attn_implementation != NAME:
             return super().compute_bias(query_length, key_length, device, past_seen_tokens)  # type: ignore[misc]
         weight = self.relative_attention_bias.weight
-        reach = max(
-            self.relative_attention_max_distance, self.relative_attention_num_buckets
-        )  # beyond, all have one bucket
+        # Further away all have one bucket: that of the largest distance, or where that is among the exact ones, of the last.
+        reach = max(self.relative_attention_max_distance, self.relative_attention_num_buckets)
         distance = torch.arange(-reach, reach + 1, device=weight.device)
-        return self.relative_attention_bias(self.buckets(distance)).mT.contiguous()
+        return self.relative_attention_bias(self.buckets(distance)).mT.contiguous()[None, None, None]
 
     def buckets(self: Any, distance: Tensor) -> Tensor:
         return self._relative_position_bucket(
@@ -54,7 +54,7 @@ class _NoZeros:
     ) -> Any:
         """Cross attention, whose bias is a tensor of zeros in transformers, has an empty one."""
         if position_bias is None and not self.has_relative_attention_bias and self.config._attn_implementation == NAME:
-            position_bias = hidden_states.new_empty(0)
+            position_bias = hidden_states.new_empty(1, 1, 1, 0, 0)
         return super().forward(hidden_states, mask, key_value_states, position_bias, **more)  # type: ignore[misc]
 
 

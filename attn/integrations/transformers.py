@@ -314,7 +314,7 @@ def _models_know_eager_alone(config: type) -> bool:
 
 @torch.compiler.assume_constant_result  # Dynamo would trace through what is cached
 def _knows_eager_alone(config: type) -> bool:
-    """Whether the models of a class of configs take no other masks than eager's and, where they have none, no direction."""
+    """Whether the models of a class of configs take eager's masks alone, and look both ways without one."""
     return _models_know_eager_alone(config)
 
 
@@ -501,10 +501,13 @@ def attention(
     causal = attention_mask is None and query.shape[2] > 1 and (_is_causal(module) if is_causal is None else is_causal)
     dropout = dropout if module.training else 0.0
 
-    distance_bias, position_bias = _by_distance(position_bias, attention_mask, causal, query.shape[2], key.shape[2])
     head_dim = max(query.shape[3], value.shape[3])
-    alike = s_aux is None and not softcap and distance_bias is None  # sdpa would leave these out
-    if head_dim > MAX_HEAD_DIM and alike:
+    placed = (
+        attention_mask.placed if isinstance(attention_mask, SpanMask) else not causal or query.shape[2] == key.shape[2]
+    )
+    as_table = placed and head_dim <= MAX_HEAD_DIM
+    distance_bias, position_bias = _by_distance(position_bias, as_table, query.shape[2], key.shape[2])
+    if head_dim > MAX_HEAD_DIM and s_aux is None and not softcap:  # sdpa would leave these two out
         if not is_tracing(query):
             limit = f"head_dim: expected at most {MAX_HEAD_DIM}, got {head_dim}"
             warnings.warn(f"{limit}; transformers' sdpa computes it", stacklevel=2)
@@ -542,15 +545,14 @@ def _is_causal(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) and not _knows_eager_alone(type(getattr(module, "config", None)))
 
 
-def _by_distance(
-    bias: Tensor | None, mask: SpanMask | Tensor | None, causal: bool, queries: int, keys: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """A table by distance, and what is a bias of all pairs; of t5.py's tables, whose last query stands at the last key, either."""
-    if bias is None or bias.dim() == 4:
+def _by_distance(bias: Tensor | None, as_table: bool, queries: int, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """A table by distance, and a bias of all pairs. A table of t5.py, whose last query stands at the last key, may become either."""
+    if bias is None or bias.dim() != 5:
         return None, bias
     if bias.numel() == 0:
         return None, None
-    if mask.placed if isinstance(mask, SpanMask) else not causal or queries == keys:
+    bias = bias[0, 0, 0]
+    if as_table:
         return bias, None
     reach = bias.shape[1] // 2
     j, i = torch.arange(keys, device=bias.device), torch.arange(keys - queries, keys, device=bias.device)[:, None]
@@ -635,7 +637,7 @@ def swap(model: nn.Module) -> SwapReport:
         if asks[type(module)]:
             own = isinstance(module, deberta.ATTENTION)
             used = NAME if own else module.config._attn_implementation  # type: ignore[union-attr]
-            head_dim = getattr(module, "head_dim", None)
+            head_dim = getattr(module, "head_dim", getattr(module, "key_value_proj_dim", None))
             if used != NAME:
                 left[kind] = f"its model refused another implementation than {used!r}"
             elif isinstance(head_dim, int) and head_dim > MAX_HEAD_DIM:

@@ -56,6 +56,10 @@ CALLS: dict[str, tuple[Call, str, str, str]] = {  # the call, who runs it, why t
     "asked": (dense(backend="reference"), "reference", "could run it, reference was asked for", "could run it, reference was asked for"),
     "interpreted": (dense(backend="triton"), "triton", "could run it, triton was asked for", ""),
     "float64": (dense(torch.float64), "reference", "float64 runs in the reference only", "float64 runs in the reference only"),
+    "float64 beside": (
+        dense(col_distance_bias=torch.randn(BATCH, HEADS, SEQLEN_Q, 3).double()), "reference",
+        "col_distance_bias: float64 runs in the reference only", "could run it, reference comes first",
+    ),
     "meta": (
         {name: x.to("meta") for name, x in dense().items()}, "reference",
         "it runs on CPU tensors, these are on meta", "it runs on CUDA tensors, these are on meta",

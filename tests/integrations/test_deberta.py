@@ -22,6 +22,7 @@ MODELS = {
     "v1": (1, {}),
     "v1, near positions": (1, {"max_relative_positions": 5}),
     "v1, c2p alone": (1, {"pos_att_type": ["c2p"]}),
+    "v1, of which one counts in the scale alone": (1, {"pos_att_type": ["c2p", "p2c", "p2p"]}),
     "v2": (2, {"position_buckets": 8, "conv_kernel_size": 3}),
     "v2, near positions, without buckets": (2, {"max_relative_positions": 5, "norm_rel_ebd": "layer_norm"}),
     "v2, no positions": (2, {"relative_attention": False, "position_biased_input": True}),
@@ -129,6 +130,35 @@ def test_heads_that_mix_are_left() -> None:
     report = da.swap(model)
     assert not report.swapped and "DisentangledSelfAttention" in report.left
     assert model(**inputs()).logits.equal(before)
+
+
+class Changed(transformers.models.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention):
+    """Somebody's own."""
+
+
+@pytest.mark.parametrize("case", ["a class of somebody's own", "a forward of its own", "too wide"])
+def test_a_model_that_is_another_is_left(case: str) -> None:
+    model = build(**({"hidden_size": 528, "num_attention_heads": 2} if case == "too wide" else {}))
+    first = model.deberta.encoder.layer[0].attention.self
+    if case.startswith("a class"):
+        first.__class__ = Changed
+    elif case.startswith("a forward"):
+        first.forward = first.forward
+    before = model(**inputs()).logits
+    report = da.swap(model)
+    assert not report.swapped and report.left
+    assert model(**inputs()).logits.equal(before)
+
+
+def test_a_layer_by_itself_takes_a_tensor() -> None:
+    model = build("v1")
+    layer, hidden = model.deberta.encoder.layer[0], torch.randn(BATCH, LENGTH, 32)
+    mask = torch.rand(BATCH, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.7
+    positions, embeddings = model.deberta.encoder.get_rel_pos(hidden), model.deberta.encoder.get_rel_embedding()
+    expected, _ = layer(hidden, mask, relative_pos=positions, rel_embeddings=embeddings)
+    da.swap(model)
+    found, _ = layer(hidden, mask, rel_embeddings=embeddings)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_positions_of_another_kind_are_refused() -> None:

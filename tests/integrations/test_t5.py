@@ -107,6 +107,24 @@ def test_masks_given_by_the_user(terms: Terms) -> None:
     assert terms == [((4, 17), keep.shape)] * 2
 
 
+@pytest.mark.filterwarnings("ignore:head_dim")
+def test_heads_that_are_too_wide() -> None:
+    model = build("T5", d_kv=264)
+    expected = results(model, "right")
+    report = da.swap(model)
+    assert "264" in report.left["T5Attention"]
+    assert_same(results(model, "right"), expected)
+
+
+def test_a_bias_of_fewer_dimensions_is_no_table() -> None:
+    q = torch.randn(2, 5, 5, 8, generator=torch.Generator().manual_seed(4))  # as many heads as queries and keys
+    bias = torch.randn(5, 5, generator=torch.Generator().manual_seed(5))
+    for given in (bias, bias[None]):
+        found, _ = integration.attention(nn.Module(), q, q, q, None, is_causal=False, position_bias=given)
+        expected, _ = integration.attention(nn.Module(), q, q, q, None, is_causal=False, position_bias=bias[None, None])
+        assert torch.equal(found, expected)
+
+
 def test_another_implementation_again() -> None:
     model = build("T5")
     expected = results(model, "right")

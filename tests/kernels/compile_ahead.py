@@ -1,4 +1,4 @@
-"""Compiles for a card that need not be there every kernel of two calls, as the package itself would launch them.
+"""Compiles for a card that need not be there every kernel of a few calls, as the package itself would launch them.
 
     python compile_ahead.py TABLE     one line of JSON for each kernel on stdout
 

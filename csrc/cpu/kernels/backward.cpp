@@ -94,7 +94,8 @@ void add_distance_gradient(const HeadScores& head, const TileRange& t, Scratch<P
 template <class P>
 void write_row_table(const HeadScores& head, const TileRange& t, Scratch<P>& s, const RowTable& to, float* ends) {
   float* const by_query = s.tile.score->stored_bias;  // [query][KEYS]
-  transpose_units((uint32_t*)by_query, KEYS, (const uint32_t*)s.tile.dscores, TILE, t.keys, t.rows);
+  transpose_units((uint32_t*)by_query, KEYS, (const uint32_t*)s.tile.dscores, TILE, int(round_up(t.keys, LANES)),
+                  int(round_up(t.rows, LANES)));
   for (int m = 0; m < t.rows; ++m)
     with_row(to, head.b, head.h, t.i0 + m, [&](auto* row) {
       write_distances(by_query + m * KEYS, to, row, head.distance(t, m, 0), t.keys, ends + 2 * m);
