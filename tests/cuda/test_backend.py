@@ -127,7 +127,7 @@ REFUSED = {
     "float64": ({"q": x(dtype=torch.float64)}, "float64 runs in the reference only"),
     "bias": ({"q": x(), "bias": torch.zeros(4, 4)}, "its kernels have no bias"),
     "dropout": ({"q": x(), "dropout_p": 0.5}, "its kernels have no dropout"),
-    "row_bias": ({"q": x(), "row_distance_bias": x(1, 2, 4, 3)}, "row_distance_bias and col_distance_bias run in the reference only"),
+    "row_bias": ({"q": x(), "row_distance_bias": x(1, 2, 4, 3)}, "its kernels have no row_distance_bias"),
     "width": ({"q": x(1, 4, 2, 12)}, "q: bulk copies want strides and a first element at multiples of 16 bytes"),
     "address": ({"q": x(1, 4, 2, 72)[..., 4:68]}, "q: bulk copies want strides and a first element at multiples of 16 bytes"),
     "expanded": ({"q": x(), "k": x(1, 1, 2, 64).expand(1, 4, 2, 64)}, "k: bulk copies want strides and a first element at multiples of 16 bytes"),
