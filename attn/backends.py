@@ -28,6 +28,7 @@ from .paged.call import AppendCall, PagedCall
 _INTERPRET_HINT = " (TRITON_INTERPRET=1 interprets it on the CPU)"
 _FLOAT64 = "float64 runs in the reference only"
 _OLDEST = (8, 0)  # compute capability
+_BIASES = ("bias", "row_distance_bias", "col_distance_bias")  # of any floating dtype
 _NOT_RUN = "compiled and emulated, this kernel has not run on such a card yet"
 
 
@@ -174,7 +175,7 @@ class CpuBackend(NativeBackend):
 
 def _refuses_float64(call: Call | PagedCall) -> str | None:
     """Of what may be of another dtype than q."""
-    for name in ("bias", "row_distance_bias", "col_distance_bias"):
+    for name in _BIASES:
         if (x := getattr(call, name)) is not None and x.dtype == torch.float64:
             return f"{name}: {_FLOAT64}"
     return None
@@ -290,7 +291,7 @@ class CudaBackend(NativeBackend):
             return reason
         if call.q.dtype not in (torch.bfloat16, torch.float16):
             return "it takes bfloat16 and float16"
-        for name in ("bias", "row_distance_bias", "col_distance_bias"):
+        for name in _BIASES:
             if getattr(call, name) is not None:
                 return f"its kernels have no {name}"
         return None

@@ -25,8 +25,9 @@ def test_deberta(bench: Bench, dtype: str, shape: str) -> None:
     base = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
     small = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
     config = transformers.DebertaV2Config(
-        vocab_size=1000, num_hidden_layers=2, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, **(small if bench.tiny else base),
+        vocab_size=1000, num_hidden_layers=2, relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm",
+        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
+        **(small if bench.tiny else base),
     )  # fmt: skip
     torch.manual_seed(0)
     exact = transformers.DebertaV2Model(config).eval().to(bench.device)

@@ -115,8 +115,9 @@ struct HeadScores {
 
   // Scale, softcap, distance and biases. slopes, when given, receives d(score)/d(scaled product), 1 without softcap.
   void finish(const TileRange& t, float* scores, ScoreScratch& scratch, float* slopes = nullptr) const {
-    if (has_distance()) fill_distance(t, scratch.distance);
-    if (has_bias()) fill_bias(t, scratch);
+    const bool distances = has_distance(), biases = has_bias();
+    if (distances) fill_distance(t, scratch.distance);
+    if (biases) fill_bias(t, scratch);
     const float cap = problem.softcap;
     for (int n = 0; n < t.keys; ++n)
       for (int m = 0; m < t.lanes(); m += LANES) {
@@ -126,8 +127,8 @@ struct HeadScores {
           s = bent * cap;
           if (slopes) store(slopes + n * TILE + m, 1.0f - bent * bent);
         }
-        if (has_distance()) s += load<vfloat>(scratch.distance + m - n + KEYS - 1);
-        if (has_bias()) s += load<vfloat>(scratch.bias + n * TILE + m);
+        if (distances) s += load<vfloat>(scratch.distance + m - n + KEYS - 1);
+        if (biases) s += load<vfloat>(scratch.bias + n * TILE + m);
         store(scores + n * TILE + m, s);
       }
   }
