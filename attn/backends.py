@@ -374,6 +374,23 @@ def _candidates(device_type: str) -> tuple[Backend, ...]:
     return tuple(backend for backend in _ORDER.get(device_type, (_REFERENCE,)) if backend.missing() is None)
 
 
+@torch.compiler.assume_constant_result  # Dynamo would trace through what is cached
+def without_kernels(device: torch.device) -> str | None:
+    """Why the reference alone would run what lies on a device; None where kernels of the package do."""
+    return _without_kernels(device)
+
+
+@cache
+def _without_kernels(device: torch.device) -> str | None:
+    x = torch.empty(0, device=device)
+    others = [BACKENDS[name] for name in names_for(device.type) if name != _REFERENCE.name]
+    reasons = {backend.name: backend.missing() or backend.refuses_device(x) for backend in others}
+    if None in reasons.values():
+        return None
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return f"{device}: expected a device with kernels of this package" + (f" ({told})" if told else "")
+
+
 @cache
 def _is_contested(device_type: str) -> bool:
     """More than one backend beside the reference could run a call there."""

@@ -196,7 +196,10 @@ def swap(model: nn.Module) -> SwapReport:
     register()
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not models:
-        raise TypeError(f"model: expected a transformers model or a module that holds one, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected a transformers model or a module that holds one, got {type(model).__name__}; models that call "
+            "F.scaled_dot_product_attention run here after duplex_attn.integrations.sdpa.register()"
+        )
     previous = {type(part).__name__: part.config._attn_implementation for part in models}
     for part in models:  # each by itself: 5.17 passes over a part whose config is a copy of the whole's, as T5's are
         if not isinstance(part, deberta.MODELS):
