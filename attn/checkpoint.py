@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .modules.bert import Bert, BertClassifier, BertConfig, BertMaskedLM
-from .modules.gpt import GPT, GPTConfig, RopeScaling
+from .modules.gpt import GPT, GPTConfig
+from .modules.rope import RopeScaling
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ACTIVATIONS = {
@@ -41,6 +42,11 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
     "GPT2Model": GPT,
     "GPT2LMHeadModel": GPT,
     "LlamaForCausalLM": GPT,
+    "MistralForCausalLM": GPT,
+    "Qwen2ForCausalLM": GPT,
+    "Qwen3ForCausalLM": GPT,
+    "Gemma2ForCausalLM": GPT,
+    "Gemma3ForCausalLM": GPT,
 }
 
 # Our module -> the stored modules whose weights, one below the other, make up its own. {} is the layer.
@@ -86,6 +92,12 @@ LLAMA: Modules = {
     "layers.{}.down": ("layers.{}.mlp.down_proj",),
     "norm": ("norm",),
     "head": ("lm_head",),
+}
+HEAD_NORMS: Modules = {f"layers.{{}}.{name}_norm": (f"layers.{{}}.self_attn.{name}_norm",) for name in "qk"}
+POST_NORMS: Modules = {
+    "layers.{}.attention_post_norm": ("layers.{}.post_attention_layernorm",),
+    "layers.{}.norm": ("layers.{}.pre_feedforward_layernorm",),
+    "layers.{}.post_norm": ("layers.{}.post_feedforward_layernorm",),
 }
 # Stored, but no weight of ours: buffers of older versions, and next-sentence prediction, which no head here computes.
 UNUSED = re.compile(
@@ -159,43 +171,106 @@ def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
     )
 
 
-def llama_config(raw: Mapping[str, Any]) -> GPTConfig:
-    """A Hugging Face Llama config.json as ours, with either form of its rotary options."""
-    hidden, heads = need(raw, "hidden_size"), need(raw, "num_attention_heads")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers >= 5, and before
+def rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
+    """Rotary options of either form as ours."""
     refuse(rope, "partial_rotary_factor", 1.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    scaling = None
-    if kind in ("linear", "llama3"):
-        scaling = RopeScaling(
-            kind,
-            need(rope, "factor"),
-            rope.get("low_freq_factor", 1.0),
-            rope.get("high_freq_factor", 4.0),
-            rope.get("original_max_position_embeddings") or need(raw, "max_position_embeddings"),
-        )
-    elif kind != "default":
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
         raise ValueError(f"rope_type: expected default, linear or llama3 in config.json, got {kind!r}")
-    return GPTConfig(
-        vocab_size=need(raw, "vocab_size"),
-        hidden=hidden,
-        layers=need(raw, "num_hidden_layers"),
-        heads=heads,
-        heads_kv=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or hidden // heads,
-        inner=need(raw, "intermediate_size"),
-        max_positions=need(raw, "max_position_embeddings"),
-        positions="rotary",
-        norm="rms",
-        activation=activation(raw, "hidden_act", "silu"),
-        gated=True,
-        attention_bias=raw.get("attention_bias", False),
-        mlp_bias=raw.get("mlp_bias", False),
-        tied=raw.get("tie_word_embeddings", False),
-        eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-        rope_scaling=scaling,
-        attention_dropout=raw.get("attention_dropout", 0.0),
+    return RopeScaling(
+        kind,
+        need(rope, "factor"),
+        rope.get("low_freq_factor", 1.0),
+        rope.get("high_freq_factor", 4.0),
+        rope.get("original_max_position_embeddings") or max_positions,
+    )
+
+
+def llama_config(raw: Mapping[str, Any], **changes: Any) -> GPTConfig:
+    """A Hugging Face Llama config.json as ours, with either form of its rotary options; `changes` are of its relatives."""
+    hidden, heads = need(raw, "hidden_size"), need(raw, "num_attention_heads")
+    max_positions = need(raw, "max_position_embeddings")
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers >= 5, and before
+    rope = rope.get("full_attention", rope)
+    options: dict[str, Any] = {
+        "vocab_size": need(raw, "vocab_size"),
+        "hidden": hidden,
+        "layers": need(raw, "num_hidden_layers"),
+        "heads": heads,
+        "heads_kv": raw.get("num_key_value_heads") or heads,
+        "head_dim": raw.get("head_dim") or hidden // heads,
+        "inner": need(raw, "intermediate_size"),
+        "max_positions": max_positions,
+        "positions": "rotary",
+        "norm": "rms",
+        "activation": activation(raw, "hidden_act", "silu"),
+        "gated": True,
+        "attention_bias": raw.get("attention_bias", False),
+        "mlp_bias": raw.get("mlp_bias", False),
+        "tied": raw.get("tie_word_embeddings", False),
+        "eps": raw.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+        "rope_scaling": rope_scaling(rope, max_positions),
+        "attention_dropout": raw.get("attention_dropout", 0.0),
+    }
+    return GPTConfig(**options | changes)
+
+
+def windows(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """Of each layer, as layer_types has it or, before there were any, the place of the layer."""
+    size = raw.get("sliding_window")
+    layers = range(need(raw, "num_hidden_layers"))
+    kinds = raw.get("layer_types") or ["sliding_attention" if is_sliding(n) else "full_attention" for n in layers]
+    for kind in kinds:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise ValueError(f"layer_types: expected sliding_attention and full_attention in config.json, got {kind!r}")
+    found = tuple(size if kind == "sliding_attention" else None for kind in kinds)
+    return found if any(found) else ()
+
+
+def mistral_config(raw: Mapping[str, Any]) -> GPTConfig:
+    return llama_config(raw, windows=windows(raw, lambda layer: True))
+
+
+def qwen2_config(raw: Mapping[str, Any]) -> GPTConfig:
+    return replace(qwen3_config(raw), attention_bias=True, out_bias=False, head_norms=False)
+
+
+def qwen3_config(raw: Mapping[str, Any]) -> GPTConfig:
+    slides, first = raw.get("use_sliding_window", False), raw.get("max_window_layers", 28)
+    seen = windows(raw, lambda layer: layer >= first) if slides else ()
+    return llama_config(raw, head_norms=True, windows=seen)
+
+
+def gemma2_config(raw: Mapping[str, Any], every: int = 2, **changes: Any) -> GPTConfig:
+    """every: of so many layers the last has no window."""
+    refuse(raw, "use_bidirectional_attention", False)
+    shared: dict[str, Any] = {
+        "norm": "rms_offset",
+        "post_norms": True,
+        "activation": activation(raw, "hidden_activation", "gelu_pytorch_tanh"),
+        "tied": raw.get("tie_word_embeddings", True),
+        "windows": windows(raw, lambda layer: (layer + 1) % every != 0),
+        "scale": need(raw, "query_pre_attn_scalar") ** -0.5,
+        "softcap": raw.get("attn_logit_softcapping") or 0.0,
+        "logit_softcap": raw.get("final_logit_softcapping") or 0.0,
+        "embedding_scale": need(raw, "hidden_size") ** 0.5,
+    }
+    return llama_config(raw, **shared | changes)
+
+
+def gemma3_config(raw: Mapping[str, Any]) -> GPTConfig:
+    rope = raw.get("rope_parameters") or {}
+    near = rope.get("sliding_attention", {})
+    refuse(near, "rope_type", "default")
+    return gemma2_config(
+        raw,
+        raw.get("_sliding_window_pattern") or raw.get("sliding_window_pattern") or 6,
+        head_norms=True,
+        rope_theta=rope.get("full_attention", {}).get("rope_theta") or raw.get("rope_theta") or 1000000.0,
+        window_rope_theta=near.get("rope_theta") or raw.get("rope_local_base_freq") or 10000.0,
     )
 
 
@@ -211,10 +286,19 @@ class Family:
     transposed: bool = False  # linear weights of layers are (in, out)
 
 
+def relative_of_llama(config: Callable[[Mapping[str, Any]], GPTConfig], more: Modules | None = None) -> Family:
+    return Family(config, LLAMA | (more or {}), "model.", "embed_tokens.weight", "lm_head.weight")
+
+
 FAMILIES = {
     "bert": Family(bert_config, BERT, "bert.", "embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
     "gpt2": Family(gpt2_config, GPT2, "transformer.", "wte.weight", "lm_head.weight", transposed=True),
-    "llama": Family(llama_config, LLAMA, "model.", "embed_tokens.weight", "lm_head.weight"),
+    "llama": relative_of_llama(llama_config),
+    "mistral": relative_of_llama(mistral_config),
+    "qwen2": relative_of_llama(qwen2_config),
+    "qwen3": relative_of_llama(qwen3_config, HEAD_NORMS),
+    "gemma2": relative_of_llama(gemma2_config, POST_NORMS),
+    "gemma3_text": relative_of_llama(gemma3_config, POST_NORMS | HEAD_NORMS),
 }
 
 

@@ -74,7 +74,7 @@ class BertLayer(nn.Module):
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (T, 3, H, D)
         q, k, v = qkv.unbind(-3)  # views: their strides go to the kernel as they are
-        y = rows.attend(q, k, v, self.attention_dropout if self.training else 0.0).flatten(-2)
+        y = rows.attend(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0).flatten(-2)
         x = self.attention_norm(x + self.dropout(self.out(y)))
         y = self.down(activate(self.up(x), self.activation))
         return self.norm(x + self.dropout(y))

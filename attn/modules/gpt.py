@@ -1,4 +1,5 @@
-"""A causal decoder that covers GPT-2 (Radford et al. 2019) and Llama (Touvron et al. 2023, arXiv 2302.13971).
+"""A causal decoder that covers GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023, arXiv 2302.13971) and its relatives:
+Mistral (arXiv 2310.06825), Qwen2 and Qwen3 (arXiv 2505.09388), Gemma 2 and 3 (arXiv 2408.00118, 2503.19786).
 
 The mask is data: causal by default, and a `Mask` with a prefix for each sequence makes any part bidirectional.
 Shapes in comments: B batch, S seqlen, T total tokens without padding, C hidden, Hq/Hk heads, D head_dim.
@@ -6,33 +7,27 @@ Shapes in comments: B batch, S seqlen, T total tokens without padding, C hidden,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import wrong_type, wrong_value
 from ..mask import Mask, causal
+from .kv_cache import KVCache
 from .paged_rows import PagedRows
-from .rows import Rows, activate, check_activation, check_seqlens
+from .rope import Rope, RopeScaling, Rotary, rope_of, rope_tables, rotate
+from .rows import Rows, Scores, activate, check_activation, check_seqlens
 
 if TYPE_CHECKING:
     from ..cache import PagedBatch, PagedKVCache
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies stretch to longer contexts: "linear" (arXiv 2306.15595) or "llama3" (Llama 3.1's)."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+Ropes = tuple[Rope | None, Rope | None]  # of layers that see everything, and of those with a window
 
 
 @dataclass(frozen=True)
@@ -48,18 +43,31 @@ class GPTConfig:
     inner: int = 3072
     max_positions: int = 1024
     positions: str = "learned"  # or "rotary"
-    norm: str = "layer"  # or "rms"
+    norm: str = "layer"  # or "rms", or "rms_offset": Gemma's, whose weights are stored less 1
+    post_norms: bool = False  # of what attention and the MLP add, too
+    head_norms: bool = False  # of each head of q and k
     activation: str = "gelu_tanh"
     gated: bool = False  # down(activation(gate(x)) * up(x)), SwiGLU with silu
     attention_bias: bool = True
+    out_bias: bool | None = None  # of the product behind attention; None: as attention_bias
     mlp_bias: bool = True
     tied: bool = True  # the head's matrix is the embedding
     eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    windows: tuple[int | None, ...] = ()  # keys that a token sees in each layer, itself included; (): all
+    window_rope_theta: float | None = None  # of the layers with a window, without scaling; None: as the others
+    scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    softcap: float = 0.0  # of the scores, 0: none
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
     embedding_dropout: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
+
+    @property
+    def rotary(self) -> Rotary:
+        return Rotary(self.head_dim, self.max_positions, self.rope_theta, self.rope_scaling)
 
     @classmethod
     def gpt2(cls, **changes: Any) -> GPTConfig:
@@ -81,66 +89,19 @@ class GPTConfig:
         return cls(**{**small, **kind, "attention_bias": False, "mlp_bias": False, **changes})
 
 
-class KVCache:
-    """Contiguous keys and values (layers, B, capacity, Hk, D), with a length for each sequence."""
+class OffsetRMSNorm(nn.Module):
+    """RMSNorm by 1 + weight, in float32."""
 
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
-        shape = (config.layers, batch, capacity, config.heads_kv, config.head_dim)
-        # zeros: a peer multiplies unused values by a probability of 0, which must not meet a NaN
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.capacity = capacity
-        self.longest = 0  # keys of the longest sequence
-        self.seqlens: Tensor | None = None  # int32 (B,), None where all are `longest`
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size))
 
-    def rows(self, ids: Tensor, mask: Mask, attention: str, seqlens: Tensor | None = None) -> Rows:
-        """The `Rows` of tokens (B, S) that follow what the cache holds; seqlens (B,) counts those of them in use."""
-        if ids.shape[0] != self.keys.shape[1]:
-            raise ValueError(f"ids: expected the cache's batch ({self.keys.shape[1]}), got {ids.shape[0]}")
-        if self.longest + ids.shape[1] > self.capacity:
-            room = self.capacity - self.longest
-            raise ValueError(
-                f"ids: expected at most {room} more tokens in a cache of {self.capacity}, got {ids.shape[1]}"
-            )
-        if self.longest == 0:
-            return Rows.of(ids, mask, attention, seqlens=seqlens)
-        if seqlens is not None:
-            check_seqlens(seqlens, *ids.shape)
-        rows = Rows.of(ids, mask, attention)
-        rows.past = self.longest
-        start = self.longest if self.seqlens is None else self.seqlens[:, None]
-        rows.positions = rows.positions + start
-        if self.seqlens is not None or seqlens is not None:
-            rows.seqlens_q = seqlens if seqlens is None else seqlens.to(torch.int32)
-            past = self.longest if self.seqlens is None else self.seqlens
-            new = rows.seqlen if rows.seqlens_q is None else rows.seqlens_q
-            rows.seqlens_k = torch.as_tensor(past + new, dtype=torch.int32, device=ids.device)
-        return rows
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
-    def slots(self, rows: Rows) -> Tensor:
-        """int64 (T,) or (B * S,): the place of each new token in (B * capacity,)."""
-        if rows.index is not None:
-            return rows.index // rows.seqlen * self.capacity + rows.positions
-        row = torch.arange(rows.batch, device=rows.positions.device)[:, None]
-        return (row * self.capacity + rows.positions).flatten()
 
-    def append(self, layer: int, k: Tensor, v: Tensor, rows: Rows, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (T, Hk, D) or (B, S, Hk, D); returns what to attend to: themselves, or (B, past + S, Hk, D)."""
-        for held, new in ((self.keys[layer], k), (self.values[layer], v)):
-            if new.dtype != held.dtype and torch.is_autocast_enabled(new.device.type):
-                new = new.to(held.dtype)  # as `paged_append` has them; attention casts what is read
-            held.flatten(0, 1).index_copy_(0, slots, new if new.dim() == 3 else new.flatten(0, 1))
-        if rows.past == 0:
-            return k, v
-        end = rows.past + rows.seqlen
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
-
-    def advance(self, rows: Rows) -> None:
-        self.longest += rows.seqlen
-        if rows.seqlens_k is not None:
-            self.seqlens = rows.seqlens_k
-        elif rows.keep is not None:
-            self.seqlens = rows.keep.sum(1, dtype=torch.int32)
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms_offset": OffsetRMSNorm}
 
 
 class GPTLayer(nn.Module):
@@ -148,18 +109,24 @@ class GPTLayer(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         self.split = (config.heads, config.heads_kv, config.heads_kv)
+        self.scores = Scores(config.windows[index] if config.windows else None, config.scale, config.softcap)
         width = config.heads * config.head_dim
-        make_norm = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-        self.attention_norm = make_norm(config.hidden, eps=config.eps)
+        out_bias = config.attention_bias if config.out_bias is None else config.out_bias
+        norm = partial(NORMS[config.norm], eps=config.eps)
+        self.attention_norm = norm(config.hidden)
         self.qkv = nn.Linear(config.hidden, sum(self.split) * config.head_dim, config.attention_bias)
-        self.out = nn.Linear(width, config.hidden, config.attention_bias)
-        self.norm = make_norm(config.hidden, eps=config.eps)
+        self.q_norm = norm(config.head_dim) if config.head_norms else None
+        self.k_norm = norm(config.head_dim) if config.head_norms else None
+        self.out = nn.Linear(width, config.hidden, out_bias)
+        self.attention_post_norm = norm(config.hidden) if config.post_norms else nn.Identity()
+        self.norm = norm(config.hidden)
         self.up = nn.Linear(config.hidden, config.inner * (2 if config.gated else 1), config.mlp_bias)  # [gate, up]
         self.down = nn.Linear(config.inner, config.hidden, config.mlp_bias)
+        self.post_norm = norm(config.hidden) if config.post_norms else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rows: Rows, rope: Rope | None, cache: KVCache | None, slots: Tensor | None) -> Tensor:
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.config.head_dim))  # (T, Hq + 2 Hk, D)
+    def forward(self, x: Tensor, rows: Rows, ropes: Ropes, cache: KVCache | None, slots: Tensor | None) -> Tensor:
+        qkv, rope = self.project(x), self.own(ropes)
         if rope is None:
             q, k, v = qkv.split(self.split, -2)
         else:
@@ -168,18 +135,29 @@ class GPTLayer(nn.Module):
             v = qkv[..., -self.split[2] :, :]
         if cache is not None and slots is not None:
             k, v = cache.append(self.index, k, v, rows, slots)
-        y = rows.attend(q, k, v, self.config.attention_dropout if self.training else 0.0).flatten(-2)
-        return self.finish(x, y)
+        dropout_p = self.config.attention_dropout if self.training else 0.0
+        return self.finish(x, rows.attend(q, k, v, self.scores, dropout_p).flatten(-2))
 
-    def step(self, x: Tensor, rows: PagedRows) -> Tensor:
+    def step(self, x: Tensor, rows: PagedRows, ropes: Ropes) -> Tensor:
         """The same over a paged cache, which rotates q and k itself. x (T, C)"""
-        qkv = rows.apply(lambda x: self.qkv(self.attention_norm(x)), x).unflatten(-1, (-1, self.config.head_dim))
-        y = rows.attend(self.index, *qkv.split(self.split, -2)).flatten(-2)
+        q, k, v = rows.apply(self.project, x).split(self.split, -2)
+        y = rows.attend(self.index, q, k, v, self.scores, self.own(ropes)).flatten(-2)
         return rows.apply(partial(self.finish, by_row=rows.batch_invariant), x, y)
 
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (T, Hq + 2 Hk, D)"""
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.config.head_dim))
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        q, k, v = qkv.split(self.split, -2)
+        return torch.cat((self.q_norm(q), self.k_norm(k), v), -2)
+
+    def own(self, ropes: Ropes) -> Rope | None:
+        return ropes[0 if self.scores.window is None else 1]
+
     def finish(self, x: Tensor, y: Tensor, by_row: bool = False) -> Tensor:
-        x = x + self.dropout(self.out(y))
-        return x + self.dropout(self.down(self.widen(self.norm(x), by_row)))
+        x = x + self.dropout(self.attention_post_norm(self.out(y)))
+        return x + self.dropout(self.post_norm(self.down(self.widen(self.norm(x), by_row))))
 
     def widen(self, x: Tensor, by_row: bool = False) -> Tensor:
         """by_row: torch computes the last elements of a thread's share otherwise than those before them."""
@@ -204,8 +182,10 @@ class GPT(nn.Module):
             raise ValueError(f"heads: expected a multiple of heads_kv ({config.heads_kv}), got {config.heads}")
         if config.positions not in ("learned", "rotary"):
             raise ValueError(f"positions: expected learned or rotary, got {config.positions!r}")
-        if config.norm not in ("layer", "rms"):
-            raise ValueError(f"norm: expected layer or rms, got {config.norm!r}")
+        if config.norm not in NORMS:
+            raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {config.norm!r}")
+        if config.windows and len(config.windows) != config.layers:
+            raise ValueError(f"windows: expected one for each of {config.layers} layers, got {len(config.windows)}")
         if config.positions == "rotary" and config.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number with rotary positions, got {config.head_dim}")
         check_activation(config.activation)
@@ -215,8 +195,7 @@ class GPT(nn.Module):
         self.position = nn.Embedding(config.max_positions, config.hidden) if learned else None
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(GPTLayer(config, index) for index in range(config.layers))
-        make_norm = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-        self.norm = make_norm(config.hidden, eps=config.eps)
+        self.norm = NORMS[config.norm](config.hidden, eps=config.eps)
         self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         self.apply(init_weights)
         self.tie_weights()
@@ -224,6 +203,25 @@ class GPT(nn.Module):
     def tie_weights(self) -> None:
         if self.config.tied:
             self.head.weight = self.word.weight
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.word(ids)
+        if self.config.embedding_scale != 1:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        if self.position is not None:
+            x = x + self.position(positions)
+        return self.dropout(x)
+
+    def ropes(self, make: Callable[[Rotary], Rope]) -> Ropes:
+        if self.position is not None:
+            return None, None
+        whole, theta = make(self.config.rotary), self.config.window_rope_theta
+        return whole, whole if theta is None else make(replace(self.config.rotary, theta=theta, scaling=None))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of hidden states (..., C), normalised."""
+        logits, cap = self.head(x), self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def encode(
         self,
@@ -246,16 +244,11 @@ class GPT(nn.Module):
         if self.position is not None and rows.past + rows.seqlen > self.config.max_positions:
             limit, end = self.config.max_positions, rows.past + rows.seqlen
             raise ValueError(f"ids: expected at most max_positions ({limit}) tokens, got {end}")
-        x = self.word(rows.pack(ids))
-        rope = None
-        if self.position is not None:
-            x = x + self.position(rows.positions)
-        else:
-            rope = rope_of(rows.positions, self.config, x.dtype)
-        x = self.dropout(x)
+        x = self.embed(rows.pack(ids), rows.positions)
+        ropes = self.ropes(lambda rotary: rope_of(rows.positions, rotary, x.dtype))
         slots = None if cache is None else cache.slots(rows)
         for layer in self.layers:
-            x = layer(x, rows, rope, cache, slots)
+            x = layer(x, rows, ropes, cache, slots)
         if cache is not None:
             cache.advance(rows)
         return self.norm(x), rows
@@ -276,7 +269,7 @@ class GPT(nn.Module):
         if last:
             check_last(ids, seqlens)
         x, rows = self.encode(ids, seqlens, mask, cache, attention)
-        return self.head(last_token(x, rows, seqlens)) if last else rows.unpack(self.head(x))
+        return self.logits(last_token(x, rows, seqlens)) if last else rows.unpack(self.logits(x))
 
     @torch.inference_mode()
     def step(
@@ -301,17 +294,14 @@ class GPT(nn.Module):
             raise ValueError(f"ids: expected at most max_positions ({limit}) tokens, got {end}")
         if rows is None and not all(batch.new_tokens):
             wrong_value("rows", "the rows wanted, where a sequence has no new token", None)
-        rope = None if self.position is not None else rope_tables(self.config, ids)
-        paged = PagedRows.of(cache, batch, rope, batch_invariant)
-        x = self.word(ids)
-        if self.position is not None:
-            x = x + self.position(batch.positions.clamp(min=0))  # -1: a row of a buffer that no token is in
-        x = self.dropout(x)
+        paged = PagedRows.of(cache, batch, batch_invariant)
+        x = self.embed(ids, batch.positions.clamp(min=0))  # -1: a row of a buffer that no token is in
+        ropes = self.ropes(lambda rotary: rope_tables(rotary, ids))
         for layer in self.layers:
-            x = cast(GPTLayer, layer).step(x, paged)
+            x = cast(GPTLayer, layer).step(x, paged, ropes)
         if rows is None:
             rows = (batch.cu_seqlens_q[1:] - 1).clamp(min=0)  # buffers that hold no batch have rows too
-        return paged.apply(lambda x: self.head(self.norm(x)), x.index_select(0, rows))
+        return paged.apply(lambda x: self.logits(self.norm(x)), x.index_select(0, rows))
 
     @torch.inference_mode()
     def generate(
@@ -369,85 +359,6 @@ def last_token(x: Tensor, rows: Rows, seqlens: Tensor | None) -> Tensor:
     if seqlens is None:
         return x[:, -1]
     return x[torch.arange(rows.batch, device=x.device), seqlens.to(x.device, torch.int64) - 1]
-
-
-Rope = tuple[Tensor, Tensor]  # cos and sin, (T, 1, D / 2) or (B or 1, S, 1, D / 2)
-
-
-def rope_of(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Rope:
-    """Rotary angles of the positions, in float32 at least, rounded to `dtype` (arXiv 2104.09864)."""
-    exact = torch.promote_types(dtype, torch.float32)
-    angles = positions[..., None].to(exact) * frequencies(config, positions)
-    return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
-
-
-Made = TypeVar("Made", Tensor, Rope)
-KEPT = 8  # configurations and devices
-
-
-def kept(make: Callable[[GPTConfig, torch.device], Made]) -> Callable[[GPTConfig, Tensor], Made]:
-    """`make` on the device of a tensor that its result is used with, once for each configuration and device.
-
-    What a compiler, an export or a fake mode runs has a result of its own: one tensor of its kind, kept, would be in
-    every later call, and theirs cannot hold a plain one.
-    """
-    results: dict[tuple[GPTConfig, torch.device], Made] = {}
-
-    @wraps(make)
-    def found_or_made(config: GPTConfig, beside: Tensor) -> Made:
-        device = beside.device
-        if torch.compiler.is_compiling() or type(beside) is not Tensor:
-            return make(config, device)
-        found = results.get((config, device))
-        if found is None:
-            found = make(config, device)
-            if all(is_plain(x) for x in ((found,) if isinstance(found, Tensor) else found)):
-                if len(results) >= KEPT:
-                    results.clear()
-                results[config, device] = found
-        return found
-
-    return found_or_made
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether x holds numbers of its own, now and later: a capture's memory is the graph's."""
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return type(x) is Tensor and not torch._is_functional_tensor(x) and not captured
-
-
-@kept
-def rope_tables(config: GPTConfig, device: torch.device) -> Rope:
-    """cos and sin of all positions, float32 (max_positions, D / 2)."""
-    with torch.inference_mode(False):
-        cos, sin = rope_of(torch.arange(config.max_positions, device=device), config, torch.float32)
-        return cos.squeeze(-2), sin.squeeze(-2)
-
-
-@kept
-def frequencies(config: GPTConfig, device: torch.device) -> Tensor:
-    """float32 (D / 2,): radians a position, stretched as config.rope_scaling says."""
-    with torch.inference_mode(False):
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-        freq = 1.0 / config.rope_theta**steps
-        scaling = config.rope_scaling
-        if scaling is None:
-            return freq
-        if scaling.kind == "linear":
-            return freq / scaling.factor
-        if scaling.kind != "llama3":
-            raise ValueError(f"rope_scaling: expected linear or llama3, got {scaling.kind!r}")
-        turns = scaling.original_max_positions * freq / (2 * math.pi)  # over the context the model was trained on
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # 1: as it is, 0: stretched by the factor
-        return freq * kept + freq / scaling.factor * (1.0 - kept)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotates pairs (x[..., i], x[..., i + D/2]) of x (..., heads, D): Llama's split halves."""
-    cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..mask import Mask, causal, prefix_lm
 from ..paged.functional import paged_append, paged_attention
+from .rope import Rope
+from .rows import Scores
 
 if TYPE_CHECKING:
     from ..cache import PagedBatch, PagedKVCache
@@ -23,34 +25,32 @@ BLOCK_ROWS = 16  # of every linear layer in the batch-invariant mode
 class PagedRows:
     """New tokens of several sequences, packed to (T, ...), whose keys and values go into a `PagedKVCache`.
 
-    rope: cos and sin, float32 (positions, D / 2), or None. The mask is causal, with the bidirectional prefix that each
+    The mask is causal, with the bidirectional prefix that each
     sequence came with. batch_invariant: no bit of a row depends on what other rows there are.
     """
 
     cache: PagedKVCache
     batch: PagedBatch
     mask: Mask
-    rope: tuple[Tensor | None, Tensor | None]
     cu_seqlens: Tensor | None  # None where each sequence has one new token
     batch_invariant: bool
 
     @classmethod
-    def of(
-        cls, cache: PagedKVCache, batch: PagedBatch, rope: tuple[Tensor, Tensor] | None, batch_invariant: bool
-    ) -> PagedRows:
+    def of(cls, cache: PagedKVCache, batch: PagedBatch, batch_invariant: bool) -> PagedRows:
         prefixes = [seq.bidirectional_prefix for seq in batch.seqs]
         prefixes += [0] * (len(batch.seqlens_k) - len(prefixes))  # of buffers that are larger
         mask = causal()
         if any(prefixes):
             mask = prefix_lm(torch.tensor(prefixes, dtype=torch.int32, device=batch.seqlens_k.device))
         cu_seqlens = None if batch.decodes else batch.cu_seqlens_q
-        return cls(cache, batch, mask, rope or (None, None), cu_seqlens, batch_invariant)
+        return cls(cache, batch, mask, cu_seqlens, batch_invariant)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores k, v (T, Hk, D) and attends with q (T, Hq, D) to all that each sequence has. Rotates q and k."""
-        cache, batch = self.cache, self.batch
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores, rope: Rope | None) -> Tensor:
+        """Stores k, v (T, Hk, D) and attends with q (T, Hq, D) to all that each sequence has. Rotates q and k by rope, cos
+        and sin float32 (positions, D / 2)."""
+        cache, batch, mask = self.cache, self.batch, scores.mask(self.mask)
         pages = (cache.k_pages[layer], cache.v_pages[layer])
-        cos, sin = self.rope
+        cos, sin = rope or (None, None)
         held: dict[str, Any] = dict(zip(("k_scales", "v_scales"), cache.scales(layer), strict=True))
         paged_append(
             k, v, *pages, batch.block_table, batch.positions, self.cu_seqlens, rope_cos=cos, rope_sin=sin, **held
@@ -60,12 +60,14 @@ class PagedRows:
             *pages,
             batch.block_table,
             batch.seqlens_k,
-            self.mask,
+            mask,
             cu_seqlens_q=self.cu_seqlens,
             max_seqlen_q=batch.max_seqlen_q,
             rope_cos=cos,
             rope_sin=sin,
-            plan=batch.plan(self.mask, self.batch_invariant),
+            scale=scores.scale,
+            softcap=scores.softcap,
+            plan=batch.plan(mask, self.batch_invariant),
             batch_invariant=self.batch_invariant,
             **held,
         )

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,26 @@ from ..functional import attention, check_tensor, varlen_attention
 from ..mask import Mask
 
 ATTENTIONS = ("duplex", "sdpa", "plain")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a layer has its own of: the keys that a query sees, itself included (None: what the mask says), and the scores' scale
+    (None: head_dim ** -0.5) and softcap (0: none)."""
+
+    window: int | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+
+    def mask(self, mask: Mask) -> Mask:
+        """`mask`, cut to the window."""
+        if self.window is None:
+            return mask
+        left = self.window - 1
+        return mask._replace(left=left if mask.left is None else min(left, mask.left))
+
+
+_ALL = Scores()
 
 
 @dataclass
@@ -39,6 +60,7 @@ class Rows:
     cu_seqlens: Tensor | None = None
     seqlens_q: Tensor | None = None
     seqlens_k: Tensor | None = None
+    _visible: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -96,35 +118,38 @@ class Rows:
         padded = x.new_zeros(self.batch * self.seqlen, *x.shape[1:])
         return padded.index_copy(0, self.index, x).unflatten(0, (self.batch, self.seqlen))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores = _ALL, dropout_p: float = 0.0) -> Tensor:
         """q (total, Hq, D) or (B, S, Hq, D), k and v the same with Hk heads and any strides -> out, shaped as q.
 
         In a pass over a cache (`past > 0`), k and v are (B, past + S, Hk, D).
         """
+        mask = scores.mask(self.mask)
         if self.attention == "duplex":
+            terms: dict[str, Any] = {"scale": scores.scale, "softcap": scores.softcap, "dropout_p": dropout_p}
             if self.cu_seqlens is None:
-                lens_q, lens_k = self.seqlens_q, self.seqlens_k
-                return attention(q, k, v, self.mask, seqlens_q=lens_q, seqlens_k=lens_k, dropout_p=dropout_p)
+                return attention(q, k, v, mask, seqlens_q=self.seqlens_q, seqlens_k=self.seqlens_k, **terms)
             cu, longest = self.cu_seqlens, self.seqlen
-            return varlen_attention(q, k, v, cu, cu, longest, longest, self.mask, dropout_p=dropout_p)
+            return varlen_attention(q, k, v, cu, cu, longest, longest, mask, **terms)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D)
         if self.attention == "plain":
-            return plain(q, k, v, self.visible(), dropout_p).transpose(1, 2)
+            return plain(q, k, v, self.visible(mask), scores, dropout_p).transpose(1, 2)
+        if scores.softcap:
+            raise ValueError("attention: expected duplex or plain, which cap scores, got 'sdpa'")
         grouped = q.shape[1] != k.shape[1]
-        causal = self.past == 0 and is_causal(self.mask)  # right padding: no query sees it, so no mask is needed
-        seen = None if causal else self.visible()
-        out = F.scaled_dot_product_attention(q, k, v, seen, dropout_p, causal, enable_gqa=grouped)
+        causal = self.past == 0 and is_causal(mask)  # right padding: no query sees it, so no mask is needed
+        seen = None if causal else self.visible(mask)
+        out = F.scaled_dot_product_attention(q, k, v, seen, dropout_p, causal, scale=scores.scale, enable_gqa=grouped)
         return out.transpose(1, 2)
 
-    def visible(self) -> Tensor | None:
-        """What the peers see: bool, broadcasting to (B, 1, S, past + S), or None for everything. Computed once."""
-        if not hasattr(self, "_visible"):
-            self._visible = self._span()
-        return self._visible
+    def visible(self, mask: Mask) -> Tensor | None:
+        """What the peers see: bool, broadcasting to (B, 1, S, past + S), or None for everything. Computed once for each window."""
+        if mask.left not in self._visible:
+            self._visible[mask.left] = self._span(mask)
+        return self._visible[mask.left]
 
-    def _span(self) -> Tensor | None:
+    def _span(self, mask: Mask) -> Tensor | None:
         keys = self.past + self.seqlen
-        mask, device = self.mask, self.positions.device
+        device = self.positions.device
         j = torch.arange(keys, device=device)
         seen = None if self.keep is None else self.keep[:, None, None, :]  # (B, 1, 1, S)
         if self.seqlens_k is not None:
@@ -150,15 +175,19 @@ class Rows:
         return span & seen | ~token[:, None, :, None]  # padding sees something: its NaN would spread as 0 * NaN
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float = 0.0) -> Tensor:
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scores: Scores = _ALL, dropout_p: float = 0.0
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v as written, in the dtype of q; (B, H, S, D), k and v with heads that divide q's."""
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
+    if scores.softcap:
+        s = scores.softcap * torch.tanh(s / scores.softcap)
     if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    return F.dropout(scores.softmax(-1), dropout_p) @ v
+        s = s.masked_fill(~visible, float("-inf"))
+    return F.dropout(s.softmax(-1), dropout_p) @ v
 
 
 def is_causal(mask: Mask) -> bool:

@@ -16,7 +16,11 @@ SMALL = {"vocab_size": VOCAB, "hidden": 48, "layers": 2, "heads": 4, "head_dim":
 CONFIGS = {
     "learned": GPTConfig(**SMALL, heads_kv=4),
     "rotary": GPTConfig.llama(**SMALL, heads_kv=2),
-}
+    "a window in one layer": GPTConfig.llama(  # and all else that Gemma has
+        **SMALL, heads_kv=2, norm="rms_offset", post_norms=True, head_norms=True, windows=(6, None), window_rope_theta=30.0,
+        scale=0.2, softcap=3.0, logit_softcap=20.0, embedding_scale=2.5,
+    ),
+}  # fmt: skip
 PROMPTS = [[random.Random(n).randrange(VOCAB) for _ in range(length)] for n, length in enumerate((23, 1, 40, 9, 17))]
 
 MakeEngine = Callable[..., Engine]

@@ -41,15 +41,27 @@ def test_greedy_tokens_are_those_of_the_model(model: GPT, engine: MakeEngine) ->
         assert line == model.generate(torch.tensor([prompt]), 20)[0].tolist()
 
 
-@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+GROUPED = {"num_key_value_heads": 2, "intermediate_size": 70}
+GEMMA = {"query_pre_attn_scalar": 20, "head_dim": 12, "sliding_window": 6, "hidden_activation": "gelu_pytorch_tanh"}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2LMHeadModel": ("GPT2Config", {}),
+    "LlamaForCausalLM": ("LlamaConfig", GROUPED),
+    "MistralForCausalLM": ("MistralConfig", GROUPED | {"sliding_window": 7}),
+    "Qwen2ForCausalLM": ("Qwen2Config", GROUPED | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "Qwen3ForCausalLM": ("Qwen3Config", GROUPED | {"head_dim": 12}),
+    "Gemma2ForCausalLM": ("Gemma2Config", GROUPED | GEMMA | {"attn_logit_softcapping": 3.0}),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", GROUPED | GEMMA),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Any, engine: MakeEngine, architecture: str) -> None:
     transformers = pytest.importorskip("transformers")
     small = {"vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     small |= {"max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": None}
-    kind = transformers.LlamaConfig if "Llama" in architecture else transformers.GPT2Config
-    options = {"num_key_value_heads": 2, "intermediate_size": 70} if "Llama" in architecture else {}
+    kind, options = ARCHITECTURES[architecture]
     torch.manual_seed(1)
-    theirs = getattr(transformers, architecture)(kind(**small, **options)).eval()
+    theirs = getattr(transformers, architecture)(getattr(transformers, kind)(**small, **options)).eval()
     theirs.save_pretrained(tmp_path)
     prompts = torch.randint(0, VOCAB, (3, 15))
     expected = theirs.generate(

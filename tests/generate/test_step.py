@@ -143,9 +143,9 @@ def test_what_a_graph_is_captured_with_serves_any_batch(model: GPT) -> None:
     cache = cache_for(model)
     seqs = [cache.add([5]), cache.add([6])]
     buffers = cache.buffers(2, 4, 2)
-    assert PagedRows.of(cache, cache.batch(seqs, out=buffers), None, False).cu_seqlens is buffers.cu_seqlens_q
-    assert PagedRows.of(cache, cache.batch(seqs), None, False).cu_seqlens is None
-    assert PagedRows.of(cache, cache.batch(seqs, [0, 1]), None, False).cu_seqlens is not None
+    assert PagedRows.of(cache, cache.batch(seqs, out=buffers), False).cu_seqlens is buffers.cu_seqlens_q
+    assert PagedRows.of(cache, cache.batch(seqs), False).cu_seqlens is None
+    assert PagedRows.of(cache, cache.batch(seqs, [0, 1]), False).cu_seqlens is not None
     assert model.step(torch.tensor([0, 0]), cache, cache.buffers(2, 4, 2)).shape == (2, model.config.vocab_size)
 
 

@@ -23,7 +23,21 @@ def llama_options(**changes):
     return {**small, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, **changes}
 
 
-OPTIONS = {"Bert": bert_options, "GPT2": gpt2_options, "Llama": llama_options}
+def gemma_options(**changes):
+    return llama_options(head_dim=20, query_pre_attn_scalar=30, sliding_window=6, **changes)
+
+
+OPTIONS = {
+    "Bert": bert_options,
+    "GPT2": gpt2_options,
+    "Llama": llama_options,
+    "Mistral": llama_options,
+    "Qwen2": llama_options,
+    "Qwen3": llama_options,
+    "Gemma2": gemma_options,
+    "Gemma3": gemma_options,
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
 @pytest.fixture
@@ -33,7 +47,7 @@ def save(tmp_path):
     def make(architecture, dtype=torch.float32, **changes):
         family = next(name for name in OPTIONS if architecture.startswith(name))
         torch.manual_seed(len(architecture))
-        config = getattr(transformers, f"{family}Config")(**OPTIONS[family](**changes))
+        config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**OPTIONS[family](**changes))
         config._attn_implementation = "eager"
         model = getattr(transformers, architecture)(config).eval().to(dtype)
         for name, parameter in model.named_parameters():  # biases and norms are 0 and 1 until trained

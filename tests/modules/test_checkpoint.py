@@ -133,7 +133,11 @@ def test_missing_files_are_named(save, tmp_path):
             {"architectures": ["RobertaModel"]},
             "architectures: expected one of BertModel, .* got RobertaModel",
         ),
-        ("BertModel", {"model_type": "roberta"}, "model_type: expected one of bert, gpt2, llama in .* got roberta"),
+        (
+            "BertModel",
+            {"model_type": "roberta"},
+            "model_type: expected one of bert, gpt2, llama, mistral, .* got roberta",
+        ),
         ("BertModel", {"hidden_size": None}, "hidden_size: expected it in config.json"),
         ("BertModel", {"hidden_act": "mish"}, "hidden_act: expected one of gelu, .* got 'mish'"),
         ("BertModel", {"is_decoder": True}, "is_decoder: expected False in config.json, got True"),
@@ -146,6 +150,18 @@ def test_missing_files_are_named(save, tmp_path):
         ("GPT2LMHeadModel", {"scale_attn_weights": False}, "scale_attn_weights: expected True"),
         ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected .* got 'yarn'"),
         ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear"}}, "factor: expected it in config.json"),
+        (
+            "Qwen2ForCausalLM",
+            {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 3},
+            "layer_types: expected",
+        ),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar: expected it"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention: expected False"),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_type: expected 'default'",
+        ),
         (
             "LlamaForCausalLM",
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -234,6 +250,36 @@ def test_both_forms_of_rotary_options(save, old, new):
     torch.testing.assert_close(load_checkpoint(folder)(ids), expected, **EXACT)
     edit_config(folder, rope_scaling=None, rope_theta=10000.0)
     assert not torch.allclose(load_checkpoint(folder)(ids), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen2ForCausalLM"])
+def test_windows_of_older_checkpoints(save, architecture):
+    """Which layers have one follows from their place, and Gemma 3's two bases have names of their own."""
+    options = {"num_hidden_layers": 5}
+    if architecture.startswith("Qwen"):
+        options |= {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 6}
+    if architecture.startswith("Gemma3"):
+        bases = {"sliding_attention": 20.0, "full_attention": 300.0}
+        options["rope_parameters"] = {
+            name: {"rope_theta": base, "rope_type": "default"} for name, base in bases.items()
+        }
+        options["layer_types"] = [f"{'sliding' if (n + 1) % 3 else 'full'}_attention" for n in range(5)]
+    theirs, folder = save(architecture, **options)
+    ids = torch.randint(0, 97, (2, 30))
+    expected = theirs(ids).logits
+    new = load_checkpoint(folder)
+    torch.testing.assert_close(new(ids), expected, atol=1e-4, rtol=1e-4)
+    old = {"layer_types": None, "rope_parameters": None}
+    if architecture.startswith("Gemma3"):
+        old |= {
+            "rope_theta": 300.0,
+            "rope_local_base_freq": 20.0,
+            "sliding_window_pattern": 3,
+            "_sliding_window_pattern": None,
+        }
+    edit_config(folder, **old)
+    assert load_checkpoint(folder).config == new.config
+    assert {6, None} == set(new.config.windows)
 
 
 def test_dtype_is_the_stored_one_or_the_asked_one(save):
