@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
     "BertForMaskedLM": BertMaskedLM,
     "BertForPreTraining": BertMaskedLM,
     "BertForSequenceClassification": BertClassifier,
+    **{f"{kind}Model": Bert for kind in ("Roberta", "XLMRoberta")},
+    **{f"{kind}ForMaskedLM": BertMaskedLM for kind in ("Roberta", "XLMRoberta")},
+    **{f"{kind}ForSequenceClassification": BertClassifier for kind in ("Roberta", "XLMRoberta")},
     "GPT2Model": GPT,
     "GPT2LMHeadModel": GPT,
     "LlamaForCausalLM": GPT,
@@ -64,11 +67,19 @@ BERT: Modules = {
     "layers.{}.norm": ("encoder.layer.{}.output.LayerNorm",),
     "pooler": ("pooler.dense",),
 }
+POSITIONS = "embeddings.position_embeddings.weight"
 BERT_HEADS: Modules = {
     "dense": ("cls.predictions.transform.dense",),
     "norm": ("cls.predictions.transform.LayerNorm",),
     "decoder": ("cls.predictions.decoder",),
     "classifier": ("classifier",),
+}
+ROBERTA_HEADS: Modules = {
+    "dense": ("lm_head.dense",),
+    "norm": ("lm_head.layer_norm",),
+    "decoder": ("lm_head.decoder",),
+    "bert.pooler": ("classifier.dense",),  # which a classifier has in its head
+    "classifier": ("classifier.out_proj",),
 }
 GPT2: Modules = {
     "word": ("wte",),
@@ -124,27 +135,38 @@ def activation(raw: Mapping[str, Any], name: str, default: str) -> str:
     return ACTIVATIONS[given]
 
 
-def bert_config(raw: Mapping[str, Any]) -> BertConfig:
-    """A Hugging Face BERT config.json as ours."""
+def bert_config(raw: Mapping[str, Any], **changes: Any) -> BertConfig:
+    """A Hugging Face BERT config.json as ours; `changes` are RoBERTa's."""
     refuse(raw, "position_embedding_type", "absolute")
     refuse(raw, "is_decoder", False)
     refuse(raw, "add_cross_attention", False)
-    return BertConfig(
-        vocab_size=need(raw, "vocab_size"),
-        hidden=need(raw, "hidden_size"),
-        layers=need(raw, "num_hidden_layers"),
-        heads=need(raw, "num_attention_heads"),
-        inner=need(raw, "intermediate_size"),
-        max_positions=need(raw, "max_position_embeddings"),
-        segments=raw.get("type_vocab_size", 2),
-        activation=activation(raw, "hidden_act", "gelu"),
-        eps=raw.get("layer_norm_eps", 1e-12),
-        dropout=raw.get("hidden_dropout_prob", 0.1),
-        attention_dropout=raw.get("attention_probs_dropout_prob", 0.1),
-        tied=raw.get("tie_word_embeddings", True),
-        labels=len(raw.get("id2label") or range(raw.get("num_labels", 2))),
-        classifier_dropout=raw.get("classifier_dropout"),
-    )
+    options: dict[str, Any] = {
+        "vocab_size": need(raw, "vocab_size"),
+        "hidden": need(raw, "hidden_size"),
+        "layers": need(raw, "num_hidden_layers"),
+        "heads": need(raw, "num_attention_heads"),
+        "inner": need(raw, "intermediate_size"),
+        "max_positions": need(raw, "max_position_embeddings"),
+        "segments": raw.get("type_vocab_size", 2),
+        "activation": activation(raw, "hidden_act", "gelu"),
+        "eps": raw.get("layer_norm_eps", 1e-12),
+        "dropout": raw.get("hidden_dropout_prob", 0.1),
+        "attention_dropout": raw.get("attention_probs_dropout_prob", 0.1),
+        "tied": raw.get("tie_word_embeddings", True),
+        "labels": len(raw.get("id2label") or range(raw.get("num_labels", 2))),
+        "classifier_dropout": raw.get("classifier_dropout"),
+    }
+    return BertConfig(**options | changes)
+
+
+def roberta_offset(raw: Mapping[str, Any]) -> int:
+    """Rows of the table that stand for padding and for what no position has."""
+    return raw.get("pad_token_id", 1) + 1
+
+
+def roberta_config(raw: Mapping[str, Any]) -> BertConfig:
+    max_positions = need(raw, "max_position_embeddings") - roberta_offset(raw)
+    return bert_config(raw, max_positions=max_positions, positions="tokens")
 
 
 def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
@@ -284,6 +306,14 @@ class Family:
     word: str
     head: str  # tied to `word` or stored
     transposed: bool = False  # linear weights of layers are (in, out)
+    heads: Modules = field(default_factory=dict)  # of encoders
+    unused_positions: Callable[[Mapping[str, Any]], int] = lambda raw: 0  # rows in front of the table
+
+
+ROBERTA = Family(
+    roberta_config, BERT, "roberta.", "embeddings.word_embeddings.weight", "lm_head.decoder.weight",
+    heads=ROBERTA_HEADS, unused_positions=roberta_offset,
+)  # fmt: skip
 
 
 def relative_of_llama(config: Callable[[Mapping[str, Any]], GPTConfig], more: Modules | None = None) -> Family:
@@ -291,7 +321,16 @@ def relative_of_llama(config: Callable[[Mapping[str, Any]], GPTConfig], more: Mo
 
 
 FAMILIES = {
-    "bert": Family(bert_config, BERT, "bert.", "embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    "bert": Family(
+        bert_config,
+        BERT,
+        "bert.",
+        "embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.weight",
+        heads=BERT_HEADS,
+    ),
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
     "gpt2": Family(gpt2_config, GPT2, "transformer.", "wte.weight", "lm_head.weight", transposed=True),
     "llama": relative_of_llama(llama_config),
     "mistral": relative_of_llama(mistral_config),
@@ -329,9 +368,9 @@ def load_checkpoint(
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"model_type: expected one of {known} in {folder / 'config.json'}, got {model_type}")
-    if (made is GPT) == (model_type == "bert"):
-        raise ValueError(f"architecture: expected one of family {model_type}, got {made.__name__}")
     family = FAMILIES[model_type]
+    if (made is GPT) == bool(family.heads):
+        raise ValueError(f"architecture: expected one of family {model_type}, got {made.__name__}")
 
     stored = {plain_name(name, family): tensor for file in files for name, tensor in read_tensors(file).items()}
     config, modules = family.config(raw), family.modules
@@ -339,9 +378,11 @@ def load_checkpoint(
         if made is not BertClassifier:
             config = replace(config, pooler="pooler.dense.weight" in stored)
         if made is Bert:
-            stored = {name: t for name, t in stored.items() if not name.startswith(("cls.", "classifier."))}
+            stored = {name: t for name, t in stored.items() if not name.startswith(("cls.", "classifier.", "lm_head."))}
         else:
-            modules = {f"bert.{ours}": theirs for ours, theirs in BERT.items()} | BERT_HEADS
+            modules = {f"bert.{ours}": theirs for ours, theirs in BERT.items()} | family.heads
+        if (skipped := family.unused_positions(raw)) and POSITIONS in stored:
+            stored[POSITIONS] = stored[POSITIONS][skipped:]
     if config.tied and family.word in stored and made in (BertMaskedLM, GPT):
         word = stored[family.word]
         if not torch.equal(stored.setdefault(family.head, word), word):
@@ -454,4 +495,6 @@ def plain_name(name: str, family: Family) -> str:
     """A stored name without its model's prefix; a norm's gamma and beta and the decoder's bias by today's names."""
     name = name.removeprefix(family.prefix)
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
-    return "cls.predictions.decoder.bias" if name == "cls.predictions.bias" else name
+    return {"cls.predictions.bias": "cls.predictions.decoder.bias", "lm_head.bias": "lm_head.decoder.bias"}.get(
+        name, name
+    )

@@ -1,4 +1,5 @@
-"""BERT (Devlin et al. 2018, arXiv 1810.04805): encoder with pooling, masked-token and classification heads.
+"""BERT (Devlin et al. 2018, arXiv 1810.04805) and RoBERTa (Liu et al. 2019, arXiv 1907.11692): encoder with pooling,
+masked-token and classification heads.
 
 A padded batch runs unpadded end to end: packed once at the embedding, `varlen_attention` in every layer, unpacked once
 at the end. Shapes in comments: B batch, S seqlen, T total tokens without padding, C hidden, H heads, D head_dim.
@@ -24,6 +25,7 @@ class BertConfig:
     heads: int = 12
     inner: int = 3072
     max_positions: int = 512
+    positions: str = "columns"  # of a padded batch; or "tokens" (RoBERTa): padding between them is not counted
     segments: int = 2  # first text or second
     activation: str = "gelu"
     eps: float = 1e-12
@@ -91,6 +93,8 @@ class Bert(nn.Module):
         super().__init__()
         if config.hidden % config.heads:
             raise ValueError(f"hidden: expected a multiple of heads ({config.heads}), got {config.hidden}")
+        if config.positions not in ("columns", "tokens"):
+            raise ValueError(f"positions: expected columns or tokens, got {config.positions!r}")
         check_activation(config.activation)
         self.config = config
         self.embedding = BertEmbedding(config)
@@ -109,14 +113,15 @@ class Bert(nn.Module):
         """ids int64 (B, S) with attention_mask (B, S) or seqlens (B,); segments int64 (B, S), all 0 by default.
 
         Returns hidden (T, C), or (B, S, C) where nothing is packed (no padding given, or a peer's attention), and
-        the `Rows` that unpack it. Tokens stand at their column, so masked-out tokens may lie anywhere in a row.
+        the `Rows` that unpack it. Masked-out tokens may lie anywhere in a row.
         """
         if ids.dim() == 2 and ids.shape[1] > self.config.max_positions:
             raise ValueError(
                 f"ids: expected at most max_positions ({self.config.max_positions}) columns, got {ids.shape[1]}"
             )
         rows = Rows.of(ids, full(), attention, attention_mask=attention_mask, seqlens=seqlens)
-        x = self.embedding(rows.pack(ids), rows.positions, None if segments is None else rows.pack(segments))
+        positions = rows.positions if self.config.positions == "columns" else rows.counted()
+        x = self.embedding(rows.pack(ids), positions, None if segments is None else rows.pack(segments))
         for layer in self.layers:
             x = layer(x, rows)
         return x, rows

@@ -107,6 +107,13 @@ class Rows:
             attention, mask, batch, seqlen, positions, 0, None, index, cu_seqlens, seqlens_q=lengths, seqlens_k=lengths
         )
 
+    def counted(self) -> Tensor:
+        """Positions of tokens among those of their sequence, whatever padding lies between; shaped as `positions`, or (B, S)."""
+        if self.cu_seqlens is not None:
+            starts = self.cu_seqlens[:-1].repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.positions))
+            return torch.arange(len(self.positions), device=self.positions.device) - starts
+        return self.positions if self.keep is None else (self.keep.cumsum(1) - 1).clamp(min=0)
+
     def pack(self, x: Tensor) -> Tensor:
         """(B, S, ...) as given -> the layout of the activations: (total, ...) when packed, else x itself."""
         return x if self.index is None else x.flatten(0, 1).index_select(0, self.index)

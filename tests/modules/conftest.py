@@ -12,6 +12,10 @@ def bert_options(**changes):
     return {**small, "intermediate_size": 80, "max_position_embeddings": 40, "initializer_range": 0.2, **changes}
 
 
+def roberta_options(**changes):
+    return bert_options(type_vocab_size=2, pad_token_id=0, **changes)
+
+
 def gpt2_options(**changes):
     small = {"vocab_size": 97, "n_embd": 48, "n_layer": 3, "n_head": 3, "n_positions": 40, "initializer_range": 0.2}
     return {**small, "bos_token_id": 1, "eos_token_id": 1, **changes}
@@ -29,6 +33,8 @@ def gemma_options(**changes):
 
 OPTIONS = {
     "Bert": bert_options,
+    "Roberta": roberta_options,
+    "XLMRoberta": roberta_options,
     "GPT2": gpt2_options,
     "Llama": llama_options,
     "Mistral": llama_options,
