@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from duplex_attn.checkpoint import BERT, assemble
+from duplex_attn.checkpoint import assemble
+from duplex_attn.families import BERT
 from duplex_attn.modules import Bert, BertConfig
 from duplex_attn.profile.workloads import SIZES, Settings, tokenised
 from duplex_attn.text import default_text

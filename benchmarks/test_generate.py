@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from duplex_attn.checkpoint import FAMILIES, GPT2, assemble
+from duplex_attn.checkpoint import assemble
+from duplex_attn.families import FAMILIES, GPT2
 from duplex_attn.generate import Engine, SamplingParams, cache_for
 from duplex_attn.modules import GPT, GPTConfig
 from duplex_attn.profile.timing import Spread, once
