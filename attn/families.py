@@ -37,6 +37,7 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
     "MistralForCausalLM": GPT,
     "Qwen2ForCausalLM": GPT,
     "Qwen3ForCausalLM": GPT,
+    "Phi3ForCausalLM": GPT,
     "Gemma2ForCausalLM": GPT,
     "Gemma3ForCausalLM": GPT,
 }
@@ -94,6 +95,10 @@ LLAMA: Modules = {
     "head": ("lm_head",),
 }
 HEAD_NORMS: Modules = {f"layers.{{}}.{name}_norm": (f"layers.{{}}.self_attn.{name}_norm",) for name in "qk"}
+FUSED: Modules = {
+    "layers.{}.qkv": ("layers.{}.self_attn.qkv_proj",),
+    "layers.{}.up": ("layers.{}.mlp.gate_up_proj",),
+}
 POST_NORMS: Modules = {
     "layers.{}.attention_post_norm": ("layers.{}.post_attention_layernorm",),
     "layers.{}.norm": ("layers.{}.pre_feedforward_layernorm",),
@@ -325,6 +330,7 @@ FAMILIES = {
     "mistral": relative_of_llama(mistral_config),
     "qwen2": relative_of_llama(qwen2_config),
     "qwen3": relative_of_llama(qwen3_config, HEAD_NORMS),
+    "phi3": relative_of_llama(mistral_config, FUSED),
     "gemma2": relative_of_llama(gemma2_config, POST_NORMS),
     "gemma3_text": relative_of_llama(gemma3_config, POST_NORMS | HEAD_NORMS),
 }

@@ -1,5 +1,5 @@
 """A causal decoder that covers GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023, arXiv 2302.13971) and its relatives:
-Mistral (arXiv 2310.06825), Qwen2 and Qwen3 (arXiv 2505.09388), Gemma 2 and 3 (arXiv 2408.00118, 2503.19786).
+Mistral (arXiv 2310.06825), Phi-3 (2404.14219), Qwen 2 and 3 (2407.10671, 2505.09388), Gemma 2 and 3 (2408.00118, 2503.19786).
 
 The mask is data: causal by default, and a `Mask` with a prefix for each sequence makes any part bidirectional.
 Shapes in comments: B batch, S seqlen, T total tokens without padding, C hidden, Hq/Hk heads, D head_dim.

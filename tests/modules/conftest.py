@@ -40,6 +40,7 @@ OPTIONS = {
     "Mistral": llama_options,
     "Qwen2": llama_options,
     "Qwen3": llama_options,
+    "Phi3": llama_options,
     "Gemma2": gemma_options,
     "Gemma3": gemma_options,
 }

@@ -34,6 +34,7 @@ MODELS = {
     ),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 20}),
     "qwen3 biases": ("Qwen3ForCausalLM", {"head_dim": 20, "attention_bias": True}),
+    "phi3": ("Phi3ForCausalLM", {"sliding_window": 5, "pad_token_id": 0}),
     "gemma2": ("Gemma2ForCausalLM", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": (
         "Gemma3ForCausalLM",
@@ -141,12 +142,14 @@ def test_gradients_of_a_language_model_loss(pair, ours, ragged, attention):
         names = {"word": ["model.embed_tokens"], "norm": ["model.norm"]}
         layer = {"attention_norm": ["input_layernorm"], "qkv": [f"self_attn.{x}_proj" for x in "qkv"]}
         layer |= {"out": ["self_attn.o_proj"], "norm": ["post_attention_layernorm"]}
+        layer |= {"up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}
+        if type(theirs).__name__.startswith("Phi3"):
+            layer |= {"qkv": ["self_attn.qkv_proj"], "up": ["mlp.gate_up_proj"]}
         if ours.config.head_norms:
             layer |= {f"{x}_norm": [f"self_attn.{x}_norm"] for x in "qk"}
         if ours.config.post_norms:
             layer |= {"attention_post_norm": layer["norm"], "norm": ["pre_feedforward_layernorm"]}
             layer |= {"post_norm": ["post_feedforward_layernorm"]}
-        layer |= {"up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}
     for index in range(3):
         stem = f"transformer.h.{index}." if gpt2 else f"model.layers.{index}."
         names |= {f"layers.{index}.{ours_}": [stem + name for name in stored] for ours_, stored in layer.items()}
