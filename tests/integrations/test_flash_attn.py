@@ -307,7 +307,7 @@ def test_padding() -> None:
     assert cu_seqlens.dtype == used.dtype == torch.int32 and indices.tolist() == [0, 1, 3, 6, 10, 11, 12, 13, 14]
     kept = (mask + more)[..., None].float()
     torch.testing.assert_close(pad_input(packed, indices, 3, 5), x * kept, rtol=0, atol=0)
-    (grad,) = torch.autograd.grad(pad_input(packed, indices, 3, 5).square().sum(), x)
+    (grad,) = torch.autograd.grad(pad_input(packed, indices.int(), 3, 5).square().sum(), x)
     torch.testing.assert_close(grad, 2 * x.detach() * kept, rtol=0, atol=0)
 
 
@@ -345,3 +345,31 @@ def test_a_package_that_was_imported_already(nothing_installed: None) -> None:
         assert sys.modules["flash_attn"] is theirs
     finally:
         del sys.modules["flash_attn"]
+
+
+def test_the_flash_attention_of_transformers(nothing_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `attn_implementation="flash_attention_2"` imports and calls is there: padded prompts, windows and a cache."""
+    transformers = pytest.importorskip("transformers")
+    utils = importlib.import_module("transformers.modeling_flash_attention_utils")
+    flash_attn.register()
+    monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: True)
+    for name in [name for name in vars(utils) if name.startswith("_") and not name.startswith("__")]:
+        monkeypatch.setattr(utils, name, getattr(utils, name))  # what it found is forgotten afterwards
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=80, sliding_window=5, pad_token_id=0, initializer_range=0.3, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval().bfloat16()
+    ids = torch.randint(3, 97, (3, 12))
+    kept = torch.arange(12) >= torch.tensor([[0], [5], [1]])
+    given = {"input_ids": ids, "attention_mask": kept.long()}
+    seen = []
+    varlen = flash_attn.functional.varlen_attention
+    monkeypatch.setattr(flash_attn.functional, "varlen_attention", lambda *a, **o: seen.append(a[7]) or varlen(*a, **o))
+    expected = model(**given).logits
+    model.config._attn_implementation = "flash_attention_2"
+    found = model(**given).logits
+    assert [(mask.left, mask.right) for mask in seen] == [(4, 0)] * 2
+    torch.testing.assert_close(found[kept], expected[kept], rtol=0.05, atol=0.1)
+    assert model.generate(**given, max_new_tokens=4, do_sample=False).shape == (3, 16)
