@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import warnings
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,11 +49,13 @@ def unregister() -> None:
 
 
 def _put(function: Any, in_place_of: Any) -> None:
+    left_alone = ("torch", __name__.split(".")[0])
     for name, module in list(sys.modules.items()):
-        if module is F or name.split(".")[0] not in ("torch", __name__.split(".")[0]):
-            for attribute, value in list(getattr(module, "__dict__", {}).items()):
+        if module is F or (isinstance(module, ModuleType) and name.split(".")[0] not in left_alone):
+            names = object.__getattribute__(module, "__dict__")  # module.__dict__ would load a lazy one
+            for attribute, value in list(names.items()):
                 if value is in_place_of:
-                    setattr(module, attribute, function)
+                    names[attribute] = function
 
 
 def scaled_dot_product_attention(
@@ -70,9 +73,9 @@ def scaled_dot_product_attention(
     attn_mask: bool (True = keep) or floating (added), broadcasts to (..., Hq, L, S), or one of `torch.nn.attention.bias`.
     is_causal: query i sees keys up to i. enable_gqa: Hq may be a multiple of Hkv; otherwise all but the last two
     dimensions broadcast. Jagged tensors (B, H, ragged, E) run packed, causal ones too.
-    What these kernels do not take (E over 256, float64, other devices ...) torch computes, with a warning that says why,
-    and without one whatever is called under `torch.nn.attention.sdpa_kernel`, which asks for kernels of torch. There are no
-    second and no forward-mode derivatives. Errors are those of torch or of `duplex_attn.attention`.
+    What these kernels do not take (E over 256, float64, other devices, torch.jit and torch.fx ...) torch computes, with a
+    warning that says why, and without one whatever is called under `torch.nn.attention.sdpa_kernel`, which asks for kernels
+    of torch. There are no second and no forward-mode derivatives. Errors are those of torch or of `duplex_attn.attention`.
     """
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None or _torch_kernels_are_chosen():
@@ -92,6 +95,10 @@ def scaled_dot_product_attention(
         if batch == k_front[0] and k_front == v_front and (enable_gqa or heads == k_front[1]):
             return _dense(query, key, value, span, bias=attn_mask, **terms)
     return _folded(query, key, value, span, attn_mask, enable_gqa, **terms)
+
+
+# TorchScript compiles calls of it to torch's own.
+torch.jit._builtins._register_builtin(scaled_dot_product_attention, "aten::scaled_dot_product_attention")
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, span: Mask, **terms: Any) -> Tensor:
@@ -149,14 +156,12 @@ def _longest(x: Any) -> int:
 
 @torch.compiler.assume_constant_result
 def _torch_kernels_are_chosen() -> bool:
-    """By `sdpa_kernel`, or for good by torch.backends.cuda.enable_flash_sdp(False) and its kin."""
+    """By `sdpa_kernel`, or for good by torch.backends.cuda.enable_flash_sdp(False) and its kin.
+
+    To leave out cuDNN's alone, as x-transformers does, is no choice.
+    """
     at = torch._C
-    return not (
-        at._get_flash_sdp_enabled()
-        and at._get_mem_efficient_sdp_enabled()
-        and at._get_math_sdp_enabled()
-        and at._get_cudnn_sdp_enabled()
-    )
+    return not (at._get_flash_sdp_enabled() and at._get_mem_efficient_sdp_enabled() and at._get_math_sdp_enabled())
 
 
 def _why_not(
@@ -171,6 +176,11 @@ def _why_not(
 ) -> str | None:
     """Why torch computes the call, or says what is wrong with it."""
     tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):  # a proxy of torch.fx, which torch's own records
+            return f"{name}: expected a tensor, got {type(x).__name__}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace would keep the sizes of one call"
     if any(x.is_nested for x in tensors.values()) and (reason := _why_not_jagged(tensors, attn_mask)):
         return reason
     for name, x in tensors.items():
@@ -209,5 +219,5 @@ def _why_not_jagged(tensors: dict[str, Any], attn_mask: Tensor | None) -> str | 
             )
     q, k, v = tensors.values()
     if k.shape[2] != v.shape[2] or not q.shape[1] == k.shape[1] == v.shape[1]:
-        return f"query, key, value: expected equal heads and, of keys and values, lengths, got {q.shape}, {k.shape}, {v.shape}"
+        return "query, key, value: expected equal heads, and key and value of the same offsets"
     return None if attn_mask is None else "attn_mask: expected None with jagged tensors"

@@ -1,9 +1,11 @@
 """`F.scaled_dot_product_attention` on these kernels: torch's own in float64 is what they are compared with."""
 
 import contextlib
+import importlib.util
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,6 +229,12 @@ def test_a_kernel_of_torch_that_was_asked_for(
     assert torch.equal(found, expected) and calls == [] and not recwarn
 
 
+def test_any_kernel_of_torch_but_cudnn_s_is_no_choice(registered: None, calls: list[str]) -> None:
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        F.scaled_dot_product_attention(*tensors(*SHAPES["a batch"]))
+    assert calls == ["attention"]
+
+
 @pytest.mark.parametrize(
     "shapes, options, error",
     [
@@ -311,6 +319,14 @@ def test_jagged_tensors_that_torch_takes(why: str, registered: None, calls: list
     assert calls == []
 
 
+def test_jagged_tensors_that_torch_takes_are_told_of_once(registered: None) -> None:
+    """Python shows a message again if it changed, and each tensor has a ragged size of its own name."""
+    with pytest.warns(UserWarning) as warned:
+        for _ in range(2):
+            F.scaled_dot_product_attention(*(jagged([3, 5]).transpose(1, 2) for _ in range(3)))
+    assert len({str(w.message) for w in warned}) == 1
+
+
 # In its place.
 
 
@@ -328,6 +344,29 @@ def test_the_place_of_torch_s_own() -> None:
         assert [F.scaled_dot_product_attention, module.attend] == [torch._C._nn.scaled_dot_product_attention] * 2
     finally:
         del sys.modules["a_model"]
+
+
+class ReadOnly(types.ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(name)
+
+
+def test_modules_that_resist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that nothing may be set on, and a lazy one, which must not be loaded for this."""
+    read_only = ReadOnly("read_only")
+    vars(read_only)["attend"] = F.scaled_dot_product_attention
+    (tmp_path / "lazy.py").write_text("raise ImportError")
+    spec = importlib.util.spec_from_file_location("lazy", tmp_path / "lazy.py")
+    assert spec is not None and spec.loader is not None
+    loader = importlib.util.LazyLoader(spec.loader)
+    lazy = importlib.util.module_from_spec(spec)
+    loader.exec_module(lazy)
+    for name, module in (("read_only", read_only), ("lazy", lazy)):
+        monkeypatch.setitem(sys.modules, name, module)
+    sdpa.register()
+    assert read_only.attend is F.scaled_dot_product_attention is sdpa.scaled_dot_product_attention
+    sdpa.unregister()
+    assert read_only.attend is F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
 class Block(nn.Module):
@@ -410,3 +449,16 @@ def test_export(registered: None) -> None:
     program = torch.export.export(block, (x,))
     assert "duplex_attn.attention_forward" in program.graph_module.code
     torch.testing.assert_close(program.module()(x), block(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch's own", "ignore:.*deprecated", "ignore::torch.jit.TracerWarning")
+def test_torch_jit_and_fx_record_torch_s_own(registered: None, calls: list[str]) -> None:
+    class Attend(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    traced = torch.jit.trace(Attend(), tensors(*[(2, 4, 9, 8)] * 3), check_trace=False)
+    given = tensors(*[(3, 4, 17, 8)] * 3)
+    for function in (traced, torch.jit.script(Attend()), torch.fx.symbolic_trace(Attend())):
+        torch.testing.assert_close(function(*given), in_torch(*given, is_causal=True))
+    assert calls == []
