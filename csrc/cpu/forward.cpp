@@ -61,21 +61,43 @@ void clear_padding(const Problem& p, int64_t rows_stored) {
   });
 }
 
-// A few queries of every sequence against a dense batch of keys: decoding, where each sequence is one page.
+constexpr int64_t SHORT = 256, FEW_OF_SHORT = 8;  // keys, and rows that decoding takes of so few
+
+// A few queries of every sequence: decoding, where the keys of each are one page. That kernel takes what is indexed by
+// stored rows and keys from the first of them.
 bool is_decoding(const Problem& p, const CallArguments& call, const DecodeKernel& kernel) {
-  return !call.packed() && !call.batch_invariant && !p.dropout && !p.start_q && !p.start_k && p.rows_k > 0 &&
-         p.rows_q * p.group() <= kernel.queries && p.head_dim % kernel.dims == 0 && p.head_dim_v % kernel.dims == 0 &&
-         p.batch >= torch::stable::get_num_threads();
+  const bool shifted = p.start_q || p.start_k, indexed = p.bias || p.row_distance_bias || p.col_distance_bias;
+  return !call.batch_invariant && !p.dropout && !(shifted && indexed) && p.rows_k > 0 &&
+         p.rows_q <= (p.rows_k < SHORT ? FEW_OF_SHORT : kernel.rows) && p.head_dim % kernel.dims == 0 &&
+         p.head_dim_v % kernel.dims == 0 && p.batch * p.heads_kv >= torch::stable::get_num_threads();
+}
+
+// The view from a row of a sequence on.
+View from(View x, const Problem& p, int64_t b, int64_t row) {
+  const int64_t bytes = p.dtype == DType::FLOAT32 ? 4 : 2;
+  x.data = static_cast<char*>(x.data) + (b * x.batch + row * x.row) * bytes;
+  return x;
+}
+
+// kv heads of a task: memory is read well in its order only, so where the heads of a key lie side by side, all that
+// leave every thread a task; where its keys do, as many as the kernel takes at once.
+int64_t decoded_together(const Problem& p, const DecodeKernel& kernel) {
+  const int64_t threads = torch::stable::get_num_threads(), tasks = (threads + p.batch - 1) / p.batch;
+  const int64_t most = (p.heads_kv + tasks - 1) / tasks;
+  return p.k.head < p.k.row ? most : std::clamp<int64_t>(kernel.at_once / (p.rows_q * p.group()), 1, most);
 }
 
 void decode(const Problem& p, const DecodeKernel& kernel) {
-  std::vector<int32_t> table(p.batch);
-  std::iota(table.begin(), table.end(), 0);
-  const Pages pages{p.k, p.v, {}, {}, Storage::AS_QUERIES, table.data(), 1, p.rows_k};
-  parallel_tasks(p.batch, kernel.scratch(p, pages, p.rows_q), [&](int64_t b, void* scratch) {
+  const int64_t together = decoded_together(p, kernel), parts = (p.heads_kv + together - 1) / together;
+  parallel_tasks(p.batch * parts, kernel.scratch(p, p.rows_q), [&](int64_t index, void* scratch) {
+    const int64_t b = index / parts, kv = index % parts * together, heads = std::min(together, p.heads_kv - kv);
     const Sequence s = sequence(p, b);
-    if (s.len_q > 0)
-      kernel.run(p, pages, {s, int32_t(b), 0, int32_t(p.heads_q), int32_t(s.len_q), 0, 0, s.len_k, -1}, scratch);
+    if (s.len_q == 0) return;
+    const int32_t page = 0;
+    const View k = from(p.k, p, b, s.row_k), v = from(p.v, p, b, s.row_k);
+    const Pages pages{k, v, {}, {}, Storage::AS_QUERIES, &page, 0, std::max<int64_t>(s.len_k, 1)};
+    const int32_t first = int32_t(kv * p.group()), count = int32_t(heads * p.group());
+    kernel.run(p, pages, {s, int32_t(b), first, count, int32_t(s.len_q), 0, 0, s.len_k, -1}, scratch);
   });
 }
 

@@ -15,7 +15,8 @@ namespace duplex {
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 384;  // of a tile: what shares one packed block of keys, more or less
-constexpr int64_t SHARED_ROWS = 12;  // below it, each sequence's own pass costs less than a common one
+constexpr int64_t SHARED_ROWS = 2;   // from which one pass over shared keys costs less than each sequence's own
+constexpr int64_t SHARED_ROWS_ON_CARDS = 12;  // of a plan for one
 
 PlanBatch plan_batch(const Tensor& block_table, const Tensor& seqlens_k, const OptionalTensor& cu_seqlens_q,
                      const OptionalTensor& prefix, int64_t page_size, std::optional<int64_t> left,
@@ -37,8 +38,9 @@ int64_t default_workers() { return (int64_t(torch::stable::get_num_threads()) + 
 
 // block_rows, workers: 0 for those of this backend on this machine.
 PlanOptions plan_options(bool batch_invariant, bool may_share, int64_t block_rows = 0, int64_t workers = 0) {
+  const int64_t shared_rows = workers ? SHARED_ROWS_ON_CARDS : SHARED_ROWS;
   return {block_rows ? block_rows : BLOCK_ROWS, workers ? workers : default_workers(),
-          batch_invariant ? FIXED_SPLIT : 0, may_share && !batch_invariant ? SHARED_ROWS : 0};
+          batch_invariant ? FIXED_SPLIT : 0, may_share && !batch_invariant ? shared_rows : 0};
 }
 
 // Whether the sequences of a shared tile's rows have the same pages where its keys are.
@@ -142,7 +144,7 @@ struct Cut {
     task.key_begin = tile.key_begin;
     task.key_end = tile.key_end;
     task.slot = tile.slot;
-    if (may_decode && rows * group <= decode.queries) {
+    if (may_decode && rows <= decode.rows) {
       task.heads = int32_t(p.heads_q);
       task.rows = int32_t(rows);
       few.push_back(task);
@@ -244,7 +246,7 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
   for (const ForwardTask& task : cut.few) rows = std::max<int64_t>(rows, task.rows);
   const int64_t few = int64_t(cut.few.size());
   const size_t scratch = std::max(cut.many.empty() ? 0 : isa.forward->scratch(p, cut.heads_kv),
-                                  cut.few.empty() ? 0 : isa.decode->scratch(p, pages, rows));
+                                  cut.few.empty() ? 0 : isa.decode->scratch(p, rows));
   parallel_tasks(few + int64_t(cut.many.size()), scratch, [&](int64_t index, void* memory) {
     if (index < few)
       isa.decode->run(p, pages, cut.few[index], memory);

@@ -28,6 +28,7 @@ CHOICES = {
         ((0, 3, 2, 0), (4, 3, 0, 0)),  # empty sequences, queries without keys
         ((70,), (700,)),
         ((2, 2, 2), (40, 20, 64)),
+        ((3, 11, 1), (40, 300, 13)),  # a few rows each
     ],
     "heads": [(2, 2), (4, 2), (3, 1), (8, 1), (12, 1)],
     "head_dims": [(64, 64), (128, 128), (32, 96), (40, 24), (8, 256)],
@@ -94,6 +95,13 @@ def test_a_shared_prefix(lane: Lane, heads: tuple[int, int], dtype: torch.dtype,
     pool.check(lane)
     pool = make(dataclasses.replace(case, mask=(0, 350, 0)))  # a window that hides some of the prefix
     pool.check(lane)
+
+
+@pytest.mark.parametrize("count", [2, 5, 13])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_few_that_share_a_prefix(lane: Lane, dtype: torch.dtype, count: int) -> None:
+    case = Case(((1,) * count, tuple(range(301, 301 + count))), (8, 2), (32, 64), dtype, shared=288, sink=True)
+    make(case).check(lane)
 
 
 @pytest.mark.parametrize("mask", [(700, 30, 0), (700, None, None), (3, 500, 0)], ids=str)

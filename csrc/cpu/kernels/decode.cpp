@@ -12,8 +12,8 @@
 namespace duplex::DUPLEX_ISA {
 namespace {
 
-constexpr int QUERIES = 8;  // rows x heads of one kv head
-constexpr int BLOCK = 64;   // keys
+constexpr int ROWS_AT_MOST = 12;  // from about there on the forward kernel's tiles of queries cost less
+constexpr int BLOCK = 64;         // keys
 constexpr int ROWS_OF_VALUES = 8;
 constexpr int AHEAD = 16;  // rows between what is computed and what is asked for: enough for memory, within L2
 constexpr int LINE = 64;   // bytes that memory brings at once
@@ -436,7 +436,8 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
   const int64_t group = p.group(), count = task.rows * group;  // queries of a kv head: row by row, each with its heads
   DecodeScratch<P> s(p, count, memory);
   constexpr bool WHOLE = BYTES<P, S>;
-  const int64_t units = WHOLE ? 3 * round_up(p.head_dim, 64) / 4 : p.head_dim / P::STEP, heads = p.heads_kv;
+  const int64_t units = WHOLE ? 3 * round_up(p.head_dim, 64) / 4 : p.head_dim / P::STEP;
+  const int64_t first_kv = task.h / group, heads = task.heads / group;  // kv heads
   const int64_t dims = p.head_dim_v, width = WHOLE ? round_up(dims, 64) : dims;
   const HeadScores first_head{p, task.seq, task.b, 0};
   const Span& span = task.seq.span;
@@ -445,7 +446,7 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
   for (int64_t kv = 0; kv < heads; ++kv)
     for (int64_t m = 0; m < count; ++m) {
       unit_t* to = s.queries + (kv * count + m) * units;
-      const E* from = p.q.at<E>(task.b, task.seq.row_q + task.row + m / group, kv * group + m % group);
+      const E* from = p.q.at<E>(task.b, task.seq.row_q + task.row + m / group, task.h + kv * group + m % group);
       if constexpr (WHOLE)
         s.units[kv * count + m] = pack_whole((uint8_t*)to, round_up(p.head_dim, 64), from, p.head_dim);
       else
@@ -463,8 +464,8 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
     int64_t page = j0 / pages.page_size, slot = j0 % pages.page_size;
     const S *k = nullptr, *v = nullptr;
     const auto step = [&] {
-      k = pages.k.at<S>(table[page], slot, 0);
-      v = pages.v.at<S>(table[page], slot, 0);
+      k = pages.k.at<S>(table[page], slot, first_kv);
+      v = pages.v.at<S>(table[page], slot, first_kv);
       if (++slot == pages.page_size) slot = 0, ++page;
     };
     for (int64_t n = 0; n < BLOCK; ++n) {  // past the end: the last key again, with weight 0, not what lies there
@@ -491,11 +492,11 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
     const bool plain =
         !scaled_keys && first_head.is_scaled_product() && span.cover(task.row, row_end, j0, j0 + keys) == Cover::ALL;
     for (int64_t kv = 0; kv < heads; ++kv) {
-      const PagedKeys<P, E, S> of_head{p, pages, table, kv, 1, nullptr, 0, j0, j0 + keys};
-      if (scaled_keys) of_head.scales(pages.k_scales, kv, s.k_scales, j0, int(keys), BLOCK);
-      if (scaled_values) of_head.scales(pages.v_scales, kv, s.v_scales, j0, int(keys), BLOCK);
+      const PagedKeys<P, E, S> of_head{p, pages, table, first_kv + kv, 1, nullptr, 0, j0, j0 + keys};
+      if (scaled_keys) of_head.scales(pages.k_scales, first_kv + kv, s.k_scales, j0, int(keys), BLOCK);
+      if (scaled_values) of_head.scales(pages.v_scales, first_kv + kv, s.v_scales, j0, int(keys), BLOCK);
       for (int64_t m = 0; m < count && !plain; ++m) {
-        const HeadScores head{p, task.seq, task.b, kv * group + m % group};
+        const HeadScores head{p, task.seq, task.b, task.h + kv * group + m % group};
         finish_scores(head, task.row + m / group, j0, int(keys), s.scores + (kv * count + m) * BLOCK,
                       scaled_keys ? s.k_scales : nullptr);
       }
@@ -525,9 +526,9 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
 
   const bool is_final = task.slot < 0;
   alignas(64) float row[LANES];
-  for (int64_t kv = 0; kv < p.heads_kv; ++kv)
+  for (int64_t kv = 0; kv < heads; ++kv)
     for (int64_t m = 0; m < count; ++m) {
-      const int64_t at = kv * count + m, h = kv * group + m % group, r = m / group;
+      const int64_t at = kv * count + m, h = task.h + kv * group + m % group, r = m / group;
       const float sum = s.total[at], of_keys = sum == 0 ? -INF : s.peak[at] * unit + __builtin_logf(sum);
       const auto lse_of = [&](int) { return of_keys; };
       const Union all(1, lse_of, is_final && p.sink ? p.sink + h : nullptr);
@@ -574,18 +575,17 @@ void add_parts(const Problem& p, int64_t row, const int64_t* slots, int count) {
 
 }  // namespace
 
-const DecodeKernel decode = {QUERIES, 2 * LANES,
-                             [](const Problem& p, const Pages&, int64_t rows) {
-                               return DecodeScratch<Float32>(p, rows * p.group(), nullptr).carver.bytes;
-                             },
-                             [](const Problem& p, const Pages& pages, const ForwardTask& task, void* scratch) {
-                               switch (p.dtype) {
-                                 case DType::FLOAT32: return decode_stored<Float32, float>(p, pages, task, scratch);
-                                 case DType::FLOAT16: return decode_stored<Float32, f16>(p, pages, task, scratch);
-                                 case DType::BFLOAT16: return decode_stored<Bf16Product, bf16>(p, pages, task, scratch);
-                                 case DType::BOOL: return;
-                               }
-                             }};
+const DecodeKernel decode = {
+    ROWS_AT_MOST, 2 * LANES, LANES == 16 ? 4 : 1,
+    [](const Problem& p, int64_t rows) { return DecodeScratch<Float32>(p, rows * p.group(), nullptr).carver.bytes; },
+    [](const Problem& p, const Pages& pages, const ForwardTask& task, void* scratch) {
+      switch (p.dtype) {
+        case DType::FLOAT32: return decode_stored<Float32, float>(p, pages, task, scratch);
+        case DType::FLOAT16: return decode_stored<Float32, f16>(p, pages, task, scratch);
+        case DType::BFLOAT16: return decode_stored<Bf16Product, bf16>(p, pages, task, scratch);
+        case DType::BOOL: return;
+      }
+    }};
 
 const PartsKernel parts = {[](const Problem& p, int64_t row, const int64_t* slots, int count) {
   switch (p.dtype) {

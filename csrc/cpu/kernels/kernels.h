@@ -25,12 +25,13 @@ struct ForwardKernel {
   void (*run)(const Problem&, const Pages*, const ForwardTask&, void* scratch);  // no pages: keys are the problem's
 };
 
-// Few queries of every head: reads each page once, in order. It takes up to `queries` rows x heads of one kv head, and
+// Few queries of every head: reads each page once, in order. It takes up to `rows` rows, each with its heads, and
 // head dims that are multiples of `dims`.
 struct DecodeKernel {
-  int queries, dims;
-  size_t (*scratch)(const Problem&, const Pages&, int64_t rows);
-  void (*run)(const Problem&, const Pages&, const ForwardTask&, void* scratch);  // task.h 0, task.heads all
+  int rows, dims;
+  int at_once;  // queries of several kv heads
+  size_t (*scratch)(const Problem&, int64_t rows);
+  void (*run)(const Problem&, const Pages&, const ForwardTask&, void* scratch);  // task.heads: of whole kv heads
 };
 
 // One row of final results from `count` partial ones; the sink joins here.
