@@ -374,14 +374,9 @@ def _candidates(device_type: str) -> tuple[Backend, ...]:
     return tuple(backend for backend in _ORDER.get(device_type, (_REFERENCE,)) if backend.missing() is None)
 
 
-@torch.compiler.assume_constant_result  # Dynamo would trace through what is cached
+@cache
 def without_kernels(device: torch.device) -> str | None:
     """Why the reference alone would run what lies on a device; None where kernels of the package do."""
-    return _without_kernels(device)
-
-
-@cache
-def _without_kernels(device: torch.device) -> str | None:
     x = torch.empty(0, device=device)
     others = [BACKENDS[name] for name in names_for(device.type) if name != _REFERENCE.name]
     reasons = {backend.name: backend.missing() or backend.refuses_device(x) for backend in others}

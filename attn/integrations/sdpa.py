@@ -154,6 +154,11 @@ def _longest(x: Any) -> int:
     return x.values().shape[0] if known is None else known
 
 
+@torch.compiler.assume_constant_result  # Dynamo would trace through what is cached
+def _without_kernels(device: torch.device) -> str | None:
+    return without_kernels(device)
+
+
 @torch.compiler.assume_constant_result
 def _torch_kernels_are_chosen() -> bool:
     """By `sdpa_kernel`, or for good by torch.backends.cuda.enable_flash_sdp(False) and its kin.
@@ -208,7 +213,7 @@ def _why_not(
         return "scale: expected a float, got a tensor"
     if not 0 <= dropout_p < 1:
         return f"dropout_p: expected [0, 1), got {dropout_p}"
-    return without_kernels(query.device)
+    return _without_kernels(query.device)
 
 
 def _why_not_jagged(tensors: dict[str, Any], attn_mask: Tensor | None) -> str | None:
