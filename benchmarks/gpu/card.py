@@ -10,6 +10,12 @@ from dataclasses import dataclass
 OLDEST = (8, 0)  # compute capability
 ENOUGH = 8 * 2**30  # bytes of free memory
 BUSY = 10  # percent of the time
+# Compute modes in which the stages cannot run: the command, a stage and the processes that it starts have the card all at once.
+NOT_SHARED = {
+    "Exclusive_Process": "the card is in compute mode Exclusive_Process, of one process at a time, and a stage has several: "
+    "nvidia-smi --compute-mode=DEFAULT lets them share it",
+    "Prohibited": "the card is in compute mode Prohibited, of no process: nvidia-smi --compute-mode=DEFAULT lets them use it",
+}
 EACH = 2 * 2**30  # bytes for one of several processes: half a gigabyte is its context
 
 
@@ -32,8 +38,11 @@ def look(device: str) -> Card:
     if (card.major, card.minor) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
         return Card(card.name, f"compute capability {card.major}.{card.minor}: the kernels need {wanted} or newer")
+    uuid = getattr(card, "uuid", None)
+    if (mode := ask("compute_mode", uuid)) in NOT_SHARED:
+        return Card(card.name, NOT_SHARED[mode])
     try:
-        free, total = torch.cuda.mem_get_info(0)
+        free, total = torch.cuda.mem_get_info(0)  # from now on this process has the card too
     except RuntimeError as error:  # of a card that another process holds alone, say
         return Card(card.name, f"the card cannot be used: {str(error).splitlines()[0]}")
     if free < ENOUGH:
@@ -41,7 +50,7 @@ def look(device: str) -> Card:
     conditions = []
     if free < 0.9 * total:
         conditions.append(f"{free / 2**30:.1f} of {total / 2**30:.0f} GiB were free: something else held the rest")
-    if (busy := utilisation(getattr(card, "uuid", None))) is not None and busy > BUSY:
+    if (busy := utilisation(uuid)) is not None and busy > BUSY:
         conditions.append(
             f"the card was busy {busy}% of the time before anything ran here: times are not to be trusted"
         )
@@ -56,13 +65,18 @@ def room(most: int) -> int:
 
 
 def utilisation(uuid: object) -> int | None:
-    """Percent of the last moments in which a kernel ran, where nvidia-smi tells: it numbers cards otherwise than torch."""
+    """Percent of the last moments in which a kernel ran, where nvidia-smi tells."""
+    told = ask("utilization.gpu", uuid)
+    return int(told) if told is not None and told.isdigit() else None
+
+
+def ask(what: str, uuid: object) -> str | None:
+    """What nvidia-smi tells of the card, which it numbers otherwise than torch."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     query.append("--id=0" if uuid is None else f"--id=GPU-{uuid}")
     try:
-        printed = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return int(printed) if printed.isdigit() else None

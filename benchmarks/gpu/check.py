@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ROWS = 64  # of a sample
+AT_ONCE = 2**28  # bytes of scores in float64
 LENIENT = 4  # times as much as the contract: what only rules out a peer that computes something else
 
 
@@ -57,6 +58,11 @@ def seen(rows: Tensor, len_q: int, len_k: int, prefix: int, left: int | None, ri
     return span | (j < prefix)
 
 
+def all_of(len_k: int) -> Callable[[Tensor], Tensor]:
+    """Where every row sees every key: bool (n, len_k) of rows (n,)."""
+    return lambda rows: rows.new_ones(len(rows), len_k, dtype=torch.bool)
+
+
 def spread(n: int, most: int = ROWS, device: torch.device | str = "cpu") -> Tensor:
     """At most `most` of 0 .. n-1, the first and the last among them."""
     return torch.linspace(0, n - 1, min(n, most), device=device).round().long()
@@ -98,24 +104,16 @@ def gradients(
     k: Tensor,
     v: Tensor,
     dout: Tensor,
-    visible: Tensor,
+    visible: Callable[[Tensor], Tensor],
     bias: Bias | None = None,
 ) -> Check:
-    """dq, dk, dv of one head, q (..., Sq, D) and so on, and that of a bias, against autograd of the formula in float64."""
-    given = [x.detach() for x in (q, k, v, *((bias.values,) if bias else ()))]
+    """dq, dk, dv of one head, q (..., Sq, D) and so on, and that of a bias, against autograd of the formula in float64.
 
-    def of(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], float]:
-        leaves = [x.to(dtype, copy=True).requires_grad_() for x in given]
-        scores = leaves[0] @ leaves[1].mT * q.shape[-1] ** -0.5
-        if bias is not None:
-            scores = scores + bias.plane(leaves[3])
-        scores = scores.masked_fill(~visible, float("-inf"))
-        out = scores.softmax(-1).nan_to_num(0.0) @ leaves[2]
-        largest = float(scores.detach().logsumexp(-1).abs().max())
-        return torch.autograd.grad(out, leaves, dout.to(dtype)), largest
-
-    truth, largest_lse = of(torch.float64)
-    plain, _ = of(q.dtype)
+    `visible` is bool (n, Sk) of rows i (n,).
+    """
+    given = [q, k, v, *((bias.values,) if bias else ())]
+    truth, largest_lse = of_formula(q, k, v, dout, visible, bias, torch.float64)
+    plain, _ = of_formula(q, k, v, dout, visible, bias, q.dtype)
     unit = 2 * torch.finfo(q.dtype).eps * (1 + largest_lse) * float(dout.abs().max())
     reach = [float(x.abs().max()) for x in given[:3]]
     scale = q.shape[-1] ** -0.5
@@ -124,3 +122,42 @@ def gradients(
         stored = torch.finfo(bias.values.dtype).eps * float(truth[3].abs().max())
         floors.append(unit * reach[2] * bias.rows**0.5 + stored)
     return worst(map(against, found, truth, plain, floors))
+
+
+def of_formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    visible: Callable[[Tensor], Tensor],
+    bias: Bias | None,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], float]:
+    """The gradients in `dtype` and the largest |lse|, some rows at a time: all scores of 16384 tokens are gigabytes.
+
+    Sums over rows are carried on in float32 at least and rounded once, as one product of matrices does it.
+    """
+    q, k, v, dout = (x.detach().to(dtype) for x in (q, k, v, dout))
+    wide = torch.promote_types(dtype, torch.float32)
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    values = None if bias is None else bias.values.detach().to(dtype, copy=True).requires_grad_()
+    dbias = None if values is None else torch.zeros_like(values, dtype=wide)
+    dq, largest = [], 0.0
+    rows = torch.arange(q.shape[-2], device=q.device)
+    for part in rows.split(max(1, AT_ONCE // (8 * k[..., 0].numel()))):
+        products = (q[..., part, :] @ k.mT).requires_grad_()
+        scores = products * q.shape[-1] ** -0.5
+        if bias is not None and values is not None:
+            scores = scores + bias.plane(values)[..., part, :]
+        scores = scores.masked_fill(~visible(part), float("-inf"))
+        weights = scores.softmax(-1).nan_to_num(0.0)
+        leaves = [products] if values is None else [products, values]
+        dproducts, *more = torch.autograd.grad(weights, leaves, dout[..., part, :] @ v.mT)
+        dq.append(dproducts @ k)
+        dk += dproducts.mT.to(wide) @ q[..., part, :].to(wide)
+        dv += weights.detach().mT.to(wide) @ dout[..., part, :].to(wide)
+        if dbias is not None:
+            dbias += more[0]
+        largest = max(largest, float(scores.detach().logsumexp(-1).abs().max()))
+    sums = [dk, dv] if dbias is None else [dk, dv, dbias]
+    return [torch.cat(dq, -2), *(x.to(dtype) for x in sums)], largest

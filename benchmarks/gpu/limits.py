@@ -57,5 +57,9 @@ def after_build(limits: Mapping[str, float], taken: float, asked: Collection[str
 
 def has_nvcc() -> bool:
     """Where setup.py looks for it."""
-    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
-    return any(shutil.which("nvcc", path=path) for path in (None, *(f"{home}/bin" for home in homes)))
+    return any(shutil.which("nvcc", path=path) for path in (None, *(f"{home}/bin" for home in cuda_homes())))
+
+
+def cuda_homes() -> list[str]:
+    """Folders of CUDA's toolkit, there or not."""
+    return [*filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))), "/usr/local/cuda"]

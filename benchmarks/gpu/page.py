@@ -111,7 +111,7 @@ def findings(stages: dict[str, Any]) -> Iterator[str]:
     yield from table(("FlexAttention's first call, compiling", "seconds"), (
         (name, f"{seconds:.1f}") for name, seconds in flex.items()
     ))  # fmt: skip
-    test, sanitize, tune = (stages.get(name, {}) for name in ("test", "sanitize", "tune"))
+    test, sanitize, tune, winners = (stages.get(name, {}) for name in ("test", "sanitize", "tune", "winners"))
     if "passed" in test:
         others = test.get("others", {})
         known = "reason" in others or "not_run" in others or test.get("status") != "cut"
@@ -121,11 +121,17 @@ def findings(stages: dict[str, Any]) -> Iterator[str]:
         yield ""
         failures = [*test["failures"], *others.get("failures", ())]
         yield from table(("failed", ""), ((f"`{one['test']}`", one["message"].splitlines()[0]) for one in failures))
+        late = [*test.get("late", ()), *others.get("late", ())]
+        yield from table(("not ended in time, neither passed nor failed",), ((f"`{one['test']}`",) for one in late))
         skips = {**test["skips"], **others.get("skips", {})}
         yield from table(("skipped tests", "why"), ((str(count), why) for why, count in skips.items()))
     if "tools" in sanitize:
         yield from table(("sanitizer", "status", ""), (
             (tool, found["status"], found["reason"]) for tool, found in sanitize["tools"].items()
         ))  # fmt: skip
-    if tune.get("gains"):
-        yield from table(("tuned", "faster by"), ((name, f"{gain - 1:.0%}") for name, gain in tune["gains"].items()))
+    out = winners.get("taken_out", {})
+    kept = {name: gain for name, gain in tune.get("gains", {}).items() if name not in out}
+    yield from table(("tuned", "faster by"), ((name, f"{gain - 1:.0%}") for name, gain in kept.items()))
+    yield from table(("taken out again: with it over all its workloads", "times as fast"), (
+        (name, f"{found:.2f}") for name, found in out.items()
+    ))  # fmt: skip

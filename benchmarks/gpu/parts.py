@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 from .card import room
 from .limits import cores
 from .settings import ROOT, Settings
 
-MOST = 12  # processes on one card: each holds a context of half a gigabyte on it
+MOST = 16  # processes on one card: each holds a context of half a gigabyte on it
 QUIET = 45.0  # seconds without a word of any process, after which none is waited for: kernels that wait for ever
 LOOK = 0.1
 
@@ -64,6 +65,18 @@ def wait(parts: list[Part], deadline: float) -> None:
         if progress != before:
             before, last = progress, now
         time.sleep(LOOK)
+
+
+def go_on(settings: Settings, deadline: float, jobs: list[Any]) -> NoReturn:
+    """A part that has lost the card, to an illegal access, say, does the rest of its jobs as a new program in the same process."""
+    assert settings.results is not None
+    with tempfile.TemporaryFile("w+") as rest:
+        json.dump(jobs, rest)
+        rest.flush()
+        rest.seek(0)
+        os.dup2(rest.fileno(), sys.stdin.fileno())
+        command = settings.command(settings.inside, deadline - time.monotonic(), settings.results, settings.part)
+        os.execv(command[0], command)
 
 
 def read(file: IO[str]) -> list[str]:

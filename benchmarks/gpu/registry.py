@@ -9,6 +9,7 @@ import torch
 from .workload import Bar, Workload
 
 TOKENS = 16384  # of a batch in the sweeps over lengths
+SMALL_GRID = ("packed with all", "packed", "dense", "paged", "merge")  # is sanitized (small_grid.py); the longest first
 CAUSAL = {"full": None, "causal": 0}
 CUDNN, FLEX, BEST, COPY = "sdpa cudnn", "flex", "best peer", "copy"
 

@@ -94,9 +94,9 @@ def paged(device: torch.device, backend: str) -> None:
 
 
 CALLS: dict[str, Callable[[torch.device, str], None]] = {
-    "dense": dense,
-    "packed": packed,
     "packed with all": packed_with_all,
-    "merge": merge,
+    "packed": packed,
+    "dense": dense,
     "paged": paged,
+    "merge": merge,
 }

@@ -21,7 +21,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from .limits import LIMITS
@@ -33,18 +33,20 @@ SYSTEM_STATUSES = ("measured", "skipped", "wrong", "failed", "crashed")
 UNFINISHED = "it never came to its end"
 CODE = ("attn", "kernels", "csrc", "benchmarks/gpu", "tests")
 CODE_SUFFIXES = (".py", ".cpp", ".cu", ".h", ".cuh")
+TABLES = "kernels/tuning/sm_*.json"  # of architectures; a card's own is a result
 
 
 class Store:
     """One process at a time: the stages' processes follow each other, and the one that starts them waits meanwhile."""
 
-    def __init__(self, path: Path, device: str = "", rehearsal: bool = False) -> None:
+    def __init__(self, path: Path, device: str = "", rehearsal: bool = False, checked: bool = True) -> None:
+        """`checked`: a file that is no result is refused. Within a run it is not: what one stage wrote may not end the others."""
         self.path = path
         self.data: dict[str, Any] = {
             "schema": SCHEMA, "kind": "gpu", "device": device, "rehearsal": rehearsal, "machine": {}, "stages": {},
         }  # fmt: skip
         if path.exists():
-            self.data = read(path)
+            self.data = read(path) if checked else json.loads(path.read_text())
 
     def stage(self, name: str) -> dict[str, Any]:
         return self.data["stages"].setdefault(name, {})
@@ -141,20 +143,28 @@ def versions() -> dict[str, str]:
     return {x: metadata.version(x) for x in ("torch", "triton") if importlib.util.find_spec(x) is not None}
 
 
-def commit() -> str | None:
+def commit(root: Path = ROOT) -> str | None:
     """What is checked out, with "+" where tracked files differ; None in a copy without git, for `make report` to find."""
     try:
-        head = git("rev-parse", "HEAD").decode().strip()
+        head = git("rev-parse", "HEAD", root=root).decode().strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *CODE, ":(exclude)kernels/tuning"], cwd=ROOT)
-    return head + ("+" if dirty.returncode else "")
+    return head + ("+" if differs(root, *CODE, ":(exclude)kernels/tuning") or differs(root, TABLES) else "")
+
+
+def differs(root: Path, *paths: str) -> bool:
+    """From what is checked out."""
+    return subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *paths], cwd=root).returncode != 0
 
 
 def sources(root: Path = ROOT) -> str:
-    """A digest of the code that was run, which tells one run's results from another's with git or without."""
-    files = (path for folder in CODE for path in (root / folder).rglob("*") if path.suffix in CODE_SUFFIXES)
-    return digest({path.relative_to(root).as_posix(): path.read_bytes() for path in files})
+    """A digest of what was run, code and tiles, which tells one run's results from another's with git or without."""
+    files = {path.relative_to(root): path for folder in CODE for path in (root / folder).rglob("*")}
+    return digest({name.as_posix(): path.read_bytes() for name, path in files.items() if is_run(name)})
+
+
+def is_run(path: PurePath) -> bool:
+    return path.suffix in CODE_SUFFIXES or path.match(TABLES)
 
 
 def commit_with(wanted: str, root: Path = ROOT) -> str | None:
@@ -165,7 +175,7 @@ def commit_with(wanted: str, root: Path = ROOT) -> str | None:
         except subprocess.CalledProcessError:  # one of the folders was not there yet
             continue
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            members = [member for member in tar if member.isfile() and Path(member.name).suffix in CODE_SUFFIXES]
+            members = [member for member in tar if member.isfile() and is_run(PurePath(member.name))]
             if digest({m.name: tar.extractfile(m).read() for m in members}) == wanted:  # type: ignore[union-attr]
                 return one
     return None

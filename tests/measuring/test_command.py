@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -205,11 +206,12 @@ spec.loader.exec_module(main)
 main.import_benchmarks()
 from pathlib import Path
 import pytest
-from benchmarks.gpu.stages.test import Recorder
+from benchmarks.gpu.stages import test as stage
 from benchmarks.gpu.store import Store
+stage.STUCK = 4
 store = Store(Path(sys.argv[2]) / "kept.json")
 record = store.stage("test")
-recorder = Recorder(store, record, time.monotonic() + float(sys.argv[3]))
+recorder = stage.Recorder(store, record, time.monotonic() + float(sys.argv[3]))
 pytest.main([sys.argv[2], "-q", "-p", "no:cacheprovider", *sys.argv[4:]], plugins=[recorder])
 print(json.dumps(record | {"total": recorder.total, "finished": recorder.finished}))
 """
@@ -246,6 +248,42 @@ def test_a_test_that_ended_its_worker_has_ended_too(tmp_path: Path) -> None:
     assert (record["total"], record["finished"], record["passed"]) == (3, 3, 2)
     (failure,) = record["failures"]
     assert failure["test"].endswith("test_few.py::test_fatal") and "crashed" in failure["message"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytest_timeout") is None, reason="pytest-timeout is not here")
+def test_a_test_that_takes_too_long_is_no_failure(tmp_path: Path) -> None:
+    record = recorded(tmp_path, ENDLESS, 60, "-n", "1", "--timeout=4", "--timeout-method=thread")
+    assert (record["total"], record["finished"], record["passed"]) == (4, 4, 2)
+    assert [one["test"].partition("::")[2] for one in record["late"]] == ["test_endless"]
+    assert [one["test"].partition("::")[2] for one in record["failures"]] == ["test_wrong"]
+
+
+@pytest.mark.parametrize("also_failed", [False, True])
+def test_a_stage_with_tests_that_took_too_long_is_to_be_run_again(
+    also_failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.gpu.evidence import failing
+    from benchmarks.gpu.settings import parse
+    from benchmarks.gpu.stages import test as stage
+    from benchmarks.gpu.store import Store
+
+    def play(arguments: list[str], plugins: list[Any]) -> int:
+        (recorder,) = plugins
+        recorder.total = recorder.finished = 3
+        recorder.record["late"].append({"test": "tests/gpu/test_x.py::test_y[triton-cuda]"})
+        if also_failed:
+            recorder.record["failures"].append({"test": "tests/gpu/test_x.py::test_y[cuda-cuda]", "message": "wrong"})
+        return 0
+
+    monkeypatch.setattr(stage.pytest, "main", play)
+    store = Store(tmp_path / "found.json")
+    record = store.begin("test")
+    stage.run(parse(["test", "--device", "cpu"]), store, record, time.monotonic() + 60)
+    told = (
+        "1 tests failed, first" if also_failed else "1 tests did not end within 60 s, first tests/gpu/test_x.py::test_y"
+    )
+    assert record["reason"].startswith(told) and record["status"] == ("failed" if also_failed else "cut")
+    assert failing(store.data) == (["cuda"] if also_failed else [])
 
 
 def test_pytest_collects_where_its_plugins_are_missing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -122,53 +123,6 @@ def test_a_part_that_waits_for_ever_is_not_waited_for(monkeypatch: pytest.Monkey
     assert len(said) > 500_000
 
 
-SANITIZER = """#!/bin/sh
-echo "========= {said}"
-sleep 50 &
-wait
-"""
-
-
-@pytest.mark.parametrize(("said", "status"), [
-    ("COMPUTE-SANITIZER", "cut"), ("Invalid __global__ read of size 16 bytes", "failed"),
-    ("Target application terminated before first instrumented API call", "skipped"),
-])  # fmt: skip
-def test_a_tool_that_is_stopped_is_not_waited_for(said: str, status: str, tmp_path: Path) -> None:
-    """What it watches goes on without it, and holds its output open."""
-    from benchmarks.gpu.stages.sanitize import outcome, start
-
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(SANITIZER.format(said=said))
-    tool.chmod(0o755)
-    begin = time.monotonic()
-    found = outcome(start([str(tool)], watched=True), begin + 1)
-    assert found["status"] == status and time.monotonic() - begin < 20
-
-
-def test_a_tool_that_is_killed_has_reported_nothing(tmp_path: Path) -> None:
-    """As the system does where memory is short."""
-    from benchmarks.gpu.stages.sanitize import outcome, start
-
-    found = outcome(start(["sh", "-c", "kill -9 $$"], watched=True), time.monotonic() + 20)
-    assert found["status"] == "cut" and found["reason"] == "its process died of SIGKILL"
-    found = outcome(start(["sh", "-c", "exit 66"], watched=True), time.monotonic() + 20)
-    assert found["status"] == "failed" and found["reason"] == "it reported something"
-
-
-def test_the_worst_that_a_tool_said_stands_for_all_calls() -> None:
-    from benchmarks.gpu.stages.sanitize import together, verdict
-
-    done, late = {"status": "done", "reason": ""}, {"status": "cut", "reason": "late"}
-    wrong = {"status": "failed", "reason": "exit status 66", "report": "Invalid read\n1 error"}
-    assert together({"dense": done, "merge": done}) == done
-    found = together({"dense": done, "merge": late, "paged": wrong})
-    assert found["status"] == "failed" and found["reason"] == "paged: exit status 66: 1 error"
-    assert found["reports"] == {"paged": "Invalid read\n1 error"}
-    assert verdict({"dense": done}, {"memcheck": found})["reason"] == "memcheck: paged: exit status 66: 1 error"
-    assert verdict({"dense": late}, {"memcheck": done})["status"] == "cut"
-    assert verdict({"dense": done}, {"memcheck": late, "racecheck": done})["status"] == "cut", "to be gone on with"
-
-
 STAGE = """
 import pathlib, time
 pathlib.Path({path!r}).touch()
@@ -235,6 +189,7 @@ def test_winners_of_another_table_are_measured_again(tmp_path: Path, monkeypatch
 
     store = Store(tmp_path / "found.json")
     store.data["stages"]["tune"] = {"winners": {"forward 16 64": {}}}
+    monkeypatch.setattr(winners, "in_use", lambda *given: ["forward 16 64"])
     record = {"table": {"of": "before"}, "workloads": {ONE: {"systems": {}, "complete": True}}}
     monkeypatch.setattr(winners, "measure_all", lambda *given: None)
     given = parse(["winners", "--device", "cpu", "--tiny", "--tuning", str(tmp_path)])
@@ -273,3 +228,112 @@ def test_only_an_interrupted_run_of_the_same_is_gone_on_with(
     again = store.Store(results.path)
     assert again.is_done("tune") == (changed == "nothing")
     assert ("workloads" in again.begin("bench")) == (changed == "nothing")
+
+
+def test_the_build_compiles_what_will_be_sanitized() -> None:
+    """Its processes are many; each call of the grid has one, and half a minute would go by before the tools could begin."""
+    from benchmarks.gpu.registry import SMALL_GRID, workloads
+    from benchmarks.gpu.settings import parse
+    from benchmarks.gpu.small_grid import CALLS
+    from benchmarks.gpu.stages.build import LONG, SMALL, to_compile
+
+    assert tuple(CALLS) == SMALL_GRID
+    wanted = to_compile(parse(["build"]))
+    families = {w.name: w.family for w in workloads()}
+    assert sorted(wanted) == sorted([*families, *(SMALL + name for name in CALLS)])
+    first = [families[name] in LONG for name in wanted[len(CALLS) :]]
+    assert first == sorted(first, reverse=True) and any(first), "what one process is at longest begins at once"
+
+
+LOSES_THE_CARD = """
+import json, os, sys, time
+from benchmarks.gpu.parts import go_on
+from benchmarks.gpu.settings import Settings, parse
+Settings.command = lambda *given: [sys.executable, "-c", sys.orig_argv[2], str(given[2])]
+jobs = json.load(sys.stdin)
+while jobs:
+    job = jobs.pop(0)
+    print(json.dumps({"job": job, "process": os.getpid(), "left": float((*sys.argv, 40)[1])}), flush=True)
+    if job == 3:
+        go_on(parse(["--inside", "build", "--results", "found.json", "--part", "0/1"]), time.monotonic() + 30, jobs)
+"""
+
+
+def test_a_part_that_loses_the_card_goes_on_with_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the same process, which is stopped when time is over."""
+    from benchmarks.gpu import parts
+    from benchmarks.gpu.settings import Settings, parse
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setattr(Settings, "command", lambda *given: [sys.executable, "-c", LOSES_THE_CARD])
+    found, said = parts.in_parts(parse(["--device", "cpu"]), "build", tmp_path, [1, 3, 2, 4], time.monotonic() + 60)
+    assert [one["job"] for one in found] == [1, 3, 2, 4], said
+    assert len({one["process"] for one in found}) == 1
+    assert [one["left"] for one in found[:2]] == [40, 40] and all(29 < one["left"] <= 30 for one in found[2:])
+
+
+def test_a_part_of_the_build_calls_the_small_grid(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.gpu import small_grid
+    from benchmarks.gpu.settings import parse
+    from benchmarks.gpu.stages import build
+
+    asked: list[str] = []
+
+    def calls(device: str, only: str) -> list[str]:
+        asked.append(only)
+        if only == "paged":
+            raise RuntimeError("it fails")
+        return []
+
+    monkeypatch.setattr(small_grid, "calls", calls)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([f"{build.SMALL}paged", f"{build.SMALL}merge"])))
+    assert build.part(parse(["build", "--device", "cpu", "--tiny"]), time.monotonic() + 60) == 0
+    assert asked == ["paged", "merge"]
+    told = [json.loads(line)["workload"] for line in capsys.readouterr().out.splitlines()]
+    assert told == [f"{build.SMALL}paged", f"{build.SMALL}merge"]
+
+
+SPOILT = """
+import json, pathlib, sys
+path = pathlib.Path(sys.argv[1])
+found = json.loads(path.read_text())
+found["stages"]["bench"] |= {"workloads": {"one": {"systems": {"cuda": {"status": "fine"}}}}, "reason": "", "status": "done"}
+path.write_text(json.dumps(found))
+"""
+
+
+def test_a_stage_that_spoils_the_file_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import run
+    from benchmarks.gpu.settings import Settings, parse
+    from benchmarks.gpu.stages import winners
+    from benchmarks.gpu.store import Store
+
+    path = tmp_path / "found.json"
+    code = {"bench": SPOILT + "import time\ntime.sleep(2.5)", "tune": SPOILT.replace("bench", "tune")}
+    monkeypatch.setattr(Settings, "command", lambda _, stage, *given: [sys.executable, "-c", code[stage], str(path)])
+    store = Store(path)
+    given = ["--device", "cpu", "--tiny", "--results", str(path)]
+    for stage in code:
+        run.supervise(parse([stage, *given]), store, stage)
+    monkeypatch.setattr(winners, "run", lambda *given: None)
+    assert run.inside(parse(["--inside", "winners", *given])) == 0
+    assert list(Store(path, checked=False).data["stages"]) == ["bench", "tune", "winners"]
+    with pytest.raises(ValueError, match="bench: one: cuda: status: expected one of"):
+        Store(path)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_build_of_another_machine_is_none_here(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.gpu import run
+    from benchmarks.gpu.store import Store
+
+    store = Store(tmp_path / "found.json")
+    real = run.importlib.util.find_spec
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: real(name) if installed else None)
+    monkeypatch.setattr(store, "is_done", lambda stage: True)
+    assert run.is_done(store, "build") == installed and run.is_done(store, "test")

@@ -269,7 +269,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
 def test_results_of_a_copy_without_git_get_the_commit_that_has_its_sources(tmp_path: Path) -> None:
-    from benchmarks.gpu.store import CODE, commit_with, sources
+    from benchmarks.gpu.store import CODE, commit, commit_with, sources
     from benchmarks.report import name_commits
 
     clone, plain = tmp_path / "clone", tmp_path / "plain"
@@ -278,17 +278,26 @@ def test_results_of_a_copy_without_git_get_the_commit_that_has_its_sources(tmp_p
         (clone / folder / "code.py").write_text(folder)
     git(tmp_path, "init", "--quiet", str(clone))
     named = {}
-    for text in ("one", "two", "three"):
-        (clone / "csrc" / "new.cu").write_text(text)
+    changes = {"one": "csrc/new.cu", "two": "csrc/new.cu", "tiles": "kernels/tuning/sm_90.json", "three": "csrc/new.cu"}
+    (clone / "kernels" / "tuning").mkdir()
+    (clone / "kernels" / "tuning" / "card.json").write_text("its own")
+    for text, changed in changes.items():
+        (clone / changed).write_text(text)
         git(clone, "add", ".")
         git(clone, "commit", "--quiet", "-m", text)
         named[text] = (git(clone, "rev-parse", "HEAD"), sources(clone))
     shutil.copytree(clone, plain, ignore=shutil.ignore_patterns(".git"))
     (plain / "README.md").write_text("no code")
-    assert sources(plain) == named["three"][1] and len({digest for _, digest in named.values()}) == 3
+    (plain / "kernels" / "tuning" / "some-card.json").write_text("found by tune in the midst of a run")
+    assert sources(plain) == named["three"][1] and len({digest for _, digest in named.values()}) == 4
     (plain / "tests" / "code.py").write_text("changed where it was measured")
+    head = commit(clone)
+    for changed, told in {"csrc/new.cu": "+", "kernels/tuning/sm_90.json": "+", "kernels/tuning/card.json": ""}.items():
+        shutil.copytree(clone, tmp_path / told / changed)
+        (tmp_path / told / changed / changed).write_text("not committed")
+        assert commit(tmp_path / told / changed) == f"{head}{told}"
 
-    unnamed = {"two": None, "three": "0" * 40 + "+", "changed": None}
+    unnamed = {"two": None, "tiles": None, "three": "0" * 40 + "+", "changed": None}
     stages = {
         name: STAMP | {"commit": commit, "sources": sources(plain) if name == "changed" else named[name][1]}
         for name, commit in unnamed.items()
@@ -297,7 +306,7 @@ def test_results_of_a_copy_without_git_get_the_commit_that_has_its_sources(tmp_p
     path.write_text(json.dumps(GOOD | {"stages": stages}))
     assert list(name_commits(tmp_path, clone)) == [path]
     found = {name: stage["commit"] for name, stage in json.loads(path.read_text())["stages"].items()}
-    assert found == {"two": named["two"][0], "three": named["three"][0], "changed": None}
+    assert found == {name: named[name][0] if name in named else None for name in unnamed}
     assert list(name_commits(tmp_path, clone)) == [], "what is named stays as it is"
     assert commit_with(named["one"][1], clone) == named["one"][0]
 
@@ -308,6 +317,7 @@ def test_a_page_of_a_card_tells_all_that_was_found() -> None:
     test = STAMP | {
         "status": "failed", "reason": "1 tests failed", "passed": 7, "skips": {"no room": 2},
         "failures": [{"test": "tests/x.py::y[triton-cuda]", "message": "off | by one"}],
+        "late": [{"test": "tests/x.py::z[triton-cuda]"}],
     }  # fmt: skip
     sanitize = STAMP | {"tools": {"memcheck": {"status": "done", "reason": ""}}}
     found = {
@@ -321,6 +331,7 @@ def test_a_page_of_a_card_tells_all_that_was_found() -> None:
         "| forward hd128 full 2048 | triton | 2.000 ms | 1.800 to 2.200 | 2.00 TB/s | 50% |",
         "| flex | crashed: its process died | prefix-LM 1024 of 4096 |",
         "| `tests/x.py::y[triton-cuda]` | off / by one |",
+        "| `tests/x.py::z[triton-cuda]` |",
         "| memcheck | done |  |",
         "Tests: 7 passed, 0 had no time to run.",
         "| 2 | no room |",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
+import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,3 +136,44 @@ def test_each_workload_runs_the_kernel_that_it_tunes(monkeypatch: pytest.MonkeyP
         assert problem.check(problem.ours("triton")()).passes(ours=True), workload.name
         wanted = {(goal.kernel, goal.bits) for goal in goals if workload in goal.workloads}
         assert wanted <= asked, workload.name
+
+
+def test_a_candidate_fits_calls_with_every_term_before_it_is_measured() -> None:
+    """All are compiled together, and none in the midst of a contest."""
+    from benchmarks.gpu.settings import parse
+    from benchmarks.gpu.stages.tune import TERMS, job, targets
+
+    goals = {goal.name: goal for goal in targets(parse(["tune"]), "sm_90")}
+    for name, goal in goals.items():
+        current = tuning.config(goal.kernel, "sm_90", goal.bits, goal.head_dim_class)
+        *_, calls, numbers = job(goal, current)
+        assert (calls[-1] == TERMS) == (goal.kernel in ("forward_terms", "dq_terms", "dkdv_terms")), name
+        assert calls[: len(goal.workloads)] == [w.name for w in goal.workloads] and numbers == list(current)
+
+
+def test_a_part_holds_the_tensors_of_one_call_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """There are many parts, and one card has the memory of them all."""
+    from benchmarks.gpu.settings import parse
+    from benchmarks.gpu.stages import tune
+
+    alive: weakref.WeakSet[PlayedProblem] = weakref.WeakSet()
+    current = tuning.config("forward", "interpreter", 16, 64)
+    emptied: list[int] = []
+
+    def build(workload: Any, device: Any) -> PlayedProblem:
+        assert not alive
+        made = PlayedProblem({current: 1.0, current._replace(block_m=64): 1.0})
+        alive.add(made)
+        return made
+
+    names = [w.name for w in tune.workloads()[:2]]
+    jobs = [["forward", 16, 64, names, list(c)] for c in (current, current._replace(block_m=64))]
+    monkeypatch.setattr(tune, "build", build)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(alive)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(jobs)))
+    given = parse(["tune", "--device", "cpu", "--tiny", "--tuning", str(tmp_path)])
+    assert tune.part(given, time.monotonic() + 60) == 0
+    assert [json.loads(line)["problem"] for line in capsys.readouterr().out.splitlines()] == [None, None]
+    assert emptied == [0, 0]

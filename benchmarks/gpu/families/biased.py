@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import Bias, Check, gradients
+from ..check import Bias, Check, all_of, gradients
 from ..peers import dense as peers
 from ..workload import Problem, Workload
 from . import normal
@@ -50,10 +50,9 @@ def build(w: Workload, device: torch.device) -> Problem:
 
     def check(found: tuple[Tensor, ...]) -> Check:
         h = w.heads - 1
-        everything = torch.ones(w.queries, w.queries, dtype=torch.bool, device=device)
         one_head = (x.detach()[:, :, h] for x in (*leaves, dout))
         of_bias = Bias(bias.detach()[h], plane, rows)
-        return gradients([*(x[:, :, h] for x in found[:3]), found[3][h]], *one_head, everything, of_bias)
+        return gradients([*(x[:, :, h] for x in found[:3]), found[3][h]], *one_head, all_of(w.queries), of_bias)
 
     flops = 2.0 * (PRODUCTS + 2) * w.batch * w.heads * w.head_dim * w.queries**2
     return Problem(ours, peers.biased(w, leaves, bias, planes, dout), check, flops)

@@ -9,7 +9,7 @@ import duplex_attn as da
 import torch
 from torch import Tensor
 
-from ..check import Bias, Check, gradients
+from ..check import Bias, Check, all_of, gradients
 from ..peers import dense as peers
 from ..workload import Problem, Workload
 from . import normal
@@ -43,9 +43,8 @@ def build(w: Workload, device: torch.device) -> Problem:
         one_head = (x.detach()[:, :, h] for x in (*leaves, dout))
         both = torch.stack([x.detach()[:, h] for x in (rows, columns)])
         of_tables = Bias(both, lambda values: plane(*values), 1)
-        everything = torch.ones(w.queries, w.queries, dtype=torch.bool, device=device)
         of_both = torch.stack([x[:, h] for x in found[3:]])
-        return gradients([*(x[:, :, h] for x in found[:3]), of_both], *one_head, everything, of_tables)
+        return gradients([*(x[:, :, h] for x in found[:3]), of_both], *one_head, all_of(w.queries), of_tables)
 
     flops = 2.0 * (PRODUCTS + 2) * w.batch * w.heads * w.head_dim * w.queries**2
     return Problem(

@@ -10,16 +10,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..limits import cores
-from ..parts import in_parts
-from ..registry import workloads
+from ..parts import go_on, in_parts
+from ..registry import SMALL_GRID, workloads
 from ..settings import ROOT, Settings
 from ..store import Store
-from ..workload import Problem
+from ..workload import Problem, Workload
 
+if TYPE_CHECKING:
+    import torch
+
+SMALL = "small grid: "  # and the name of one of its calls, among those of workloads
+LONG = {"biased", "tables"}  # families with a kernel for the forward and for each gradient
 DOCTOR = """
 import json, sys
 from pathlib import Path
@@ -46,15 +52,21 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     store.save()
     if settings.device == "cuda" and not store.data["machine"]["cuda_cards"]:
         return
-    names = [w.name for w in workloads() if settings.wants(w.name)]
-    if settings.device == "cpu":
-        names = names[:1]  # interpreted kernels are not compiled
+    names = to_compile(settings)
     compiled, said = in_parts(settings, "build", store.path, names, deadline)
     record["compiled"] = {one["workload"]: one["seconds"] for one in compiled}
     record["flex"] = {one["workload"]: one["flex"] for one in compiled if "flex" in one}
     if late := [name for name in names if name not in record["compiled"]]:
         record["not_compiled"] = late  # bench compiles them, in its own time
         print(said[-2000:], file=sys.stderr)
+
+
+def to_compile(settings: Settings) -> list[str]:
+    """What takes longest first, for one process is at it alone; of a rehearsal next to nothing: interpreted kernels are not compiled."""
+    chosen = [w for w in workloads() if settings.wants(w.name)]
+    if settings.device == "cpu":
+        return [w.name for w in chosen[:1]]
+    return [SMALL + name for name in SMALL_GRID] + [w.name for w in sorted(chosen, key=lambda w: w.family not in LONG)]
 
 
 def install(settings: Settings, deadline: float) -> str | None:
@@ -89,36 +101,73 @@ def doctor() -> dict[str, Any]:
 
 
 def part(settings: Settings, deadline: float) -> int:
-    """Calls each workload once with every backend: Triton keeps what it compiles on disk."""
+    """Calls each workload once with every backend, and what `sanitize` will look at: Triton keeps what it compiles on disk."""
+    import torch
+
+    device = torch.device(settings.device)
+
+    def call(name: str) -> dict[str, float]:
+        return call_grid(name, device) if name.startswith(SMALL) else call_workload(workload_of(name, settings), device)
+
+    return call_all(settings, deadline, call)
+
+
+def call_all(settings: Settings, deadline: float, call: Callable[[str], dict[str, float]]) -> int:
+    """A part's share of names, which it is told on stdin."""
+    import torch
+
+    from .bench import works
+
+    names = json.load(sys.stdin)
+    while names and time.monotonic() < deadline:
+        name = names.pop(0)
+        begin = time.perf_counter()
+        found = call(name)
+        taken = round(time.perf_counter() - begin - found.get("flex", 0.0), 1)
+        print(json.dumps({"workload": name, "seconds": taken} | found), flush=True)
+        if not works(torch.device(settings.device)):
+            go_on(settings, deadline, names)
+        torch.cuda.empty_cache()  # for the other processes
+    return 0
+
+
+def workload_of(name: str, settings: Settings) -> Workload:
+    (found,) = (w for w in workloads() if w.name == name)
+    return found.tiny() if settings.tiny else found
+
+
+def call_grid(name: str, device: torch.device) -> dict[str, float]:
+    from ..small_grid import calls
+    from .bench import in_short
+
+    try:
+        list(calls(device.type, name.removeprefix(SMALL)))
+    except Exception as error:  # sanitize meets it again
+        print(f"{name}: {in_short(error)}", file=sys.stderr)
+    return {}
+
+
+def call_workload(workload: Workload, device: torch.device) -> dict[str, float]:
+    """Seconds of FlexAttention's first call, where it has one."""
     import torch
 
     from ..families import build
     from .bench import backends, in_short
 
-    device = torch.device(settings.device)
-    by_name = {w.name: w for w in workloads()}
-    for name in json.load(sys.stdin):
-        if time.monotonic() > deadline:
-            break
-        begin = time.perf_counter()
-        workload = by_name[name].tiny() if settings.tiny else by_name[name]
+    try:
+        problem = build(workload, device)
+    except Exception as error:  # bench meets it again, and records it
+        print(f"{workload.name}: {in_short(error)}", file=sys.stderr)
+        return {}
+    for backend in backends(device):
         try:
-            problem = build(workload, device)
-        except Exception as error:  # bench meets it again, and records it
-            print(f"{name}: {in_short(error)}", file=sys.stderr)
-            continue
-        for backend in backends(device):
-            try:
-                problem.ours(backend)()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-            except Exception as error:  # a refusal, or what bench meets again
-                print(f"{name}: {backend}: {in_short(error)}", file=sys.stderr)
-        found = {"workload": name, "seconds": round(time.perf_counter() - begin, 1)}
-        if workload.flex and (seconds := compile_flex(problem)) is not None:
-            found["flex"] = seconds
-        print(json.dumps(found), flush=True)
-    return 0
+            problem.ours(backend)()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # a refusal, or what bench meets again
+            print(f"{workload.name}: {backend}: {in_short(error)}", file=sys.stderr)
+    seconds = compile_flex(problem) if workload.flex else None
+    return {} if seconds is None else {"flex": seconds}
 
 
 def compile_flex(problem: Problem) -> float | None:

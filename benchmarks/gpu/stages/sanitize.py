@@ -11,25 +11,35 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from ..limits import cuda_homes
+from ..registry import SMALL_GRID
 from ..settings import ROOT, Settings
 from ..store import Store
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/opt/cuda/bin/compute-sanitizer")
+DYING = 2.0  # seconds
 FOUND = 66  # its exit status when it reports something
 # Of the program alone: what else it starts uses no card, of which the tools complain. That a call of CUDA's API may fail while torch
 # and Triton look for what the driver has says nothing of kernels.
+# Python's stack, kept for every launch and allocation, would take time from the kernels and room from what is reported of them.
 OPTIONS = ("--target-processes", "application-only", "--report-api-errors", "no", "--launch-timeout", "0")
+OPTIONS += ("--show-backtrace", "device")
+PORT = 49152  # the first by which a tool talks to its program
+PORTS = 16  # that each has for itself: by default all that run share ten
 # Of torch's own kernels only what they write matters, and that to the last of the tools alone.
 NOT_TORCH = ("--kernel-name-exclude", "kns=at6native")
 DOES_NOT_WORK = re.compile(
     r"Device not supported|not supported on this device|Unable to find injection|Target application terminated before"
 )
-REPORTED = re.compile(r"^=+ (Invalid|Uninitialized|Error: |Barrier error|Race)", re.MULTILINE)
+REPORTED = re.compile(
+    r"^=+ (Invalid|Uninitialized|Barrier error|Warpgroup MMA|(Error|Warning): (Race|Potential))", re.MULTILINE
+)
+DIED = re.compile(r"process didn't terminate successfully")  # and the tool ends with a status of its own
 WORST = ("failed", "cut", "skipped", "done")
 Found = dict[str, Any]
 
@@ -40,24 +50,27 @@ class Started(NamedTuple):
 
 
 def run(settings: Settings, store: Store, record: dict[str, Any], deadline: float) -> None:
-    from ..small_grid import CALLS
-
     on_card = settings.device == "cuda"
     program = sanitizer() if on_card else None
-    names = list(CALLS) if on_card else ["all"]
+    names = SMALL_GRID[::-1] if on_card else ("all",)  # what is over soon is saved soon
+    found: dict[str, dict[str, Found]] = {}
     with ThreadPoolExecutor(len(names)) as threads:
         examined = threads.map(partial(examine, settings, store.path, deadline, program), names)
-        found = dict(zip(names, examined, strict=True))
-    alone = record["alone"] = {name: by_tool.pop("alone") for name, by_tool in found.items()}
-    if program is not None:
-        record["tools"] = {
-            tool: together({name: by_tool[tool] for name, by_tool in found.items() if tool in by_tool})
-            for tool in TOOLS
-        }
-    record.update(verdict(alone, record.get("tools", {})))
+        for name, by_tool in zip(names, examined, strict=True):
+            found[name] = by_tool
+            record["alone"] = {name: by_tool["alone"] for name, by_tool in found.items()}
+            if program is not None:
+                record["tools"] = {tool: together(of_tool(found, tool)) for tool in TOOLS}
+            store.save()
+    record.update(verdict(record["alone"], record.get("tools", {})))
     if record["status"] == "done" and program is None:
         reason = "compute-sanitizer is not here" if on_card else "it has nothing to look at without a card"
         record.update(status="skipped", reason=reason)
+
+
+def of_tool(found: Mapping[str, dict[str, Found]], tool: str) -> dict[str, Found]:
+    """What it said of each call that it came to."""
+    return {name: by_tool[tool] for name, by_tool in found.items() if tool in by_tool}
 
 
 def verdict(alone: Mapping[str, Found], tools: Mapping[str, Found]) -> Found:
@@ -75,21 +88,28 @@ def verdict(alone: Mapping[str, Found], tools: Mapping[str, Found]) -> Found:
 
 
 def sanitizer() -> str | None:
-    return shutil.which("compute-sanitizer") or next((place for place in PLACES if Path(place).exists()), None)
+    """On the path, or in the toolkit whose compiler the build takes."""
+    folders = [None, *(f"{home}/bin" for home in (*cuda_homes(), "/opt/cuda"))]
+    return next(filter(None, (shutil.which("compute-sanitizer", path=folder) for folder in folders)), None)
 
 
 def examine(settings: Settings, results: Path, deadline: float, program: str | None, name: str) -> dict[str, Found]:
-    """One call of the grid: without a tool, which compiles what the tools will look at, and then with each."""
+    """One call of the grid: without a tool, which compiles what the build had no time for, and then with each."""
     command = settings.command("sanitize", max(deadline - time.monotonic(), 0), results, name)
     found = {"alone": outcome(start(command), deadline)}
     if program is None or not (found["alone"]["status"] == "done" or "CUDA" in found["alone"].get("report", "")):
         return found  # but of an illegal access a tool tells where it was
-    started = {tool: start([program, *options(tool), *command], watched=True) for tool in TOOLS}
+    ports = PORT + PORTS * len(TOOLS) * SMALL_GRID.index(name)
+    started = {
+        tool: start([program, *options(tool, ports + PORTS * n), *command], watched=True)
+        for n, tool in enumerate(TOOLS)
+    }
     return found | {tool: outcome(one, deadline) for tool, one in started.items()}
 
 
-def options(tool: str) -> list[str]:
+def options(tool: str, port: int) -> list[str]:
     given = ["--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20", *OPTIONS]
+    given += ["--port", str(port), "--max-connections", str(PORTS)]
     return given if tool == "initcheck" else [*given, *NOT_TORCH]
 
 
@@ -110,7 +130,8 @@ def outcome(started: Started, deadline: float) -> Found:
     except subprocess.TimeoutExpired:
         in_time = False
         process.kill()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # in the midst of a call of the driver it may live on for a while
+            process.wait(DYING)
     with started.printed as file:
         file.seek(0)
         printed = file.read().decode(errors="replace")
@@ -118,9 +139,8 @@ def outcome(started: Started, deadline: float) -> Found:
         return {"status": "skipped", "reason": f"the tool does not work here: {printed.strip()[-300:]}"}
     if in_time and process.returncode == 0:
         return {"status": "done", "reason": ""}
-    if in_time and process.returncode < 0 and not REPORTED.search(printed):  # of too little memory, say
-        died = signal.Signals(-process.returncode).name
-        return {"status": "cut", "reason": f"its process died of {died}", "report": printed[-4000:]}
+    if in_time and not REPORTED.search(printed) and (why := why_it_died(process.returncode, printed)):
+        return {"status": "cut", "reason": why, "report": printed[-4000:]}
     if in_time:
         reason = "it reported something" if process.returncode == FOUND else f"exit status {process.returncode}"
         return {"status": "failed", "reason": reason, "report": printed[-4000:]}
@@ -128,6 +148,13 @@ def outcome(started: Started, deadline: float) -> Found:
         reason = "it reported something before its time was over"
         return {"status": "failed", "reason": reason, "report": printed[:4000]}
     return {"status": "cut", "reason": "it took longer than the stage's limit"}
+
+
+def why_it_died(code: int, printed: str) -> str | None:
+    """The tool, or under it the program, without a report: of too little memory, say."""
+    if code < 0:
+        return f"its process died of {signal.Signals(-code).name}"
+    return "the program died under it" if DIED.search(printed) else None
 
 
 def together(calls: Mapping[str, Found]) -> Found:

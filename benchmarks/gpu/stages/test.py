@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import signal
 import threading
@@ -16,11 +17,11 @@ from ..card import room
 from ..golden import gather
 from ..limits import cores
 from ..settings import Settings
-from ..store import Store
+from ..store import UNFINISHED, Store
 
 FIRST = ("tests/gpu", "tests/emulation", "tests/contracts")  # these must come to their end
 WORKERS = 14  # processes on one card: what takes long is the compiler and the oracle, both of which have one thread
-STUCK = 60  # seconds of one test
+STUCK = 60  # seconds of one test, which has then not come to its end: a slow card, or one that all tests want, makes none wrong
 ENDING = 10.0  # seconds that pytest-xdist gives its workers to end, of which those in the midst of a test take all
 SAVED_EVERY = 1.0  # seconds
 
@@ -59,9 +60,12 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
     elif on_card:
         record["others"] = {"reason": "no time was left to bring them up"}
     record["failures"] += [{"test": test, "message": "its process died"} for test in crashed]
-    failures = [*record["failures"], *record.get("others", {}).get("failures", ())]
+    failures, late = ([*record[kind], *record.get("others", {}).get(kind, ())] for kind in ("failures", "late"))
     if failures:
         record.update(status="failed", reason=f"{len(failures)} tests failed, first {failures[0]['test']}")
+    elif late and record["status"] == "cut":
+        begun = "" if record["reason"] == UNFINISHED else f"{record['reason']}; "
+        record["reason"] = f"{begun}{len(late)} tests did not end within {STUCK} s, first {late[0]['test']}"
 
 
 class Recorder:
@@ -76,7 +80,8 @@ class Recorder:
         self.total = self.finished = 0
         self.skips: Counter[str] = Counter()
         self.saved = 0.0
-        record.update(passed=0, failures=[], skips={}, slowest={})
+        self.begun: dict[str, float] = {}  # of tests that have not ended
+        record.update(passed=0, failures=[], late=[], skips={}, slowest={})
 
     def pytest_sessionstart(self) -> None:
         signal.signal(signal.SIGUSR1, lambda *_: pytest.exit("time is over"))
@@ -99,11 +104,15 @@ class Recorder:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.came_up = self.came_up or time.monotonic() - self.begin
+        self.begun[nodeid] = time.monotonic()
         self.record["running"] = nodeid
         self.save(at_once=self.alone)  # a death of this process is told by what it was at
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
+        worker_died = report.when == "???"  # so pytest-xdist has it
+        if worker_died and time.monotonic() - self.begun.get(report.nodeid, math.inf) >= STUCK:
+            self.record["late"].append({"test": report.nodeid})
+        elif report.failed:
             self.failed(report.nodeid, message(report))
         elif report.skipped:
             self.skips[reason(report)] += 1
@@ -112,7 +121,8 @@ class Recorder:
             self.record["passed"] += 1
             slowest = self.record["slowest"] | {report.nodeid: round(report.duration, 1)}
             self.record["slowest"] = dict(sorted(slowest.items(), key=lambda pair: -pair[1])[:5])
-        if report.when in ("teardown", "???"):  # so pytest-xdist calls it when a worker died in the test
+        if report.when == "teardown" or worker_died:
+            self.begun.pop(report.nodeid, None)
             self.finished += 1
             self.save()
             if time.monotonic() > self.deadline and self.finished < self.total:

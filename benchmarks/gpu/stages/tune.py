@@ -6,12 +6,13 @@ the noise moves us (contest.py). What ends the process is passed over by the nex
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,12 @@ from triton import TritonError
 from ..clock import Clock
 from ..contest import Found, fastest
 from ..families import build
-from ..parts import in_parts
+from ..parts import go_on, in_parts
 from ..registry import workloads
 from ..settings import Settings
 from ..small_grid import packed_with_all
 from ..store import Store, now
+from ..trials import Trials
 from ..workload import Problem, Workload
 from .bench import TENSORS, TIMING, abort_unless_it_works, in_short, watch, works
 
@@ -48,7 +50,8 @@ MEASURED_BY: dict[str, Callable[[Workload], bool]] = {
     "paged_decode": lambda w: w.family == "decode" and w.queries == 1,
 }
 MOST_WORKLOADS = 3  # of one entry
-ALSO_WITH_TERMS = {"forward_terms", "dq_terms", "dkdv_terms"}  # serve calls with more terms than a workload has
+# Serve calls with more terms than a workload has, which need more shared memory.
+ALSO_WITH_TERMS = {"forward_terms", "dq_terms", "dkdv_terms"}
 TERMS = "every term of a score"
 COMPILING = 0.6  # of the time left, at most
 # More than a step away from what is in use: rows, keys, warps and stages that keep two programs on a multiprocessor of Hopper,
@@ -78,13 +81,23 @@ class Target:
         return f"{self.kernel} {self.bits} {self.head_dim_class}"
 
 
+def serves(entry: str, w: Workload) -> bool:
+    """Whether calls of the workload look up the entry of that name."""
+    kernel, bits, head_dim_class = entry.split()
+    return MEASURED_BY[kernel](w) and (8 * w.dtype.itemsize, class_of(w)) == (int(bits), int(head_dim_class))
+
+
+def class_of(w: Workload) -> int:
+    return next(n for n in tuning.HEAD_DIMS if w.head_dim <= n)
+
+
 def run(settings: Settings, store: Store, record: dict[str, Any], deadline: float) -> None:
     device = torch.device(settings.device)
     table = table_of(device, settings.tuning)
     clock = Clock(device, settings.tiny)
     goals = list(targets(settings, table))[: 2 if settings.tiny else None]
     current = {goal: tuning.config(goal.kernel, table, goal.bits, goal.head_dim_class) for goal in goals}
-    for name, nothing in (("tried", 0), ("winners", {}), ("gains", {}), ("refused", {})):
+    for name, nothing in (("tried", 0), ("winners", {}), ("before", {}), ("gains", {}), ("refused", {})):
         record.setdefault(name, nothing)  # what an interrupted run had found stays found
     seeds = {goal: further(goal, current[goal]) for goal in goals}
     longest = 0.0  # seconds of a contest
@@ -100,15 +113,12 @@ def run(settings: Settings, store: Store, record: dict[str, Any], deadline: floa
             longest = max(longest, time.monotonic() - begin)
             if found is None or found.way == current[goal]:
                 continue
-            if goal.kernel in ALSO_WITH_TERMS and not fits_with_terms(
-                goal, found.way, settings, store, record, deadline
-            ):
-                continue
             current[goal] = found.way
             moved.append(goal)
             record["winners"][goal.name] = {**found.way._asdict(), "seconds": found.seconds}
             record["gains"][goal.name] = record["gains"].get(goal.name, 1.0) * found.gain
-            keep(settings, device, table, goal, found.way, store)
+            record["before"].setdefault(goal.name, entry_of(table, goal.name))
+            keep(settings, table, {goal.name: found.way._asdict()}, store)
         goals = moved if not settings.tiny else []
 
 
@@ -132,8 +142,7 @@ def targets(settings: Settings, table: str) -> Iterator[Target]:
     for workload in wanted:
         for kind in kinds:
             if MEASURED_BY[kind](workload):
-                head_dim_class = next(n for n in tuning.HEAD_DIMS if workload.head_dim <= n)
-                entry = chosen[kind, 8 * workload.dtype.itemsize, head_dim_class]
+                entry = chosen[kind, 8 * workload.dtype.itemsize, class_of(workload)]
                 if len(entry) < MOST_WORKLOADS:
                     entry.setdefault(kind_of_call(workload), workload)
     for (kind, bits, head_dim_class), entry in chosen.items():
@@ -172,7 +181,7 @@ def compile_all(
     found: dict[Target, list[Config]] = {goal: [] for goal, _ in wanted}
     if settings.tiny:
         wanted = wanted[:2]
-    jobs = [job(goal, c, [w.name for w in goal.workloads]) for goal, c in wanted]
+    jobs = [job(goal, c) for goal, c in wanted]
     answers, said = in_parts(settings, "tune", store.path, jobs, until)
     problems = {json.dumps(one["job"]): one["problem"] for one in answers}
     record["tried"] += len(problems)
@@ -187,8 +196,9 @@ def compile_all(
     return found
 
 
-def job(goal: Target, c: Config, calls: list[str]) -> list[Any]:
+def job(goal: Target, c: Config) -> list[Any]:
     """What a part is told to do."""
+    calls = [w.name for w in goal.workloads] + [TERMS] * (goal.kernel in ALSO_WITH_TERMS)
     return [goal.kernel, goal.bits, goal.head_dim_class, calls, list(c)]
 
 
@@ -207,17 +217,13 @@ def contest(
             refuse(record, what(goal, in_short(error)))
             return None
     calls = [(problem, problem.ours("triton")) for problem in problems]
-
-    def within(c: Config, call: Callable[[], Any]) -> Any:
-        with tuning.trial(table, goal.kernel, goal.bits, goal.head_dim_class, c):
-            return call()
-
+    trials = Trials(table, goal.kernel, goal.bits, goal.head_dim_class)
     able = []
     for c in (current, *compiled):
         if what(goal, c) in crashed:
             continue
         with watch(store, record, what(goal, c)):
-            wrong = (wrong_with(clock.device, problem, partial(within, c, call)) for problem, call in calls)
+            wrong = (wrong_with(clock.device, problem, partial(trials.call, c, call)) for problem, call in calls)
             if why := next(filter(None, wrong), None):
                 refuse(record, f"{goal.name}, as it is: {why}" if c == current else why)
             else:
@@ -225,7 +231,7 @@ def contest(
     if not able or able == [current]:
         return None
     with watch(store, record, what(goal, TIMING)):
-        work = [lambda c, call=call: within(c, call) for _, call in calls]
+        work = [lambda c, call=call: trials.call(c, call) for _, call in calls]
         return fastest(able[0], able[1:], work, clock)
 
 
@@ -245,23 +251,26 @@ def wrong_with(device: torch.device, problem: Problem, call: Callable[[], Any]) 
         return in_short(error)
 
 
-def fits_with_terms(
-    goal: Target, c: Config, settings: Settings, store: Store, record: dict[str, Any], deadline: float
-) -> bool:
-    """Whether a call with every term of a score runs too: it needs more shared memory than the workloads."""
-    answers, _ = in_parts(settings, "tune", store.path, [job(goal, c, [TERMS])], deadline)
-    why = answers[0]["problem"] if answers else "with terms it was not compiled in time"
-    if why is not None:
-        refuse(record, why)
-    return why is None
+def entry_of(table: str, name: str) -> dict[str, Any] | None:
+    """What the table itself holds; None where it has that of what it inherits."""
+    kernel, bits, head_dim_class = name.split()
+    return tuning.tables()[table].get(kernel, {}).get(bits, {}).get(head_dim_class)
 
 
-def keep(settings: Settings, device: torch.device, table: str, goal: Target, winner: Config, store: Store) -> None:
-    """In this process, in the card's file, and in the results."""
-    own = dict(tuning.tables()[table])
-    kinds = dict(own.get(goal.kernel, {}))
-    kinds[str(goal.bits)] = {**kinds.get(str(goal.bits), {}), str(goal.head_dim_class): winner._asdict()}
-    own |= {goal.kernel: kinds, "measured": f"on this card by make gpu, {now()}"}
+def keep(settings: Settings, table: str, entries: Mapping[str, dict[str, Any] | None], store: Store) -> None:
+    """In this process, in the card's file, and in the results. None takes the entry of that name out."""
+    own = copy.deepcopy(tuning.tables()[table])
+    for name, entry in entries.items():
+        kernel, bits, head_dim_class = name.split()
+        held = own.setdefault(kernel, {}).setdefault(bits, {})
+        if entry is not None:
+            held[head_dim_class] = entry
+            continue
+        held.pop(head_dim_class, None)
+        own[kernel] = {width: found for width, found in own[kernel].items() if found}
+        if not own[kernel]:
+            del own[kernel]
+    own["measured"] = f"on this card by make gpu, {now()}"
     tuning.adopt(table, own)
     settings.tuning.mkdir(parents=True, exist_ok=True)
     path = settings.tuning / f"{table}.json"
@@ -277,10 +286,9 @@ def part(settings: Settings, deadline: float) -> int:
     device = torch.device(settings.device)
     table = table_of(device, settings.tuning)
     by_name = {w.name: w for w in workloads()}
-    problems: dict[str, Problem] = {}
-    for told in json.load(sys.stdin):
-        if time.monotonic() > deadline:
-            break
+    jobs = json.load(sys.stdin)
+    while jobs and time.monotonic() < deadline:
+        told = jobs.pop(0)
         kernel, bits, head_dim_class, names, numbers = told
         problem = None
         try:
@@ -290,13 +298,13 @@ def part(settings: Settings, deadline: float) -> int:
                         packed_with_all(device, "triton", head_dim_class)
                     else:
                         workload = by_name[name].tiny() if settings.tiny else by_name[name]
-                        made = problems.get(name) or problems.setdefault(name, build(workload, device))
-                        made.ours("triton")()
+                        build(workload, device).ours("triton")()
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # too much shared memory, say, or a compiler that gives up
             problem = in_short(error)
         print(json.dumps({"job": told, "problem": problem}), flush=True)
         if problem is not None and not works(device):
-            break
+            go_on(settings, deadline, jobs)
+        torch.cuda.empty_cache()  # for the other processes: none keeps the tensors of a job
     return 0
