@@ -61,22 +61,15 @@ void clear_padding(const Problem& p, int64_t rows_stored) {
   });
 }
 
-constexpr int64_t SHORT = 256;  // keys
-
-// Rows from which the forward kernel's tiles of queries cost less.
-int64_t most_rows(const Problem& p, const DecodeKernel& kernel) {
-  return p.rows_k < SHORT ? std::clamp<int64_t>(p.rows_k / 8, 4, 8) : kernel.rows;
-}
-
-constexpr int64_t CHEAPER = 8;  // times, for few rows, than the forward kernel: threads may be left without a task
-
 // A few queries of every sequence: decoding, where the keys of each are one page. That kernel takes what is indexed by
-// stored rows and keys from the first of them.
+// stored rows and keys from the first of them. For one row it is 16 times cheaper than the forward kernel, whose tasks
+// are query heads: so many threads may be left without one.
 bool is_decoding(const Problem& p, const CallArguments& call, const DecodeKernel& kernel) {
   const bool shifted = p.start_q || p.start_k, indexed = p.bias || p.row_distance_bias || p.col_distance_bias;
-  return !call.batch_invariant && !p.dropout && !(shifted && indexed) && p.rows_k > 0 &&
-         p.rows_q <= most_rows(p, kernel) && p.head_dim % kernel.dims == 0 && p.head_dim_v % kernel.dims == 0 &&
-         CHEAPER * p.batch * p.heads_kv >= torch::stable::get_num_threads();
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), p.batch * p.heads_q);
+  return p.batch > 0 && p.rows_q > 0 && p.rows_k > 0 && !call.batch_invariant && !p.dropout && !(shifted && indexed) &&
+         p.rows_q <= kernel.most_rows(p.rows_k) && p.head_dim % kernel.dims == 0 && p.head_dim_v % kernel.dims == 0 &&
+         16 * p.batch * p.heads_kv >= p.rows_q * threads;
 }
 
 // The view from a row of a sequence on.

@@ -165,3 +165,13 @@ def test_distances_that_nobody_sees(lane: Lane, name: str) -> None:
     table[..., :147] = table[..., 154:] = -math.inf
     setattr(call, name, table)
     compare(call, lane)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_query_and_keys_whose_heads_lie_apart(lane: Lane, packed: bool) -> None:
+    k = normal(2, 4, 300, 64).transpose(1, 2)
+    q, options = torch.empty(2, 0, 8, 64), {}
+    if packed:
+        q, k, options = q[0], k[0], {"cu_seqlens_q": int32(0, 0), "cu_seqlens_k": int32(0, 300)}
+    found = run(Call(q, k, k, **options), lane)
+    assert found["out"].numel() == 0 and found["lse"].numel() == 0

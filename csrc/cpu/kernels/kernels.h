@@ -25,11 +25,17 @@ struct ForwardKernel {
   void (*run)(const Problem&, const Pages*, const ForwardTask&, void* scratch);  // no pages: keys are the problem's
 };
 
-// Few queries of every head: reads each page once, in order. It takes up to `rows` rows, each with its heads, and
-// head dims that are multiples of `dims`.
+// Few queries of whole kv heads: reads each page once, in order. It takes head dims that are multiples of `dims`.
 struct DecodeKernel {
   int rows, dims;
   int at_once;  // queries of several kv heads
+
+  // Rows from which the forward kernel's tiles of queries cost less.
+  int64_t most_rows(int64_t keys) const {
+    constexpr int64_t SHORT = 256;
+    return keys >= SHORT ? rows : keys < 64 ? (keys / 8 < 4 ? 4 : keys / 8) : 8;
+  }
+
   size_t (*scratch)(const Problem&, int64_t rows);
   void (*run)(const Problem&, const Pages&, const ForwardTask&, void* scratch);  // task.heads: of whole kv heads
 };
