@@ -66,6 +66,8 @@ def load_checkpoint(
             stored = {name: t for name, t in stored.items() if not name.startswith(("cls.", "classifier.", "lm_head."))}
         else:
             modules = {f"bert.{ours}": theirs for ours, theirs in BERT.items()} | family.heads
+            if made is BertClassifier and modules["bert.pooler"] != BERT["pooler"]:  # a head with a layer in its place
+                stored = {name: t for name, t in stored.items() if not name.startswith("pooler.")}
         if (skipped := family.unused_positions(raw)) and POSITIONS in stored:
             stored[POSITIONS] = stored[POSITIONS][skipped:]
     if config.tied and family.word in stored and made in (BertMaskedLM, GPT):

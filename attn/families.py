@@ -155,7 +155,7 @@ def bert_config(raw: Mapping[str, Any], **changes: Any) -> BertConfig:
 
 def roberta_offset(raw: Mapping[str, Any]) -> int:
     """Rows of the table that stand for padding and for what no position has."""
-    return raw.get("pad_token_id", 1) + 1
+    return need({"pad_token_id": 1, **raw}, "pad_token_id") + 1
 
 
 def roberta_config(raw: Mapping[str, Any]) -> BertConfig:
@@ -208,6 +208,7 @@ def llama_config(raw: Mapping[str, Any], **changes: Any) -> GPTConfig:
     """A Hugging Face Llama config.json as ours, with either form of its rotary options; `changes` are of its relatives."""
     hidden, heads = need(raw, "hidden_size"), need(raw, "num_attention_heads")
     max_positions = need(raw, "max_position_embeddings")
+    refuse(raw, "partial_rotary_factor", 1.0)
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers >= 5, and before
     rope = rope.get("full_attention", rope)
     options: dict[str, Any] = {
@@ -236,7 +237,7 @@ def llama_config(raw: Mapping[str, Any], **changes: Any) -> GPTConfig:
 
 def windows(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
     """Of each layer, as layer_types has it or, before there were any, the place of the layer."""
-    size = raw.get("sliding_window")
+    size = raw.get("sliding_window", 4096)
     layers = range(need(raw, "num_hidden_layers"))
     kinds = raw.get("layer_types") or ["sliding_attention" if is_sliding(n) else "full_attention" for n in layers]
     for kind in kinds:
@@ -247,21 +248,23 @@ def windows(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> tuple[
 
 
 def mistral_config(raw: Mapping[str, Any]) -> GPTConfig:
-    return llama_config(raw, windows=windows(raw, lambda layer: True))
+    return llama_config(raw, windows=windows({**raw, "layer_types": None}, lambda layer: True))
 
 
 def qwen2_config(raw: Mapping[str, Any]) -> GPTConfig:
-    return replace(qwen3_config(raw), attention_bias=True, out_bias=False, head_norms=False)
+    return replace(qwen3_config({"head_dim": None, **raw}), attention_bias=True, out_bias=False, head_norms=False)
 
 
 def qwen3_config(raw: Mapping[str, Any]) -> GPTConfig:
     slides, first = raw.get("use_sliding_window", False), raw.get("max_window_layers", 28)
     seen = windows(raw, lambda layer: layer >= first) if slides else ()
-    return llama_config(raw, head_norms=True, windows=seen)
+    return llama_config({"head_dim": 128, **raw}, head_norms=True, windows=seen)
 
 
-def gemma2_config(raw: Mapping[str, Any], every: int = 2, **changes: Any) -> GPTConfig:
-    """every: of so many layers the last has no window."""
+def gemma2_config(
+    raw: Mapping[str, Any], every: int = 2, softcaps: tuple[float, float] = (50.0, 30.0), **changes: Any
+) -> GPTConfig:
+    """every: of so many layers the last has no window. softcaps: of scores and logits, where the config has none."""
     refuse(raw, "use_bidirectional_attention", False)
     shared: dict[str, Any] = {
         "norm": "rms_offset",
@@ -270,22 +273,23 @@ def gemma2_config(raw: Mapping[str, Any], every: int = 2, **changes: Any) -> GPT
         "tied": raw.get("tie_word_embeddings", True),
         "windows": windows(raw, lambda layer: (layer + 1) % every != 0),
         "scale": need(raw, "query_pre_attn_scalar") ** -0.5,
-        "softcap": raw.get("attn_logit_softcapping") or 0.0,
-        "logit_softcap": raw.get("final_logit_softcapping") or 0.0,
+        "softcap": raw.get("attn_logit_softcapping", softcaps[0]) or 0.0,
+        "logit_softcap": raw.get("final_logit_softcapping", softcaps[1]) or 0.0,
         "embedding_scale": need(raw, "hidden_size") ** 0.5,
     }
-    return llama_config(raw, **shared | changes)
+    return llama_config({"head_dim": 256, **raw}, **shared | changes)
 
 
 def gemma3_config(raw: Mapping[str, Any]) -> GPTConfig:
     rope = raw.get("rope_parameters") or {}
-    near = rope.get("sliding_attention", {})
+    near = rope.get("sliding_attention") or {}
     refuse(near, "rope_type", "default")
     return gemma2_config(
         raw,
-        raw.get("_sliding_window_pattern") or raw.get("sliding_window_pattern") or 6,
+        raw.get("sliding_window_pattern") or 6,
+        (0.0, 0.0),
         head_norms=True,
-        rope_theta=rope.get("full_attention", {}).get("rope_theta") or raw.get("rope_theta") or 1000000.0,
+        rope_theta=(rope.get("full_attention") or {}).get("rope_theta") or raw.get("rope_theta") or 1000000.0,
         window_rope_theta=near.get("rope_theta") or raw.get("rope_local_base_freq") or 10000.0,
     )
 

@@ -48,7 +48,7 @@ def flash_attn_func(
     """q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D) -> (B, Sq, Hq, D); with return_attn_probs also lse (B, Hq, Sq) and None."""
     out, lse = functional.attention(
         q, k, v, _span(causal, window_size), dropout_p=dropout_p, scale=softmax_scale, softcap=softcap,
-        alibi_slopes=_slopes(alibi_slopes), deterministic=deterministic, return_lse=True,
+        alibi_slopes=_slopes(alibi_slopes), deterministic=deterministic or None, return_lse=True,
     )  # fmt: skip
     return _results(out, lse, return_attn_probs, dropout_p)
 
@@ -92,7 +92,7 @@ def flash_attn_varlen_func(
     if block_table is None:
         out, lse = functional.varlen_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, span,
-            dropout_p=dropout_p, deterministic=deterministic, return_lse=True, **terms,
+            dropout_p=dropout_p, deterministic=deterministic or None, return_lse=True, **terms,
         )  # fmt: skip
     else:
         if dropout_p:
@@ -168,6 +168,8 @@ def flash_attn_with_kvcache(
     if k is None and rotary_cos is not None:
         wrong_value("rotary_cos", "None without new keys", "a tensor")
     batch, rows = q.shape[:2]
+    if (rotary_cos is None) != (rotary_sin is None):
+        wrong_value("rotary_cos, rotary_sin", "both or neither", "one")
     if rotary_cos is not None:
         if k is not None and k.shape[1] != rows:
             wrong_value("k", f"as many rows as q ({rows}) where they are rotated", k.shape[1])

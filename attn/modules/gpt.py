@@ -90,7 +90,7 @@ class GPTConfig:
 
 
 class OffsetRMSNorm(nn.Module):
-    """RMSNorm by 1 + weight, in float32."""
+    """RMSNorm by 1 + weight, in float32 at least."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -98,7 +98,8 @@ class OffsetRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, 1 + self.weight.to(wide), self.eps).to(x.dtype)
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms_offset": OffsetRMSNorm}
