@@ -49,7 +49,7 @@ def main() -> None:
 @main.command()
 @click.argument("text", required=False, type=click.Path(exists=True, path_type=Path))
 @click.option("--bert", type=FOLDER, help="A BERT checkpoint; else bert-base's shape, seeded weights.")
-@click.option("--gpt", type=FOLDER, help="A GPT-2 or Llama checkpoint; else gpt2-small's shape.")
+@click.option("--gpt", type=FOLDER, help="A checkpoint of GPT-2, Llama or their relatives; else gpt2-small's shape.")
 @click.option("--model", type=FOLDER, help="Instead, any transformers model: before and after duplex_attn.swap.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option(
@@ -132,7 +132,11 @@ def profile(
     type=click.File(encoding="utf-8"),
     help="Prompts, one a line; - is stdin, which is read too where no prompt is given.",
 )
-@click.option("--model", type=FOLDER, help="A GPT-2 or Llama checkpoint; else gpt2-small's shape, seeded weights.")
+@click.option(
+    "--model",
+    type=FOLDER,
+    help="A checkpoint of GPT-2, Llama or their relatives; else gpt2-small's shape, seeded weights.",
+)
 @click.option("--max-tokens", type=int, default=64, show_default=True, help="New tokens of each at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the likeliest token.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Among the k likeliest; 0: all.")

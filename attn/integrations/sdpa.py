@@ -75,7 +75,8 @@ def scaled_dot_product_attention(
     dimensions broadcast. Jagged tensors (B, H, ragged, E) run packed, causal ones too.
     What these kernels do not take (E over 256, float64, other devices, torch.jit and torch.fx ...) torch computes, with a
     warning that says why, and without one whatever is called under `torch.nn.attention.sdpa_kernel`, which asks for kernels
-    of torch. There are no second and no forward-mode derivatives. Errors are those of torch or of `duplex_attn.attention`.
+    of torch. There are no second and no forward-mode derivatives. The result lies in memory as (..., L, Hq, Ev), so `view` may
+    want `reshape`. Errors are those of torch or of `duplex_attn.attention`.
     """
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None or _torch_kernels_are_chosen():

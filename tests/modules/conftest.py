@@ -28,7 +28,7 @@ def llama_options(**changes):
 
 
 def gemma_options(**changes):
-    return llama_options(head_dim=20, query_pre_attn_scalar=30, sliding_window=6, **changes)
+    return llama_options(**{"head_dim": 20, "query_pre_attn_scalar": 30, "sliding_window": 6, **changes})
 
 
 OPTIONS = {

@@ -157,6 +157,7 @@ def test_missing_files_are_named(save, tmp_path):
             {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 3},
             "layer_types: expected",
         ),
+        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0"),
         ("Gemma2ForCausalLM", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar: expected it"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention: expected False"),
         (
@@ -193,6 +194,40 @@ def test_the_encoder_alone_from_any_bert(save, family, ragged):
         load_checkpoint(folder, BertClassifier)
     with pytest.raises(ValueError, match=f"architecture: expected one of family {family.lower()}, got GPT"):
         load_checkpoint(folder, GPT)
+
+
+def test_a_pooler_left_over_in_a_classifier(save, ragged):
+    ids, _, attention_mask = ragged
+    _, folder = save("RobertaForSequenceClassification")
+    expected = load_checkpoint(folder)(ids, attention_mask)
+    more = {
+        f"roberta.pooler.dense.{leaf}": torch.zeros(shape) for leaf, shape in (("weight", (48, 48)), ("bias", (48,)))
+    }
+    edit(folder, lambda tensors: tensors.update(more))
+    assert load_checkpoint(folder)(ids, attention_mask).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["MistralForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen3ForCausalLM"]
+)
+def test_what_a_config_leaves_out(save, architecture):
+    """Defaults are those of transformers, where a config of the hub has none."""
+    small = {"head_dim": 256 if "Gemma" in architecture else 128, "sliding_window": 4096}
+    _, folder = save(architecture, **small)
+    whole = load_checkpoint(folder).config
+    left_out = {"sliding_window", "head_dim", "attn_logit_softcapping", "final_logit_softcapping"}
+    file = folder / "config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(
+        json.dumps(
+            {
+                name: x
+                for name, x in raw.items()
+                if name not in left_out or ("Mistral" in architecture and name == "head_dim")
+            }
+        )
+    )
+    assert load_checkpoint(folder).config == whole
 
 
 def test_names_of_older_checkpoints(save, ragged):
