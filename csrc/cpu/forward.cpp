@@ -68,8 +68,8 @@ bool is_decoding(const Problem& p, const CallArguments& call, const DecodeKernel
   const bool shifted = p.start_q || p.start_k, indexed = p.bias || p.row_distance_bias || p.col_distance_bias;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), p.batch * p.heads_q);
   return p.batch > 0 && p.rows_q > 0 && p.rows_k > 0 && !call.batch_invariant && !p.dropout && !(shifted && indexed) &&
-         p.rows_q <= kernel.most_rows(p.rows_k) && p.head_dim % kernel.dims == 0 && p.head_dim_v % kernel.dims == 0 &&
-         16 * p.batch * p.heads_kv >= p.rows_q * threads;
+         p.rows_q <= kernel.most_rows(p.rows_k, bool(p.bias)) && p.head_dim % kernel.dims == 0 &&
+         p.head_dim_v % kernel.dims == 0 && 16 * p.batch * p.heads_kv >= p.rows_q * threads;
 }
 
 // The view from a row of a sequence on.

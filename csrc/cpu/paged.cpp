@@ -145,7 +145,7 @@ struct Cut {
     task.key_begin = tile.key_begin;
     task.key_end = tile.key_end;
     task.slot = tile.slot;
-    if (may_decode && rows <= decode.most_rows(tile.key_end - tile.key_begin)) {
+    if (may_decode && rows <= decode.most_rows(tile.key_end - tile.key_begin, bool(p.bias))) {
       const int64_t together = (p.heads_kv + pieces - 1) / pieces * group;
       task.rows = int32_t(rows);
       for (int64_t h = 0; h < p.heads_q; h += together) {

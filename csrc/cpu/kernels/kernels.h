@@ -30,10 +30,11 @@ struct DecodeKernel {
   int rows, dims;
   int at_once;  // queries of several kv heads
 
-  // Rows from which the forward kernel's tiles of queries cost less.
-  int64_t most_rows(int64_t keys) const {
+  // Rows from which the forward kernel's tiles of queries cost less. A dense bias is added number by number here.
+  int64_t most_rows(int64_t keys, bool bias) const {
     constexpr int64_t SHORT = 256;
-    return keys >= SHORT ? rows : keys < 64 ? (keys / 8 < 4 ? 4 : keys / 8) : 8;
+    const int64_t most = keys >= SHORT ? rows : keys < 64 ? (keys / 8 < 4 ? 4 : keys / 8) : 8;
+    return bias ? most / 2 : most;
   }
 
   size_t (*scratch)(const Problem&, int64_t rows);
