@@ -251,6 +251,10 @@ def mistral_config(raw: Mapping[str, Any]) -> GPTConfig:
     return llama_config(raw, windows=windows({**raw, "layer_types": None}, lambda layer: True))
 
 
+def phi3_config(raw: Mapping[str, Any]) -> GPTConfig:
+    return mistral_config({"sliding_window": None, **raw})
+
+
 def qwen2_config(raw: Mapping[str, Any]) -> GPTConfig:
     return replace(qwen3_config({"head_dim": None, **raw}), attention_bias=True, out_bias=False, head_norms=False)
 
@@ -334,7 +338,7 @@ FAMILIES = {
     "mistral": relative_of_llama(mistral_config),
     "qwen2": relative_of_llama(qwen2_config),
     "qwen3": relative_of_llama(qwen3_config, HEAD_NORMS),
-    "phi3": relative_of_llama(mistral_config, FUSED),
+    "phi3": relative_of_llama(phi3_config, FUSED),
     "gemma2": relative_of_llama(gemma2_config, POST_NORMS),
     "gemma3_text": relative_of_llama(gemma3_config, POST_NORMS | HEAD_NORMS),
 }

@@ -165,11 +165,11 @@ def flash_attn_with_kvcache(
         wrong_value("cache_leftpad", "None: keys start at 0", "a tensor")
     if (k is None) != (v is None):
         wrong_value("k, v", "both or neither", "one")
+    if (rotary_cos is None) != (rotary_sin is None):
+        wrong_value("rotary_cos, rotary_sin", "both or neither", "one")
     if k is None and rotary_cos is not None:
         wrong_value("rotary_cos", "None without new keys", "a tensor")
     batch, rows = q.shape[:2]
-    if (rotary_cos is None) != (rotary_sin is None):
-        wrong_value("rotary_cos, rotary_sin", "both or neither", "one")
     if rotary_cos is not None:
         if k is not None and k.shape[1] != rows:
             wrong_value("k", f"as many rows as q ({rows}) where they are rotated", k.shape[1])

@@ -36,9 +36,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def register() -> None:
     """Put the function of this file in the place of torch's, there and in every loaded module that imported it by name.
 
-    For the process and all its threads. What is compiled already stays as it is: call this before torch.compile. Not
-    everything asks for sdpa: nn.MultiheadAttention does not where it returns weights, nor in inference, as long as
-    `torch.backends.mha.set_fastpath_enabled(False)` was not called.
+    For the process and all its threads; what torch.compile made notices. Not everything asks for sdpa: nn.MultiheadAttention
+    does not where it returns weights, nor in inference, as long as `torch.backends.mha.set_fastpath_enabled(False)` was not
+    called.
     """
     _put(scaled_dot_product_attention, in_place_of=_torch_attention)
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -61,13 +60,13 @@ void clear_padding(const Problem& p, int64_t rows_stored) {
   });
 }
 
-// A few queries of every sequence: decoding, where the keys of each are one page. That kernel takes what is indexed by
-// stored rows and keys from the first of them. For one row it is 16 times cheaper than the forward kernel, whose tasks
-// are query heads: so many threads may be left without one.
+// A few queries of every sequence: decoding, where the keys of each are one page. That kernel reads a dense bias, which
+// is indexed by stored rows and keys, from the first of them. For one row it is 16 times cheaper than the forward
+// kernel, whose tasks are query heads: so many threads may be left without one.
 bool is_decoding(const Problem& p, const CallArguments& call, const DecodeKernel& kernel) {
-  const bool shifted = p.start_q || p.start_k, indexed = p.bias || p.row_distance_bias || p.col_distance_bias;
+  const bool shifted = p.start_q || p.start_k;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), p.batch * p.heads_q);
-  return p.batch > 0 && p.rows_q > 0 && p.rows_k > 0 && !call.batch_invariant && !p.dropout && !(shifted && indexed) &&
+  return p.batch > 0 && p.rows_q > 0 && p.rows_k > 0 && !call.batch_invariant && !p.dropout && !(shifted && p.bias) &&
          p.rows_q <= kernel.most_rows(p.rows_k, bool(p.bias)) && p.head_dim % kernel.dims == 0 &&
          p.head_dim_v % kernel.dims == 0 && 16 * p.batch * p.heads_kv >= p.rows_q * threads;
 }
@@ -82,8 +81,7 @@ View from(View x, const Problem& p, int64_t b, int64_t row) {
 // kv heads of a task: memory is read well in its order only, so where the heads of a key lie side by side, all that
 // leave every thread a task; where its keys do, as many as the kernel takes at once.
 int64_t decoded_together(const Problem& p, const DecodeKernel& kernel) {
-  const int64_t threads = torch::stable::get_num_threads(), tasks = (threads + p.batch - 1) / p.batch;
-  const int64_t most = (p.heads_kv + tasks - 1) / tasks;
+  const int64_t most = leaving_none_idle(p.heads_kv, p.batch);
   return p.k.head < p.k.row ? most : std::clamp<int64_t>(kernel.at_once / (p.rows_q * p.group()), 1, most);
 }
 

@@ -125,7 +125,7 @@ struct Cut {
   const ForwardKernel& forward;
   const DecodeKernel& decode;
   bool may_decode;
-  int64_t pieces;  // of the heads of a tile of few rows: as many as give every thread one
+  int64_t together;  // kv heads of a tile of few rows, as many as leave every thread one
   std::vector<ForwardTask> few, many;
   int64_t heads_kv = 0;  // of one of `many` at most
 
@@ -146,11 +146,10 @@ struct Cut {
     task.key_end = tile.key_end;
     task.slot = tile.slot;
     if (may_decode && rows <= decode.most_rows(tile.key_end - tile.key_begin, bool(p.bias))) {
-      const int64_t together = (p.heads_kv + pieces - 1) / pieces * group;
       task.rows = int32_t(rows);
-      for (int64_t h = 0; h < p.heads_q; h += together) {
+      for (int64_t h = 0; h < p.heads_q; h += together * group) {
         task.h = int32_t(h);
-        task.heads = int32_t(std::min(together, p.heads_q - h));
+        task.heads = int32_t(std::min(together * group, p.heads_q - h));
         few.push_back(task);
       }
       return;
@@ -243,9 +242,8 @@ void paged_attention(DUPLEX_PAGED_PARAMETERS) {
 
   const bool may_decode =
       !batch_invariant && p.head_dim % isa.decode->dims == 0 && p.head_dim_v % isa.decode->dims == 0;
-  const int64_t tiles = std::max<int64_t>(1, int64_t(made.tiles.size())), threads = torch::stable::get_num_threads();
-  const int64_t pieces = std::min(p.heads_kv, (threads + tiles - 1) / tiles);
-  Cut cut{p, pages, batch, *isa.forward, *isa.decode, may_decode, std::max<int64_t>(1, pieces), {}, {}, 0};
+  const int64_t together = leaving_none_idle(p.heads_kv, std::max<int64_t>(1, int64_t(made.tiles.size())));
+  Cut cut{p, pages, batch, *isa.forward, *isa.decode, may_decode, together, {}, {}, 0};
   for (const PlanTile& tile : made.tiles) cut.add(tile);
   clear_rows(p, batch.row(p.batch), q.size(0), p.head_dim_v * (p.dtype == DType::FLOAT32 ? 4 : 2));
 

@@ -51,6 +51,12 @@ inline Arena& thread_arena() {
 // For tests: what a task reads of its scratch and has not written is then NaN, in every float there is.
 inline std::atomic<bool> scratch_is_nan{false};
 
+// How many of `parts` a task may take at most, so that with `times` as many in all every thread has a task.
+inline int64_t leaving_none_idle(int64_t parts, int64_t times) {
+  const int64_t tasks = (torch::stable::get_num_threads() + times - 1) / times;
+  return (parts + tasks - 1) / tasks;
+}
+
 // Calls work(index, scratch) for each index of [0, count), the next ones to whichever thread is free: a 16th of its
 // share of what is left at once, since a counter that threads have in common takes a microsecond to come by.
 template <class Work>

@@ -207,26 +207,25 @@ def test_a_pooler_left_over_in_a_classifier(save, ragged):
     assert load_checkpoint(folder)(ids, attention_mask).equal(expected)
 
 
-@pytest.mark.parametrize(
-    "architecture", ["MistralForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen3ForCausalLM"]
-)
+LEFT_OUT = {  # what transformers takes then
+    "MistralForCausalLM": {"sliding_window": 4096},
+    "Phi3ForCausalLM": {"sliding_window": None, "pad_token_id": 0},
+    "Qwen3ForCausalLM": {"head_dim": 128},
+    "Gemma2ForCausalLM": {
+        "sliding_window": 4096, "head_dim": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    },
+    "Gemma3ForCausalLM": {
+        "sliding_window": 4096, "head_dim": 256, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", LEFT_OUT)
 def test_what_a_config_leaves_out(save, architecture):
-    """Defaults are those of transformers, where a config of the hub has none."""
-    small = {"head_dim": 256 if "Gemma" in architecture else 128, "sliding_window": 4096}
-    _, folder = save(architecture, **small)
-    whole = load_checkpoint(folder).config
-    left_out = {"sliding_window", "head_dim", "attn_logit_softcapping", "final_logit_softcapping"}
-    file = folder / "config.json"
+    _, folder = save(architecture, **LEFT_OUT[architecture])
+    whole, file = load_checkpoint(folder).config, folder / "config.json"
     raw = json.loads(file.read_text())
-    file.write_text(
-        json.dumps(
-            {
-                name: x
-                for name, x in raw.items()
-                if name not in left_out or ("Mistral" in architecture and name == "head_dim")
-            }
-        )
-    )
+    file.write_text(json.dumps({name: x for name, x in raw.items() if name not in LEFT_OUT[architecture]}))
     assert load_checkpoint(folder).config == whole
 
 

@@ -30,10 +30,10 @@ struct DecodeKernel {
   int rows, dims;
   int at_once;  // queries of several kv heads
 
-  // Rows from which the forward kernel's tiles of queries cost less. A dense bias is added number by number here.
+  // Beyond them the forward kernel's tiles of queries cost less. A dense bias is added number by number here.
   int64_t most_rows(int64_t keys, bool bias) const {
     constexpr int64_t SHORT = 256;
-    const int64_t most = keys >= SHORT ? rows : keys < 64 ? (keys / 8 < 4 ? 4 : keys / 8) : 8;
+    const int64_t most = keys < SHORT ? clamp(keys / 8, 4, 8) : rows;
     return bias ? most / 2 : most;
   }
 
