@@ -79,6 +79,7 @@ struct PlanOptions {
   int64_t workers;          // tiles that run at once
   int64_t fixed_split = 0;  // keys of every part, counted from key 0; 0: as many parts as keep the workers busy
   int64_t shared_rows = 0;  // rows from which a shared prefix is worth a tile of its own; 0: never
+  int64_t shared_by_few = UNBOUNDED;  // keys from which it is for fewer rows too
 };
 
 constexpr int64_t FIXED_SPLIT = 2048;  // keys of a part where parts must not depend on the batch, in any backend
@@ -144,7 +145,8 @@ inline Plan make_plan(const PlanBatch& p, const PlanOptions& options) {
   int64_t total = 0;
   for (int64_t b = 0; b < p.batch;) {
     Group group = options.shared_rows > 0 ? shared_prefix(p, b) : Group{1, 0};
-    const bool worth = group.count > 1 && p.row(b + group.count) - p.row(b) >= options.shared_rows;
+    const bool worth = group.count > 1 && (p.row(b + group.count) - p.row(b) >= options.shared_rows ||
+                                           group.keys >= options.shared_by_few);
     if (!worth) group = {1, 0};
     if (worth) {
       shared.push_back({b, p.row(b), p.row(b + group.count), group.keys, 0, 0});

@@ -14,9 +14,9 @@
 namespace duplex {
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 384;  // of a tile: what shares one packed block of keys, more or less
-constexpr int64_t SHARED_ROWS = 2;   // from which one pass over shared keys costs less than each sequence's own
-constexpr int64_t SHARED_ROWS_ON_CARDS = 12;  // of a plan for one
+constexpr int64_t BLOCK_ROWS = 384;      // of a tile: what shares one packed block of keys, more or less
+constexpr int64_t SHARED_ROWS = 12;      // below it, each sequence's own pass costs less than a common one
+constexpr int64_t SHARED_BY_FEW = 1024;  // keys: from here on memory costs more than the products do
 
 PlanBatch plan_batch(const Tensor& block_table, const Tensor& seqlens_k, const OptionalTensor& cu_seqlens_q,
                      const OptionalTensor& prefix, int64_t page_size, std::optional<int64_t> left,
@@ -38,9 +38,9 @@ int64_t default_workers() { return (int64_t(torch::stable::get_num_threads()) + 
 
 // block_rows, workers: 0 for those of this backend on this machine.
 PlanOptions plan_options(bool batch_invariant, bool may_share, int64_t block_rows = 0, int64_t workers = 0) {
-  const int64_t shared_rows = workers ? SHARED_ROWS_ON_CARDS : SHARED_ROWS;
   return {block_rows ? block_rows : BLOCK_ROWS, workers ? workers : default_workers(),
-          batch_invariant ? FIXED_SPLIT : 0, may_share && !batch_invariant ? shared_rows : 0};
+          batch_invariant ? FIXED_SPLIT : 0, may_share && !batch_invariant ? SHARED_ROWS : 0,
+          workers ? UNBOUNDED : SHARED_BY_FEW};
 }
 
 // Whether the sequences of a shared tile's rows have the same pages where its keys are.
