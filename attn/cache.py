@@ -87,9 +87,18 @@ class PagedBatch:
 
         Never of fixed buffers: a CUDA graph that was captured with one batch in them runs others.
         """
-        if self._rows is None or self._memory.plans is not None or self.max_seqlen_q > 1:
+        if self._rows is None or self.in_fixed_buffers or self.max_seqlen_q > 1:
             return False
         return self._rows.new_tokens == len(self.seqs) == len(self.seqlens_k) == len(self.positions)
+
+    @property
+    def in_fixed_buffers(self) -> bool:
+        return self._memory.plans is not None
+
+    @property
+    def on_host(self) -> tuple[Tensor, ...]:
+        """block_table, seqlens_k, cu_seqlens_q and positions on the CPU."""
+        return self._host
 
     @property
     def new_tokens(self) -> list[int]:
@@ -108,14 +117,26 @@ class PagedBatch:
         key = (id(mask.prefix) if of_each else mask.prefix, *mask[1:], batch_invariant)
         if key not in self._plans:
             block_table, seqlens_k, cu_seqlens_q, _ = self._host
-            made = plan(
-                block_table, seqlens_k, self.page_size, mask, cu_seqlens_q=cu_seqlens_q,
-                batch_invariant=batch_invariant, workers=self._memory.workers,
-            )  # fmt: skip
+            made = self._divide(block_table, seqlens_k, cu_seqlens_q, mask, batch_invariant)
             if made is not None:
                 made = self._memory.keep_plan(("each" if of_each else mask.prefix, *key[1:]), made)
             self._plans[key] = mask, made  # the mask too: its prefix keeps its id
         return self._plans[key][1]
+
+    def plan_over(
+        self, block_table: Tensor, seqlens_k: Tensor, cu_seqlens_q: Tensor, mask: Mask, batch_invariant: bool = False
+    ) -> Tensor | None:
+        """A plan as `plan` makes it, for other keys and queries than the batch's, given on the CPU. Not kept."""
+        made = self._divide(block_table, seqlens_k, cu_seqlens_q, mask, batch_invariant)
+        return None if made is None else made.to(self.positions.device, non_blocking=True)
+
+    def _divide(
+        self, block_table: Tensor, seqlens_k: Tensor, cu_seqlens_q: Tensor, mask: Mask, batch_invariant: bool
+    ) -> Tensor | None:
+        return plan(
+            block_table, seqlens_k, self.page_size, mask, cu_seqlens_q=cu_seqlens_q,
+            batch_invariant=batch_invariant, workers=self._memory.workers,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

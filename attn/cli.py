@@ -135,7 +135,7 @@ def profile(
 @click.option(
     "--model",
     type=FOLDER,
-    help="A checkpoint of GPT-2, Llama or their relatives; else gpt2-small's shape, seeded weights.",
+    help="A checkpoint of GPT-2, Llama, T5, BART or their relatives; else gpt2-small's shape, seeded weights.",
 )
 @click.option("--max-tokens", type=int, default=64, show_default=True, help="New tokens of each at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the likeliest token.")
@@ -184,7 +184,8 @@ def generate(
     size: str,
     output: str | None,
 ) -> None:
-    """Continues PROMPTs, all at once from one pool of pages, and shows their texts as they come.
+    """Continues PROMPTs, all at once from one pool of pages, and shows their texts as they come. Models with an encoder (T5,
+    BART) answer them instead.
 
     Without PROMPT and --file, prompts are the lines of stdin.
     """
@@ -209,9 +210,9 @@ def generate(
             shown.add_task("reading weights and tokenizer", total=None)
             loaded = load_model(model, size, getattr(torch, dtype), where)
         widest = max(64, params.sequences)
-        cache = cache_for(loaded.gpt, pages, page_size, max_sequences=widest)
+        cache = cache_for(loaded.model, pages, page_size, max_sequences=widest)
         engine = Engine(
-            loaded.gpt,
+            loaded.model,
             loaded.tokenizer,
             cache=cache,
             eos=loaded.eos,

@@ -15,12 +15,9 @@ def score(cumulative: float, length: int, penalty: float) -> float:
     return cumulative / length**penalty
 
 
-def advance(
-    request: Request, beams: list[Sample], logits: Tensor, max_length: int, cache: PagedKVCache, scheduler: Scheduler
-) -> None:
+def advance(request: Request, beams: list[Sample], logits: Tensor, cache: PagedKVCache, scheduler: Scheduler) -> None:
     """Each beam's best continuations, of which the best beam_width go on. logits (beams, vocab_size)."""
-    width, params = request.params.beam_width, request.params
-    room = min(params.max_tokens, max_length - len(request.prompt))
+    width = request.params.beam_width
     logs = logits.double().log_softmax(-1)
     if not bool(logs.isfinite().any(-1).all()):
         raise ValueError("logits: expected a finite number to choose, got none")
@@ -37,14 +34,14 @@ def advance(
     going: list[Sample] = []
     for cumulative, parent, token in candidates:
         ends = token in request.stop_tokens
-        if ends or len(beams[parent].tokens) + 1 >= room:
+        if ends or len(beams[parent].tokens) + 1 >= request.max_tokens:
             keep_ended(request, continued(beams[parent], token, cumulative, "stop" if ends else "length"))
         elif len(going) < width:
             going.append(continued(beams[parent], token, cumulative, None))
             going[-1].seq = beams[parent].seq
     take_forks(beams, going, cache, scheduler)
     request.samples = going
-    if not going or settled(request, max(sample.cumulative for sample in going), room):
+    if not going or settled(request, max(sample.cumulative for sample in going)):
         finish(request, scheduler)
 
 
@@ -81,13 +78,13 @@ def rank(sample: Sample) -> float:
     return score(sample.cumulative, len(sample.tokens), sample.request.params.length_penalty)
 
 
-def settled(request: Request, best: float, room: int) -> bool:
-    """No beam can still come among the best: its probability only falls, its length ends at `room`."""
+def settled(request: Request, best: float) -> bool:
+    """No beam can still come among the best: its probability only falls, its length ends at max_tokens."""
     ended, penalty = request.ended_beams, request.params.length_penalty
     if len(ended) < request.params.beam_width:
         return False
     length = len(request.samples[0].tokens) + 1
-    reachable = max(score(best, length, penalty), score(best, room, penalty))
+    reachable = max(score(best, length, penalty), score(best, request.max_tokens, penalty))
     return rank(ended[-1]) >= reachable and not math.isnan(reachable)
 
 

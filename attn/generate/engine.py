@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cache import CacheStats, PagedKVCache
 from ..checks import wrong_type, wrong_value
-from ..modules.gpt import GPT
+from ..modules.language_model import LanguageModel, Opening
 from . import beams
 from .params import SamplingParams
 from .request import Chunk, Request, Sample, State, finish_reason
@@ -65,7 +65,7 @@ class Engine:
 
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         tokenizer: Tokenizer | None = None,
         *,
         cache: PagedKVCache | None = None,
@@ -85,14 +85,10 @@ class Engine:
             wrong_value("model", "eval mode (model.eval())", "training mode, in which dropout changes tokens")
         if cache is not None:
             check_cache(cache, model)
-        self.eos = eos_ids(eos, model.config.vocab_size)
+        self.eos = eos_ids(eos, model.vocab_size)
         self.model, self.tokenizer, self.batch_invariant = model, tokenizer, batch_invariant
         self.cache = cache_for(model, max_sequences=max_sequences) if cache is None else cache
-        capacity = self.cache.num_pages * self.cache.page_size
-        self.max_length = min(model.config.max_positions, capacity)
-        self._scheduler = Scheduler(
-            self.cache, token_budget, max_sequences, self.max_length, preemption == "swap", self._fail
-        )
+        self._scheduler = Scheduler(self.cache, token_budget, max_sequences, preemption == "swap", self._fail)
         self._owner = object()
         self._lock = threading.RLock()
         self._steps_now = False
@@ -127,6 +123,10 @@ class Engine:
             wrong_type("bidirectional_prefix", "an int", type(bidirectional_prefix).__name__)
         if not 0 <= bidirectional_prefix <= len(tokens):
             wrong_value("bidirectional_prefix", f"0 to {len(tokens)} tokens", bidirectional_prefix)
+        opening = self.model.opening(tokens, self.cache.page_size, bidirectional_prefix)
+        room = self._room(opening)
+        if room < 1 or not tokens:
+            wrong_value("prompt", f"1 to {len(opening.tokens) + room - 1} tokens", len(opening.tokens))
         if params.sequences > self._scheduler.max_sequences:
             name = "beam_width" if params.beams else "n"
             wrong_value(name, f"at most max_sequences ({self._scheduler.max_sequences})", params.sequences)
@@ -140,7 +140,7 @@ class Engine:
         with self._lock:
             self._ids += 1
             request = Request(
-                self._ids, tokens, params, seed, self.tokenizer, bidirectional_prefix, salt, verifier, stop_tokens,
+                self._ids, tokens, params, seed, self.tokenizer, opening, room, salt, verifier, stop_tokens,
                 owner=self._owner,
             )  # fmt: skip
             self._scheduler.waiting.append(request)
@@ -283,15 +283,19 @@ class Engine:
             wrong_type("prompt", "token ids, for this engine has no tokenizer", "text")
         else:
             tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids
-        vocab_size = self.model.config.vocab_size
+        vocab_size = self.model.vocab_size
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int):
                 wrong_type("prompt", "text or a list of token ids", f"one with {type(token).__name__}")
             if not 0 <= token < vocab_size:
                 wrong_value("prompt", f"ids from 0 to {vocab_size - 1}", token)
-        if not 0 < len(tokens) < self.max_length:
-            wrong_value("prompt", f"1 to {self.max_length - 1} tokens", len(tokens))
         return tokens
+
+    def _room(self, opening: Opening) -> int:
+        """Tokens that may follow it."""
+        capacity = self.cache.num_pages * self.cache.page_size
+        most = capacity if opening.max_length is None else min(opening.max_length, capacity)
+        return most - len(opening.tokens)
 
     def _compute(self, work: list[Work]) -> tuple[list[int], Tensor]:
         """Runs the model over a step. Where each work's rows of logits begin (-1: it has none), and all of them."""
@@ -385,11 +389,10 @@ class Engine:
 
     def _settle(self, sample: Sample) -> None:
         """Whether the sample ends with its last token, whether its verifier takes it, and what may be shown."""
-        room = self.max_length - len(sample.request.prompt)
-        reason = finish_reason(sample, room)
+        reason = finish_reason(sample)
         verifier = sample.request.verifier
         if verifier is not None:
-            reason = self._verify(sample, verifier, reason, room)
+            reason = self._verify(sample, verifier, reason)
             if sample.request.finished:  # the verifier has cancelled it
                 return
         if reason is not None:
@@ -397,7 +400,7 @@ class Engine:
             self._scheduler.release(sample)
         sample.show()
 
-    def _verify(self, sample: Sample, verifier: Verifier, reason: str | None, room: int) -> str | None:
+    def _verify(self, sample: Sample, verifier: Verifier, reason: str | None) -> str | None:
         verdict = verifier(sample.draft(reason is not None))
         if isinstance(verdict, Accept):
             sample.accepted = len(sample.tokens)
@@ -412,7 +415,9 @@ class Engine:
         if sample.rejections == MAX_REJECTIONS:
             raise RuntimeError(f"verifier: expected an end after {MAX_REJECTIONS} rejections, got another")
         by = self._replacement(verdict) if isinstance(verdict, Replace) else []
-        self._scheduler.rewind(sample, len(sample.request.prompt) + to - (not by))  # the last token is computed again
+        self._scheduler.rewind(
+            sample, len(sample.request.opening.tokens) + to - (not by)
+        )  # the last token is computed again
         rejected = sample.tokens[to:]
         sample.cut(to)
         sample.rejections += 1
@@ -422,7 +427,7 @@ class Engine:
         reason = None
         for token in by:
             sample.push(token, None)
-            if reason := finish_reason(sample, room):
+            if reason := finish_reason(sample):
                 break
         sample.accepted = len(sample.tokens)
         return reason
@@ -434,7 +439,7 @@ class Engine:
             tokens = self.tokenizer.encode(verdict.by, add_special_tokens=False).ids
         else:
             tokens = list(verdict.by)
-        vocab_size = self.model.config.vocab_size
+        vocab_size = self.model.vocab_size
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
                 wrong_value("verifier", f"a replacement of ids from 0 to {vocab_size - 1}", token)
@@ -445,9 +450,7 @@ class Engine:
     def _search(self, request: Request, found: list[tuple[Sample, int]], logits: Tensor) -> None:
         """One step of a beam search."""
         rows = torch.tensor([row for _, row in found], device=logits.device)
-        beams.advance(
-            request, [sample for sample, _ in found], logits[rows], self.max_length, self.cache, self._scheduler
-        )
+        beams.advance(request, [sample for sample, _ in found], logits[rows], self.cache, self._scheduler)
         self._generated += len(request.live)
 
     def _check_own(self, request: Any) -> None:
@@ -497,12 +500,11 @@ def eos_ids(eos: Any, vocab_size: int) -> frozenset[int]:
     return frozenset(ids)
 
 
-def check_cache(cache: Any, model: GPT) -> None:
+def check_cache(cache: Any, model: LanguageModel) -> None:
     """That the model's keys and values have the shape of the cache's slots."""
     if not isinstance(cache, PagedKVCache):
         wrong_type("cache", "a PagedKVCache or None", type(cache).__name__)
-    config = model.config
-    expected = (config.layers, config.heads_kv, config.head_dim)
+    expected = model.cache_shape
     for pages in (cache.k_pages, cache.v_pages):
         layers, _, _, heads_kv, head_dim = pages.shape
         if (layers, heads_kv, head_dim) != expected:
@@ -510,13 +512,13 @@ def check_cache(cache: Any, model: GPT) -> None:
 
 
 def cache_for(
-    model: GPT, num_pages: int | None = None, page_size: int = 16, *, max_sequences: int = 64, **options: Any
+    model: LanguageModel, num_pages: int | None = None, page_size: int = 16, *, max_sequences: int = 64, **options: Any
 ) -> PagedKVCache:
     """A cache of the model's shape, dtype and device; by default of 1 GiB at most. options: as of `PagedKVCache`."""
-    config, weight = model.config, model.word.weight
+    weight, (layers, heads_kv, head_dim) = model.head.weight, model.cache_shape
     if num_pages is None:
-        token = 2 * config.layers * config.heads_kv * config.head_dim * weight.element_size()
-        most = max_sequences * -(-config.max_positions // page_size)
-        num_pages = max(1, min(most, POOL_BYTES // (token * page_size)))
-    shape = (config.layers, num_pages, page_size, config.heads_kv, config.head_dim)
+        pages = POOL_BYTES // (2 * layers * heads_kv * head_dim * weight.element_size() * page_size)
+        most = pages if model.max_length is None else max_sequences * -(-model.max_length // page_size)
+        num_pages = max(1, min(most, pages))
+    shape = (layers, num_pages, page_size, heads_kv, head_dim)
     return PagedKVCache(*shape, dtype=weight.dtype, device=weight.device, **options)

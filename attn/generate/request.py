@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from ..cache import Sequence as CachedSequence
+from ..modules.language_model import Opening
 from .params import SamplingParams
 from .sampling import Draw, TokenLogprob, uniform
 from .speculate import Lookup
@@ -69,12 +70,12 @@ class Sample:
 
     @property
     def length(self) -> int:
-        return len(self.request.prompt) + len(self.tokens)
+        return len(self.request.opening.tokens) + len(self.tokens)
 
     def all_tokens(self, start: int = 0) -> list[int]:
-        """Of prompt and continuation, from `start` on."""
-        prompt = self.request.prompt
-        return prompt[start:] + self.tokens if start < len(prompt) else self.tokens[start - len(prompt) :]
+        """Of opening and continuation, from `start` on."""
+        opening = self.request.opening.tokens
+        return opening[start:] + self.tokens if start < len(opening) else self.tokens[start - len(opening) :]
 
     def draw(self, ahead: int = 0) -> Draw:
         """What the row of logits is asked for that chooses the next token, or one `ahead` of it."""
@@ -124,7 +125,8 @@ class Request:
     params: SamplingParams
     seed: int
     tokenizer: Tokenizer | None
-    bidirectional_prefix: int = 0
+    opening: Opening
+    room: int  # new tokens that the model and the cache have room for
     salt: bytes | None = None
     verifier: Verifier | None = None
     stop_tokens: frozenset[int] = frozenset()
@@ -140,7 +142,12 @@ class Request:
         self.samples = [self.sample(0)]
 
     def sample(self, index: int) -> Sample:
-        return Sample(self, index, GrowingText(self.tokenizer, self.prompt, self.params.stop))
+        return Sample(self, index, GrowingText(self.tokenizer, self.opening.context, self.params.stop))
+
+    @property
+    def max_tokens(self) -> int:
+        """New tokens of a sample at most."""
+        return min(self.params.max_tokens, self.room)
 
     @property
     def live(self) -> list[Sample]:
@@ -175,13 +182,13 @@ class Request:
         return self.samples[0].text.text
 
 
-def finish_reason(sample: Sample, room: int) -> str | None:
-    """Why the sample ends with its last token, if it does; cuts its text at a stop string. room: tokens it may have."""
+def finish_reason(sample: Sample) -> str | None:
+    """Why the sample ends with its last token, if it does; cuts its text at a stop string."""
     if sample.text.cut_at_stop():
         return "stop"
     if sample.tokens and sample.tokens[-1] in sample.request.stop_tokens:
         return "stop"
-    if len(sample.tokens) < min(sample.request.params.max_tokens, room):
+    if len(sample.tokens) < sample.request.max_tokens:
         return None
     sample.text.finish()  # the rest of a token may hold a stop string too
     return "stop" if sample.text.cut_at_stop() else "length"

@@ -29,7 +29,6 @@ class Scheduler:
     cache: PagedKVCache
     token_budget: int  # of a step, at least max_sequences
     max_sequences: int  # at once
-    max_length: int  # tokens of a sequence
     swap: bool  # what a preempted request had computed is kept in host memory, not computed again
     fail: Callable[[Request, BaseException], None]
     waiting: deque[Request] = field(default_factory=deque)  # the oldest first
@@ -109,14 +108,14 @@ class Scheduler:
         if seq is not None and (seq.committed >= sample.length or seq.length > sample.length):
             self.rewind(sample, sample.length - 1)
         if sample.seq is None:
-            sample.seq = self.cache.add(sample.all_tokens(), request.bidirectional_prefix, request.salt)
+            sample.seq = self.cache.add(sample.all_tokens(), request.opening.bidirectional_prefix, request.salt)
         elif sample.seq.length < sample.length:
             self.cache.extend(sample.seq, sample.all_tokens(sample.seq.length))
 
     def _guess(self, sample: Sample, budget: int) -> list[int]:
-        params, seq = sample.request.params, sample.seq
-        room = min(params.max_tokens - len(sample.tokens), self.max_length - sample.length) - 1
-        guesses = sample.guesses(min(params.speculate, budget, room))
+        request, seq = sample.request, sample.seq
+        room = request.max_tokens - len(sample.tokens) - 1
+        guesses = sample.guesses(min(request.params.speculate, budget, room))
         if not guesses or seq is None:
             return []
         try:

@@ -16,7 +16,8 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from ..checkpoint import load_checkpoint
-from ..modules import GPT
+from ..modules import GPT, Seq2Seq
+from ..modules.language_model import LanguageModel
 from ..profile.workloads import SEED, SHAPES, SIZES
 from ..text import default_text, load_tokenizer, train_tokenizer
 from .engine import Engine, EngineStats
@@ -28,7 +29,7 @@ REFRESH = 8  # times a second
 
 @dataclass(frozen=True)
 class Model:
-    gpt: GPT
+    model: LanguageModel
     tokenizer: Tokenizer
     eos: tuple[int, ...]
     name: str  # of the checkpoint, or of the shape that stands in its place
@@ -38,9 +39,9 @@ class Model:
 def load_model(directory: Path | None, size: str, dtype: torch.dtype, device: torch.device) -> Model:
     """The checkpoint, or without one the standard shape with seeded weights, whose words mean nothing."""
     if directory is not None:
-        gpt = load_checkpoint(directory, GPT, dtype=dtype, device=device)
-        eos = tuple(token for token in eos_of(directory) if 0 <= token < gpt.config.vocab_size)  # else of a default
-        return Model(gpt, load_tokenizer(directory), eos, directory.resolve().name, True)
+        model = load_checkpoint(directory, (GPT, Seq2Seq), dtype=dtype, device=device)
+        eos = tuple(token for token in eos_of(directory) if 0 <= token < model.vocab_size)  # else of a default
+        return Model(model, load_tokenizer(directory), eos, directory.resolve().name, True)
     config = SIZES[size][1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -168,6 +169,11 @@ class Printer:
 
 
 def heading(request: Request) -> str:
+    """The prompt's text, on a line of its own where what follows does not go on with it."""
+    return prompt_of(request) + ("" if request.opening.context else "\n")
+
+
+def prompt_of(request: Request) -> str:
     assert request.tokenizer is not None
     return request.tokenizer.decode(request.prompt)
 
@@ -194,7 +200,7 @@ def as_json(model: Model, shown: Progress, **settings: Any) -> dict[str, Any]:
         "stats": asdict(stats),
         "requests": [
             {
-                "prompt": heading(request),
+                "prompt": prompt_of(request),
                 "prompt_tokens": request.prompt,
                 "seed": request.seed,
                 "error": None if request.error is None else str(request.error),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..mask import full
-from .rows import Rows, activate, check_activation
+from .parts import activate, check_activation, init_weights
+from .rows import Rows
 
 
 @dataclass(frozen=True)
@@ -244,11 +245,3 @@ def select(x: Tensor, rows: Rows, masked: Tensor) -> Tensor:
     if rows.index is None:
         return x.flatten(0, 1).index_select(0, masked)
     return x.index_select(0, torch.searchsorted(rows.index, masked))
-
-
-def init_weights(module: nn.Module) -> None:
-    """BERT's initialisation: normal with deviation 0.02, biases 0."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

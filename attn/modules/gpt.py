@@ -7,7 +7,7 @@ Shapes in comments: B batch, S seqlen, T total tokens without padding, C hidden,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from ..checks import wrong_type, wrong_value
 from ..mask import Mask, causal
 from .kv_cache import KVCache
+from .language_model import Opening
 from .paged_rows import PagedRows
+from .parts import check_activation, gate, init_weights
 from .rope import Rope, RopeScaling, Rotary, rope_of, rope_tables, rotate
-from .rows import Rows, Scores, activate, check_activation, check_seqlens
+from .rows import Rows, Scores, check_seqlens
 
 if TYPE_CHECKING:
     from ..cache import PagedBatch, PagedKVCache
@@ -158,17 +160,8 @@ class GPTLayer(nn.Module):
 
     def finish(self, x: Tensor, y: Tensor, by_row: bool = False) -> Tensor:
         x = x + self.dropout(self.attention_post_norm(self.out(y)))
-        return x + self.dropout(self.post_norm(self.down(self.widen(self.norm(x), by_row))))
-
-    def widen(self, x: Tensor, by_row: bool = False) -> Tensor:
-        """by_row: torch computes the last elements of a thread's share otherwise than those before them."""
-        up = self.up(x)
-        gate, up = up.chunk(2, -1) if self.config.gated else (up, None)
-        if by_row:
-            gate = torch.stack([activate(row, self.config.activation) for row in gate])
-        else:
-            gate = activate(gate, self.config.activation)
-        return gate if up is None else gate * up
+        y = gate(self.up(self.norm(x)), self.config.activation, self.config.gated, by_row)
+        return x + self.dropout(self.post_norm(self.down(y)))
 
 
 class GPT(nn.Module):
@@ -204,6 +197,24 @@ class GPT(nn.Module):
     def tie_weights(self) -> None:
         if self.config.tied:
             self.head.weight = self.word.weight
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Layers, heads_kv and head_dim of its keys and values."""
+        return self.config.layers, self.config.heads_kv, self.config.head_dim
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a sequence in a cache at most."""
+        return self.config.max_positions
+
+    def opening(self, prompt: Sequence[int], page_size: int, bidirectional_prefix: int = 0) -> Opening:
+        """A prompt is itself, and goes on."""
+        return Opening(list(prompt), bidirectional_prefix, self.max_length, prompt)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = self.word(ids)
@@ -360,11 +371,3 @@ def last_token(x: Tensor, rows: Rows, seqlens: Tensor | None) -> Tensor:
     if seqlens is None:
         return x[:, -1]
     return x[torch.arange(rows.batch, device=x.device), seqlens.to(x.device, torch.int64) - 1]
-
-
-def init_weights(module: nn.Module) -> None:
-    """GPT-2's initialisation: normal with deviation 0.02, biases 0."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

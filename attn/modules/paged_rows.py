@@ -73,13 +73,16 @@ class PagedRows:
         )
 
     def apply(self, f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
-        """f of rows (T, ...), row by row the same. In the batch-invariant mode f sees blocks of BLOCK_ROWS, the last
-        one padded: a library's matmul gives other bits for one row than for two."""
-        if not self.batch_invariant:
-            return f(*xs)
-        blocks = []
-        for start in range(0, len(xs[0]), BLOCK_ROWS):
-            parts = [x[start : start + BLOCK_ROWS] for x in xs]
-            rows = len(parts[0])
-            blocks.append(f(*(F.pad(part, (0, 0, 0, BLOCK_ROWS - rows)) for part in parts))[:rows])
-        return torch.cat(blocks) if blocks else f(*xs)
+        """f of rows (T, ...), row by row the same."""
+        return in_blocks(f, *xs) if self.batch_invariant else f(*xs)
+
+
+def in_blocks(f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    """f of rows (T, ...), row by row the same, over blocks of BLOCK_ROWS, the last one padded: a library's matmul gives other
+    bits for one row than for two."""
+    blocks = []
+    for start in range(0, len(xs[0]), BLOCK_ROWS):
+        parts = [x[start : start + BLOCK_ROWS] for x in xs]
+        rows = len(parts[0])
+        blocks.append(f(*(F.pad(part, (0, 0, 0, BLOCK_ROWS - rows)) for part in parts))[:rows])
+    return torch.cat(blocks) if blocks else f(*xs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import contents_are_readable, wrong_type
 from ..functional import attention, check_tensor, varlen_attention
-from ..mask import Mask
+from ..mask import Mask, full
 
 ATTENTIONS = ("duplex", "sdpa", "plain")
 
@@ -35,6 +35,9 @@ class Scores:
             return mask
         left = self.window - 1
         return mask._replace(left=left if mask.left is None else min(left, mask.left))
+
+    def terms(self, dropout_p: float) -> dict[str, Any]:
+        return {"scale": self.scale, "softcap": self.softcap, "dropout_p": dropout_p}
 
 
 _ALL = Scores()
@@ -125,26 +128,74 @@ class Rows:
         padded = x.new_zeros(self.batch * self.seqlen, *x.shape[1:])
         return padded.index_copy(0, self.index, x).unflatten(0, (self.batch, self.seqlen))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores = _ALL, dropout_p: float = 0.0) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Scores = _ALL,
+        dropout_p: float = 0.0,
+        distance_bias: Tensor | None = None,
+    ) -> Tensor:
         """q (total, Hq, D) or (B, S, Hq, D), k and v the same with Hk heads and any strides -> out, shaped as q.
 
-        In a pass over a cache (`past > 0`), k and v are (B, past + S, Hk, D).
+        In a pass over a cache (`past > 0`), k and v are (B, past + S, Hk, D). distance_bias (Hq, 2R + 1), as `attention` has it.
         """
         mask = scores.mask(self.mask)
         if self.attention == "duplex":
-            terms: dict[str, Any] = {"scale": scores.scale, "softcap": scores.softcap, "dropout_p": dropout_p}
+            terms = scores.terms(dropout_p) | {"distance_bias": distance_bias}
             if self.cu_seqlens is None:
                 return attention(q, k, v, mask, seqlens_q=self.seqlens_q, seqlens_k=self.seqlens_k, **terms)
             cu, longest = self.cu_seqlens, self.seqlen
             return varlen_attention(q, k, v, cu, cu, longest, longest, mask, **terms)
+        if distance_bias is not None:
+            bias = by_pairs(distance_bias, self.past + self.seqlen, self.seqlen)
+            return self.by_peer(q, k, v, hidden(bias, self.visible(mask)), scores, dropout_p)
+        causal = self.attention == "sdpa" and self.past == 0 and is_causal(mask)  # right padding: no query sees it
+        return self.by_peer(q, k, v, None if causal else self.visible(mask), scores, dropout_p, causal)
+
+    def attend_other(
+        self, other: Rows, q: Tensor, k: Tensor, v: Tensor, scores: Scores = _ALL, dropout_p: float = 0.0
+    ) -> Tensor:
+        """The same to all keys of `other`, rows of another text for each sequence (cross attention)."""
+        if self.attention != "duplex":
+            seen = None if other.keep is None else other.keep[:, None, None, :]  # (B, 1, 1, S)
+            return self.by_peer(q, k, v, seen, scores, dropout_p)
+        terms = scores.terms(dropout_p)
+        if self.cu_seqlens is None and other.cu_seqlens is None:
+            return attention(q, k, v, full(), **terms)
+        lengths = (self.offsets, other.offsets, self.seqlen, other.seqlen)
+        out = varlen_attention(self.flat(q), other.flat(k), other.flat(v), *lengths, full(), **terms)
+        return out if self.cu_seqlens is not None else out.unflatten(0, (self.batch, self.seqlen))
+
+    @property
+    def offsets(self) -> Tensor:
+        """cu_seqlens, also where every row is full."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens
+        return torch.arange(self.batch + 1, dtype=torch.int32, device=self.positions.device) * self.seqlen
+
+    def flat(self, x: Tensor) -> Tensor:
+        """The layout of the activations -> (total, ...), whether packed or not."""
+        return x if self.cu_seqlens is not None else x.flatten(0, 1)
+
+    def by_peer(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seen: Tensor | None,
+        scores: Scores,
+        dropout_p: float,
+        causal: bool = False,
+    ) -> Tensor:
+        """seen: what a query sees, bool, or what is added to its scores; broadcasting to (B, H, S, keys)."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D)
         if self.attention == "plain":
-            return plain(q, k, v, self.visible(mask), scores, dropout_p).transpose(1, 2)
+            return plain(q, k, v, seen, scores, dropout_p).transpose(1, 2)
         if scores.softcap:
             raise ValueError("attention: expected duplex or plain, which cap scores, got 'sdpa'")
         grouped = q.shape[1] != k.shape[1]
-        causal = self.past == 0 and is_causal(mask)  # right padding: no query sees it, so no mask is needed
-        seen = None if causal else self.visible(mask)
         out = F.scaled_dot_product_attention(q, k, v, seen, dropout_p, causal, scale=scores.scale, enable_gqa=grouped)
         return out.transpose(1, 2)
 
@@ -182,18 +233,34 @@ class Rows:
         return span & seen | ~token[:, None, :, None]  # padding sees something: its NaN would spread as 0 * NaN
 
 
+def by_pairs(distance_bias: Tensor, keys: int, queries: int) -> Tensor:
+    """distance_bias (H, 2R + 1) for each pair, (H, queries, keys); the last query stands at the last key."""
+    reach = distance_bias.shape[1] // 2
+    i = torch.arange(keys - queries, keys, device=distance_bias.device)[:, None]
+    j = torch.arange(keys, device=distance_bias.device)
+    return distance_bias[:, (j - i).clamp(-reach, reach) + reach]
+
+
+def hidden(bias: Tensor, visible: Tensor | None) -> Tensor:
+    """bias, and -inf where nothing is seen."""
+    return bias if visible is None else bias.masked_fill(~visible, float("-inf"))
+
+
 def plain(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scores: Scores = _ALL, dropout_p: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scores: Scores = _ALL, dropout_p: float = 0.0
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v as written, in the dtype of q; (B, H, S, D), k and v with heads that divide q's."""
+    """softmax(q k^T / sqrt(D)) v as written, in the dtype of q; (B, H, S, D), k and v with heads that divide q's.
+
+    seen: what a query sees, bool, or what is added to its scores.
+    """
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
     if scores.softcap:
         s = scores.softcap * torch.tanh(s / scores.softcap)
-    if visible is not None:
-        s = s.masked_fill(~visible, float("-inf"))
+    if seen is not None:
+        s = s.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else s + seen
     return F.dropout(s.softmax(-1), dropout_p) @ v
 
 
@@ -212,17 +279,3 @@ def check_seqlens(seqlens: Tensor, batch: int, seqlen: int, least: int = 0) -> N
         for length in seqlens.tolist():
             if not least <= length <= seqlen:
                 raise ValueError(f"seqlens: expected {least} to {seqlen}, got {length}")
-
-
-def activate(x: Tensor, name: str) -> Tensor:
-    """`name` of x; in x's own memory where no gradient is recorded, for x is the widest tensor of a layer."""
-    in_place = not torch.is_grad_enabled()
-    if name in ("gelu", "gelu_tanh"):
-        approximate = "tanh" if name == "gelu_tanh" else "none"
-        return torch.ops.aten.gelu_(x, approximate=approximate) if in_place else F.gelu(x, approximate=approximate)
-    return F.silu(x, inplace=in_place) if name == "silu" else F.relu(x, inplace=in_place)
-
-
-def check_activation(name: str) -> None:
-    if name not in ("gelu", "gelu_tanh", "silu", "relu"):
-        raise ValueError(f"activation: expected gelu, gelu_tanh, silu or relu, got {name!r}")

@@ -47,6 +47,25 @@ def test_text_and_json_are_the_models(checkpoints: Path, tmp_path: Path, name: s
     assert re.search(r"6 tokens in .* s \| .* tokens/s \| at most \d+ of [\d,]+ pages in use", result.stderr)
 
 
+def test_a_model_with_an_encoder_answers(checkpoints: Path, tmp_path: Path) -> None:
+    arguments = ("--model", checkpoints / "t5", PROMPT)
+    result = generate(*arguments, "--json", tmp_path / "found.json")
+    assert result.exit_code == 0, result.output
+    (request,) = json.loads((tmp_path / "found.json").read_text())["requests"]
+    model, tokenizer = load_checkpoint(checkpoints / "t5"), load_tokenizer(checkpoints / "t5")
+    ids = tokenizer.encode(PROMPT).ids
+    assert request["prompt_tokens"] == ids and request["prompt"] == PROMPT
+    (output,) = request["outputs"]
+    target = [0, *output["tokens"]]
+    logits = model(torch.tensor([ids]), torch.tensor([target[:-1]]))
+    assert logits[0].argmax(-1).tolist() == target[1:]
+    assert result.stdout == f"{PROMPT}\n{output['text']}\n"
+    result = generate(*arguments, "--bidirectional")
+    assert result.exit_code == 2 and "bidirectional_prefix: expected 0" in result.stderr
+    result = generate("--model", checkpoints / "bert", PROMPT)
+    assert result.exit_code == 2 and "expected one of family bert, got GPT or Seq2Seq" in result.stderr
+
+
 def test_prompts_from_arguments_file_and_stdin(checkpoints: Path, tmp_path: Path) -> None:
     lines = ["first prompt", "second", "third one"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n\n")

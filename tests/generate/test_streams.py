@@ -258,8 +258,7 @@ def test_threads(engine: MakeEngine) -> None:
 def test_a_pool_too_small_for_one_ends_that_one(engine: MakeEngine) -> None:
     one = engine(6)
     request, other = one.submit(PROMPTS[4], SamplingParams(max_tokens=60)), one.submit(PROMPTS[3])
-    one.max_length = 10**6  # as if positions did not end at the pool's
-    one._scheduler.max_length = 10**6
+    request.room = 10**6  # as if the pool had so many
     with pytest.raises(da.OutOfPages):
         for _ in one.stream(request):
             pass

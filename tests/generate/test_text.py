@@ -8,6 +8,7 @@ import pytest
 from duplex_attn.generate import Engine, SamplingParams
 from duplex_attn.generate.request import Request, finish_reason
 from duplex_attn.generate.text import GrowingText
+from duplex_attn.modules.language_model import Opening
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
@@ -94,12 +95,14 @@ def test_a_stop_string_in_a_token_that_ends_within_a_character() -> None:
     vocabulary = {piece: n for n, piece in enumerate([*alphabet, "\u010a\u00f0\u0141"])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=alphabet[0]))
     tokenizer.decoder = decoders.ByteLevel()
-    request = Request(0, [vocabulary["a"]], SamplingParams(max_tokens=2, stop="\n"), 0, tokenizer)
+    prompt = [vocabulary["a"]]
+    params = SamplingParams(max_tokens=2, stop="\n")
+    request = Request(0, prompt, params, 0, tokenizer, Opening(prompt, 0, None, prompt), 9)
     sample = request.samples[0]
     sample.push(vocabulary["b"], None)
-    assert finish_reason(sample, 9) is None
+    assert finish_reason(sample) is None
     sample.push(len(alphabet), None)
-    assert (finish_reason(sample, 9), sample.text.text) == ("stop", "b")
+    assert (finish_reason(sample), sample.text.text) == ("stop", "b")
 
 
 def test_special_tokens_are_no_text(engine: MakeEngine, tokenizer: Tokenizer) -> None:

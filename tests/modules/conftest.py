@@ -31,7 +31,23 @@ def gemma_options(**changes):
     return llama_options(**{"head_dim": 20, "query_pre_attn_scalar": 30, "sliding_window": 6, **changes})
 
 
+def t5_options(**changes):
+    small = {"vocab_size": 97, "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 2, "num_heads": 4}
+    small |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "initializer_factor": 1.0}
+    return {**small, "decoder_start_token_id": 0, "feed_forward_proj": "relu", **changes}
+
+
+def bart_options(**changes):
+    small = {"vocab_size": 97, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 40}
+    small |= {f"{kind}_attention_heads": 4 for kind in ("encoder", "decoder")}
+    return {**small, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "init_std": 0.2, **changes}
+
+
 OPTIONS = {
+    "T5": t5_options,
+    "MT5": t5_options,
+    "UMT5": t5_options,
+    "Bart": bart_options,
     "Bert": bert_options,
     "Roberta": roberta_options,
     "XLMRoberta": roberta_options,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .families import ARCHITECTURES, BERT, FAMILIES, POSITIONS, UNUSED, Family, Modules
-from .modules.bert import Bert, BertClassifier, BertConfig, BertMaskedLM
-from .modules.gpt import GPT
+from ..modules import GPT, BertMaskedLM, Seq2Seq
+from .families import ARCHITECTURES, FAMILIES
+from .family import Family, Modules
 
+# Stored, but no weight of ours: buffers of older versions, and next-sentence prediction, which no head here computes.
+UNUSED = re.compile(
+    r"embeddings\.position_ids|cls\.seq_relationship\..*|h\.\d+\.attn\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
+    r"|(en|de)coder\.version|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+)
+START = "decoder_start_token_id"
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def load_checkpoint(
     directory: str | Path,
-    architecture: type[nn.Module] | None = None,
+    architecture: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -36,7 +42,8 @@ def load_checkpoint(
     """The model in `directory`, in eval mode.
 
     directory: holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
-    architecture: Bert, BertMaskedLM, BertClassifier or GPT; by default what config.json's `architectures` names.
+    architecture: Bert, BertMaskedLM, BertClassifier, GPT, Seq2Seq or Encoder, of several the first that the kind of model can
+        be; by default what config.json's `architectures` names.
     dtype: of the weights; by default as stored.
     Raises FileNotFoundError where a file is missing, ValueError for a pickle, an unknown architecture or option, and
     missing, unexpected or wrongly shaped tensors.
@@ -44,46 +51,39 @@ def load_checkpoint(
     folder = Path(directory)
     files = weight_files(folder)
     raw = read_config(folder)
-    named = (raw.get("architectures") or ["?"])[0]
-    made = architecture or ARCHITECTURES.get(named)
-    if made is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"architectures: expected one of {known} in {folder / 'config.json'}, got {named}")
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"model_type: expected one of {known} in {folder / 'config.json'}, got {model_type}")
-    family = FAMILIES[model_type]
-    if (made is GPT) == bool(family.heads):
-        raise ValueError(f"architecture: expected one of family {model_type}, got {made.__name__}")
-
+    made, family = model_of(raw, architecture, folder / "config.json")
     stored = {plain_name(name, family): tensor for file in files for name, tensor in read_tensors(file).items()}
-    config, modules = family.config(raw), family.modules
-    if isinstance(config, BertConfig):
-        if made is not BertClassifier:
-            config = replace(config, pooler="pooler.dense.weight" in stored)
-        if made is Bert:
-            stored = {name: t for name, t in stored.items() if not name.startswith(("cls.", "classifier.", "lm_head."))}
-        else:
-            modules = {f"bert.{ours}": theirs for ours, theirs in BERT.items()} | family.heads
-            if made is BertClassifier and modules["bert.pooler"] != BERT["pooler"]:  # a head with a layer in its place
-                stored = {name: t for name, t in stored.items() if not name.startswith("pooler.")}
-        if (skipped := family.unused_positions(raw)) and POSITIONS in stored:
-            stored[POSITIONS] = stored[POSITIONS][skipped:]
-    if config.tied and family.word in stored and made in (BertMaskedLM, GPT):
-        word = stored[family.word]
-        if not torch.equal(stored.setdefault(family.head, word), word):
-            names = f"{family.head} differs from {family.word}"
-            raise ValueError(f"tie_word_embeddings: config.json says true, but {names} in {folder}")
-
+    try:
+        plan = family.plan(raw, made, stored)
+    except ValueError as error:
+        raise ValueError(f"{error} in {folder}") from None
     with torch.device("meta"):
-        model = made(config)
-    weights = assemble(model.state_dict(), stored, modules, family.transposed, folder)
+        model = made(plan.config)
+    weights = assemble(model.state_dict(), stored, plan.modules, family.transposed, folder)
     weights = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
-    if isinstance(model, (BertMaskedLM, GPT)):
+    if isinstance(model, (BertMaskedLM, GPT, Seq2Seq)):
         model.tie_weights()  # assignment parted them
     return model.eval()
+
+
+def model_of(
+    raw: Mapping[str, Any], architecture: type[nn.Module] | tuple[type[nn.Module], ...] | None, file: Path
+) -> tuple[type[nn.Module], Family]:
+    """Which model a config.json stands for, and how it is stored."""
+    named, model_type = (raw.get("architectures") or ["?"])[0], raw.get("model_type")
+    if architecture is None and named not in ARCHITECTURES:
+        raise ValueError(f"architectures: expected one of {', '.join(ARCHITECTURES)} in {file}, got {named}")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type: expected one of {', '.join(FAMILIES)} in {file}, got {model_type}")
+    family = FAMILIES[model_type]
+    wanted = architecture or ARCHITECTURES[named]
+    several = wanted if isinstance(wanted, tuple) else (wanted,)
+    for made in several:
+        if made in family.models:
+            return made, family
+    names = " or ".join(made.__name__ for made in several)
+    raise ValueError(f"architecture: expected one of family {model_type}, got {names}")
 
 
 def assemble(
@@ -97,16 +97,15 @@ def assemble(
     weights, missing, unused = {}, [], {name for name in stored if not UNUSED.fullmatch(name)}
     for name, parameter in wanted.items():
         module, leaf = name.rsplit(".", 1)
-        layer = re.search(r"layers\.(\d+)\.", module)
-        key = module if layer is None else module.replace(layer[0], "layers.{}.", 1)
-        sources = [f"{source.format(layer and layer[1])}.{leaf}" for source in modules[key]]
+        number = NUMBER.search(module)
+        sources = [f"{source.format(number and number[0])}.{leaf}" for source in modules[NUMBER.sub("{}", module)]]
         absent = [source for source in sources if source not in stored]
         if absent:
             missing += absent
             continue
         unused -= set(sources)
         parts = [stored[source] for source in sources]
-        if transposed and key.startswith("layers.") and parts[0].dim() == 2:
+        if transposed and number is not None and parts[0].dim() == 2:
             parts = [part.t().contiguous() for part in parts]
         shapes = [tuple(part.shape) for part in parts]
         rows = sum(shape[0] for shape in shapes if shape)
@@ -172,6 +171,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{folder}: expected a config.json, found none")
+    raw, generation = read_json(file), folder / "generation_config.json"
+    if raw.get(START) is None and generation.exists():  # where newer versions keep it
+        raw[START] = read_json(generation).get(START)
+    return raw
+
+
+def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -179,9 +185,6 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def plain_name(name: str, family: Family) -> str:
-    """A stored name without its model's prefix; a norm's gamma and beta and the decoder's bias by today's names."""
+    """A stored name without its model's prefix; a norm's gamma and beta by today's names."""
     name = name.removeprefix(family.prefix)
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
-    return {"cls.predictions.bias": "cls.predictions.decoder.bias", "lm_head.bias": "lm_head.decoder.bias"}.get(
-        name, name
-    )
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))

@@ -1,76 +1,18 @@
-"""How Hugging Face stores the models that `checkpoint.py` loads: what its config.json says as ours, and the names of tensors."""
+"""GPT-2, and Llama with its relatives."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .modules.bert import Bert, BertClassifier, BertConfig, BertMaskedLM
-from .modules.gpt import GPT, GPTConfig
-from .modules.rope import RopeScaling
+from ..modules.gpt import GPT, GPTConfig
+from ..modules.rope import RopeScaling
+from .family import Family, Modules, Plan, Stored, activation, need, refuse, tie
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-}
-ARCHITECTURES: dict[str, type[nn.Module]] = {
-    "BertModel": Bert,
-    "BertForMaskedLM": BertMaskedLM,
-    "BertForPreTraining": BertMaskedLM,
-    "BertForSequenceClassification": BertClassifier,
-    **{f"{kind}Model": Bert for kind in ("Roberta", "XLMRoberta")},
-    **{f"{kind}ForMaskedLM": BertMaskedLM for kind in ("Roberta", "XLMRoberta")},
-    **{f"{kind}ForSequenceClassification": BertClassifier for kind in ("Roberta", "XLMRoberta")},
-    "GPT2Model": GPT,
-    "GPT2LMHeadModel": GPT,
-    "LlamaForCausalLM": GPT,
-    "MistralForCausalLM": GPT,
-    "Qwen2ForCausalLM": GPT,
-    "Qwen3ForCausalLM": GPT,
-    "Phi3ForCausalLM": GPT,
-    "Gemma2ForCausalLM": GPT,
-    "Gemma3ForCausalLM": GPT,
-}
-
-# Our module -> the stored modules whose weights, one below the other, make up its own. {} is the layer.
-Modules = dict[str, tuple[str, ...]]
-BERT: Modules = {
-    "embedding.word": ("embeddings.word_embeddings",),
-    "embedding.position": ("embeddings.position_embeddings",),
-    "embedding.segment": ("embeddings.token_type_embeddings",),
-    "embedding.norm": ("embeddings.LayerNorm",),
-    "layers.{}.qkv": tuple("encoder.layer.{}.attention.self." + name for name in ("query", "key", "value")),
-    "layers.{}.out": ("encoder.layer.{}.attention.output.dense",),
-    "layers.{}.attention_norm": ("encoder.layer.{}.attention.output.LayerNorm",),
-    "layers.{}.up": ("encoder.layer.{}.intermediate.dense",),
-    "layers.{}.down": ("encoder.layer.{}.output.dense",),
-    "layers.{}.norm": ("encoder.layer.{}.output.LayerNorm",),
-    "pooler": ("pooler.dense",),
-}
-POSITIONS = "embeddings.position_embeddings.weight"
-BERT_HEADS: Modules = {
-    "dense": ("cls.predictions.transform.dense",),
-    "norm": ("cls.predictions.transform.LayerNorm",),
-    "decoder": ("cls.predictions.decoder",),
-    "classifier": ("classifier",),
-}
-ROBERTA_HEADS: Modules = {
-    "dense": ("lm_head.dense",),
-    "norm": ("lm_head.layer_norm",),
-    "decoder": ("lm_head.decoder",),
-    "bert.pooler": ("classifier.dense",),  # which a classifier has in its head
-    "classifier": ("classifier.out_proj",),
-}
 GPT2: Modules = {
     "word": ("wte",),
     "position": ("wpe",),
@@ -104,63 +46,6 @@ POST_NORMS: Modules = {
     "layers.{}.norm": ("layers.{}.pre_feedforward_layernorm",),
     "layers.{}.post_norm": ("layers.{}.post_feedforward_layernorm",),
 }
-# Stored, but no weight of ours: buffers of older versions, and next-sentence prediction, which no head here computes.
-UNUSED = re.compile(
-    r"embeddings\.position_ids|cls\.seq_relationship\..*|h\.\d+\.attn\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
-)
-
-
-def need(raw: Mapping[str, Any], name: str) -> Any:
-    if raw.get(name) is None:
-        raise ValueError(f"{name}: expected it in config.json, found nothing")
-    return raw[name]
-
-
-def refuse(raw: Mapping[str, Any], name: str, supported: Any) -> None:
-    """Stops at an option that these models do not compute."""
-    if raw.get(name) not in (None, supported):
-        raise ValueError(f"{name}: expected {supported!r} in config.json, got {raw[name]!r}")
-
-
-def activation(raw: Mapping[str, Any], name: str, default: str) -> str:
-    given = raw.get(name) or default
-    if given not in ACTIVATIONS:
-        raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)} in config.json, got {given!r}")
-    return ACTIVATIONS[given]
-
-
-def bert_config(raw: Mapping[str, Any], **changes: Any) -> BertConfig:
-    """A Hugging Face BERT config.json as ours; `changes` are RoBERTa's."""
-    refuse(raw, "position_embedding_type", "absolute")
-    refuse(raw, "is_decoder", False)
-    refuse(raw, "add_cross_attention", False)
-    options: dict[str, Any] = {
-        "vocab_size": need(raw, "vocab_size"),
-        "hidden": need(raw, "hidden_size"),
-        "layers": need(raw, "num_hidden_layers"),
-        "heads": need(raw, "num_attention_heads"),
-        "inner": need(raw, "intermediate_size"),
-        "max_positions": need(raw, "max_position_embeddings"),
-        "segments": raw.get("type_vocab_size", 2),
-        "activation": activation(raw, "hidden_act", "gelu"),
-        "eps": raw.get("layer_norm_eps", 1e-12),
-        "dropout": raw.get("hidden_dropout_prob", 0.1),
-        "attention_dropout": raw.get("attention_probs_dropout_prob", 0.1),
-        "tied": raw.get("tie_word_embeddings", True),
-        "labels": len(raw.get("id2label") or range(raw.get("num_labels", 2))),
-        "classifier_dropout": raw.get("classifier_dropout"),
-    }
-    return BertConfig(**options | changes)
-
-
-def roberta_offset(raw: Mapping[str, Any]) -> int:
-    """Rows of the table that stand for padding and for what no position has."""
-    return need({"pad_token_id": 1, **raw}, "pad_token_id") + 1
-
-
-def roberta_config(raw: Mapping[str, Any]) -> BertConfig:
-    max_positions = need(raw, "max_position_embeddings") - roberta_offset(raw)
-    return bert_config(raw, max_positions=max_positions, positions="tokens")
 
 
 def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
@@ -298,47 +183,24 @@ def gemma3_config(raw: Mapping[str, Any]) -> GPTConfig:
     )
 
 
-@dataclass(frozen=True)
-class Family:
-    """How one model_type is stored: what reads its config, and the names of its tensors."""
-
-    config: Callable[[Mapping[str, Any]], BertConfig] | Callable[[Mapping[str, Any]], GPTConfig]
-    modules: Modules
-    prefix: str  # before the names of all but the heads, where the checkpoint has a head
-    word: str
-    head: str  # tied to `word` or stored
-    transposed: bool = False  # linear weights of layers are (in, out)
-    heads: Modules = field(default_factory=dict)  # of encoders
-    unused_positions: Callable[[Mapping[str, Any]], int] = lambda raw: 0  # rows in front of the table
-
-
-ROBERTA = Family(
-    roberta_config, BERT, "roberta.", "embeddings.word_embeddings.weight", "lm_head.decoder.weight",
-    heads=ROBERTA_HEADS, unused_positions=roberta_offset,
-)  # fmt: skip
+def decoder_plan(
+    raw: Mapping[str, Any],
+    made: type[nn.Module],
+    stored: Stored,
+    *,
+    config_of: Callable[[Mapping[str, Any]], GPTConfig],
+    modules: Modules,
+) -> Plan:
+    config = config_of(raw)
+    if config.tied:
+        tie(stored, "lm_head.weight", f"{modules['word'][0]}.weight")
+    return Plan(config, modules)
 
 
 def relative_of_llama(config: Callable[[Mapping[str, Any]], GPTConfig], more: Modules | None = None) -> Family:
-    return Family(config, LLAMA | (more or {}), "model.", "embed_tokens.weight", "lm_head.weight")
+    return Family((GPT,), "model.", partial(decoder_plan, config_of=config, modules=LLAMA | (more or {})))
 
 
-FAMILIES = {
-    "bert": Family(
-        bert_config,
-        BERT,
-        "bert.",
-        "embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.weight",
-        heads=BERT_HEADS,
-    ),
-    "roberta": ROBERTA,
-    "xlm-roberta": ROBERTA,
-    "gpt2": Family(gpt2_config, GPT2, "transformer.", "wte.weight", "lm_head.weight", transposed=True),
-    "llama": relative_of_llama(llama_config),
-    "mistral": relative_of_llama(mistral_config),
-    "qwen2": relative_of_llama(qwen2_config),
-    "qwen3": relative_of_llama(qwen3_config, HEAD_NORMS),
-    "phi3": relative_of_llama(phi3_config, FUSED),
-    "gemma2": relative_of_llama(gemma2_config, POST_NORMS),
-    "gemma3_text": relative_of_llama(gemma3_config, POST_NORMS | HEAD_NORMS),
-}
+GPT2_FAMILY = Family(
+    (GPT,), "transformer.", partial(decoder_plan, config_of=gpt2_config, modules=GPT2), transposed=True
+)

@@ -1,0 +1,59 @@
+"""What an engine asks of a model: `GPT` and `Seq2Seq` are such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..cache import PagedBatch, PagedKVCache
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How the sequence of a prompt begins in the cache."""
+
+    tokens: list[int]
+    bidirectional_prefix: int
+    max_length: int | None  # tokens of the sequence at most; None: as many as the cache has room for
+    context: Sequence[int]  # tokens whose text the generated text goes on
+
+
+class LanguageModel(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Layers, heads_kv and head_dim of its keys and values."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of a sequence in the cache at most."""
+
+    @property
+    def head(self) -> nn.Linear: ...
+
+    def modules(self) -> Iterable[nn.Module]: ...
+
+    def opening(self, prompt: Sequence[int], page_size: int, bidirectional_prefix: int = 0) -> Opening:
+        """How the sequence of a prompt begins in pages of so many tokens. Raises ValueError, naming what is wrong."""
+
+    def step(
+        self,
+        ids: Tensor,
+        cache: PagedKVCache,
+        batch: PagedBatch,
+        rows: Tensor | None = None,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """Logits (n, vocab_size) after a step of several sequences over a paged cache, which `batch` describes.
+
+        ids int64 (T,): the new tokens of all sequences, one after another, as `batch.positions` counts them.
+        rows int64 (n,): which of them logits are wanted for; by default the last of each sequence.
+        batch_invariant: a token's logits do not depend in any bit on the other sequences, nor on how its own was cut
+            into steps; slower.
+        """
