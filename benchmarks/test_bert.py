@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from duplex_attn.checkpoint import assemble
-from duplex_attn.families import BERT
+from duplex_attn.checkpoint import from_tensors
 from duplex_attn.modules import Bert, BertConfig
 from duplex_attn.profile.workloads import SIZES, Settings, tokenised
 from duplex_attn.text import default_text
@@ -27,7 +24,7 @@ def test_bert(bench: Bench, dtype: str) -> None:
     torch.manual_seed(0)
     theirs = transformers.BertModel(hugging_face(config, transformers), add_pooling_layer=False).eval()
     theirs = theirs.to(bench.device, DTYPES[dtype])
-    model = bert_of(theirs.state_dict(), config)
+    model = from_tensors(theirs.config.to_dict(), theirs.state_dict(), Bert)
     settings = Settings(default_text(), bench.device, DTYPES[dtype], "base", 16, config.max_positions, 0)
     tokens = tokenised(settings, None, config.vocab_size, config.max_positions)
     ids, seqlens = tokens.ids.to(bench.device), tokens.seqlens.to(bench.device)
@@ -61,14 +58,6 @@ def hugging_face(config: BertConfig, transformers):
         max_position_embeddings=config.max_positions,
         attn_implementation="sdpa",
     )
-
-
-def bert_of(stored: dict[str, Tensor], config: BertConfig) -> Bert:
-    """Our encoder with the weights of theirs."""
-    with torch.device("meta"):
-        model = Bert(BertConfig(**{**vars(config), "pooler": False}))
-    model.load_state_dict(assemble(model.state_dict(), dict(stored), BERT, False, Path("BertModel")), assign=True)
-    return model.eval()
 
 
 @torch.inference_mode()

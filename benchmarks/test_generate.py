@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from duplex_attn.checkpoint import assemble
-from duplex_attn.families import FAMILIES, GPT2
+from duplex_attn.checkpoint import from_tensors
 from duplex_attn.generate import Engine, SamplingParams, cache_for
-from duplex_attn.modules import GPT, GPTConfig
+from duplex_attn.modules import GPT, GPTConfig, Seq2Seq
 from duplex_attn.profile.timing import Spread, once
 from duplex_attn.profile.workloads import SIZES, Settings, tokenised
 from duplex_attn.text import default_text
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bar import OURS, Bar, Bench, faster
 from .roof import roof
@@ -23,21 +23,79 @@ from .roof import roof
 PROMPTS, LONGEST = 32, 256  # prompts, and tokens of one at most
 LIMITS = {"mixed": (16, 256), "equal": (64, 64)}  # new tokens of each
 TINY = {"mixed": (2, 8), "equal": (4, 4)}
-TARGETS = {"mixed": 2.0, "equal": 1.35}
 ROUNDS = 1  # of either side; one takes minutes
 CHECKED = 8  # tokens that both must agree on to the last; beyond, a tie of two logits may part them
 
 
+@dataclass(frozen=True)
+class Contest:
+    """A kind of model: transformers' of it, ours on the same weights, and how theirs reads prompts."""
+
+    group: str
+    peer: Callable[[bool], Any]  # tiny or not, on the CPU
+    ours: type[nn.Module]
+    left: bool  # padding of a batch
+    targets: dict[str, float]
+
+    def padded(self, prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+        width = max(map(len, prompts))
+        rows = [(prompt, [0] * (width - len(prompt))) for prompt in prompts]
+        ids = [fill + prompt if self.left else prompt + fill for prompt, fill in rows]
+        mask = [fill + [1] * len(prompt) if self.left else [1] * len(prompt) + fill for prompt, fill in rows]
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def gpt2(tiny: bool) -> Any:
+    """With sdpa, seeded; sharper than it starts, so that no two logits are all but equal."""
+    import transformers
+
+    config = SIZES["tiny"][1] if tiny else GPTConfig.gpt2()
+    torch.manual_seed(0)
+    options = transformers.GPT2Config(
+        vocab_size=config.vocab_size,
+        n_embd=config.hidden,
+        n_layer=config.layers,
+        n_head=config.heads,
+        n_inner=config.inner,
+        n_positions=config.max_positions,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="sdpa",
+        initializer_range=0.05,
+    )
+    return transformers.GPT2LMHeadModel(options).eval()
+
+
+def t5(tiny: bool) -> Any:
+    """The same of T5 base, or one a step of which costs nothing."""
+    import transformers
+
+    base = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}
+    small = {"d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "vocab_size": SIZES["tiny"][1].vocab_size}
+    torch.manual_seed(0)
+    options = transformers.T5Config(
+        **(small if tiny else base), decoder_start_token_id=0, attn_implementation="sdpa", initializer_factor=1.5
+    )
+    return transformers.T5ForConditionalGeneration(options).eval()
+
+
+CONTESTS = {
+    "gpt2": Contest("generate", gpt2, GPT, True, {"mixed": 2.0, "equal": 1.35}),
+    "t5": Contest("generate, T5-base", t5, Seq2Seq, False, {"mixed": 1.5, "equal": 1.35}),
+}
+
+
 @pytest.mark.timeout(3600)  # a loaded machine takes minutes for either side
 @pytest.mark.parametrize("limits", LIMITS)
-def test_generate(bench: Bench, limits: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = SIZES["tiny"][1] if bench.tiny else GPTConfig.gpt2()
+@pytest.mark.parametrize("kind", CONTESTS)
+def test_generate(bench: Bench, kind: str, limits: str) -> None:
+    pytest.importorskip("transformers")
+    contest = CONTESTS[kind]
     count = 4 if bench.tiny else PROMPTS
-    theirs = peer_of(config, transformers).to(bench.device)
-    model = gpt_of(theirs, config)
+    theirs = contest.peer(bench.tiny).to(bench.device)
+    model = from_tensors(theirs.config.to_dict(), theirs.state_dict(), contest.ours)
     settings = Settings(default_text(), bench.device, torch.float32, "base", count, LONGEST, 0)
-    tokens = tokenised(settings, None, config.vocab_size, LONGEST, special=False)
+    tokens = tokenised(settings, None, model.vocab_size, LONGEST, special=False)
     prompts = [row[:length].tolist() for row, length in zip(tokens.ids, tokens.seqlens.tolist(), strict=True)]
     low, high = (TINY if bench.tiny else LIMITS)[limits]
     rng = random.Random(0)
@@ -47,14 +105,18 @@ def test_generate(bench: Bench, limits: str) -> None:
         engine = Engine(model, cache=cache_for(model), token_budget=1024)
         return [request.tokens for request in engine.generate(prompts, asked)]
 
-    left, mask = left_padded(prompts, bench.device)
+    ids, mask = contest.padded(prompts, bench.device)
 
-    def padded() -> Tensor:
-        most = max(params.max_tokens for params in asked)
+    def padded(most: int) -> Tensor:
+        """The new tokens: with an encoder, what comes after the start."""
         options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        return theirs.generate(left, attention_mask=mask, max_new_tokens=most, **options)[:, left.shape[1] :]
+        found = theirs.generate(ids, attention_mask=mask, max_new_tokens=most, **options)
+        return found[:, ids.shape[1] if contest.left else 1 :]
 
-    check(model, prompts, left, mask, theirs)
+    most = max(params.max_tokens for params in asked)
+    engine = Engine(model, cache=cache_for(model), token_budget=1024)
+    first = engine.generate(prompts, SamplingParams(max_tokens=CHECKED))
+    assert [request.tokens for request in first] == padded(CHECKED).tolist()  # in float32, before anything is timed
     seconds: dict[str, list[float]] = {OURS: [], "HF generate": []}
     found: dict[str, Any] = {}
 
@@ -62,7 +124,7 @@ def test_generate(bench: Bench, limits: str) -> None:
         seconds[OURS].append(once(lambda: found.update(ours=ours()), bench.device))
 
     def peers() -> None:
-        seconds["HF generate"].append(once(lambda: found.update(theirs=padded()), bench.device))
+        seconds["HF generate"].append(once(lambda: found.update(theirs=padded(most)), bench.device))
 
     bench.benchmark.pedantic(timed, setup=peers, rounds=ROUNDS)
     agreed = [first_difference(line, row.tolist()) for line, row in zip(found["ours"], found["theirs"], strict=True)]
@@ -80,55 +142,10 @@ def test_generate(bench: Bench, limits: str) -> None:
         "lines_all_equal": sum(n == len(line) for n, line in zip(agreed, found["ours"], strict=True)),
     }
     spreads = {side: Spread.of(taken) for side, taken in seconds.items()}
-    target = faster(TARGETS[limits])
-    bench.keep(Bar("generate", name, target, measured, spreads, roof=roof(bench.device, bench.tiny), facts=facts))
-
-
-def check(model: GPT, prompts: list[list[int]], left: Tensor, mask: Tensor, theirs: Any) -> None:
-    """The same greedy tokens of both, in float32, before anything is timed."""
-    engine = Engine(model, cache=cache_for(model), token_budget=1024)
-    ours = [request.tokens for request in engine.generate(prompts, SamplingParams(max_tokens=CHECKED))]
-    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = theirs.generate(left, attention_mask=mask, max_new_tokens=CHECKED, **options)[:, left.shape[1] :]
-    assert ours == expected.tolist()
+    target = faster(contest.targets[limits])
+    bench.keep(Bar(contest.group, name, target, measured, spreads, roof=roof(bench.device, bench.tiny), facts=facts))
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> int:
     """Leading tokens that are the same; theirs may be longer."""
     return next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
-
-
-def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return ids, mask
-
-
-def peer_of(config: GPTConfig, transformers: Any) -> Any:
-    """GPT-2 of transformers with sdpa, seeded; sharper than it starts, so that no two logits are all but equal."""
-    torch.manual_seed(0)
-    options = transformers.GPT2Config(
-        vocab_size=config.vocab_size,
-        n_embd=config.hidden,
-        n_layer=config.layers,
-        n_head=config.heads,
-        n_inner=config.inner,
-        n_positions=config.max_positions,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_implementation="sdpa",
-        initializer_range=0.05,
-    )
-    return transformers.GPT2LMHeadModel(options).eval()
-
-
-def gpt_of(theirs: Any, config: GPTConfig) -> GPT:
-    """Our decoder with the weights of theirs."""
-    with torch.device("meta"):
-        model = GPT(config)
-    prefix = FAMILIES["gpt2"].prefix
-    stored = {name.removeprefix(prefix): tensor for name, tensor in theirs.state_dict().items()}
-    model.load_state_dict(assemble(model.state_dict(), stored, GPT2, True, Path("GPT2LMHeadModel")), assign=True)
-    model.tie_weights()
-    return model.eval()

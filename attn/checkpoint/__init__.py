@@ -1,9 +1,10 @@
 """Hugging Face checkpoint directories (config.json and safetensors) as the reference models.
 
-load        the call: files, tensors, and where each goes      family      how a kind of model is stored
-families    which model_type is which family                   encoders, decoders, pairs    the families
+load        the calls: each tensor to its place      files       what a directory holds
+families    which model_type is which family         family      how a family is stored
+encoders, decoders, pairs                            the families
 """
 
-from .load import load_checkpoint
+from .load import from_tensors, load_checkpoint
 
-__all__ = ["load_checkpoint"]
+__all__ = ["from_tensors", "load_checkpoint"]

@@ -8,28 +8,25 @@ Pickles are never opened: reading one can run code. Nothing here imports transfo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..modules import GPT, BertMaskedLM, Seq2Seq
 from .families import ARCHITECTURES, FAMILIES
 from .family import Family, Modules
+from .files import read_config, read_tensors, weight_files
 
 # Stored, but no weight of ours: buffers of older versions, and next-sentence prediction, which no head here computes.
 UNUSED = re.compile(
     r"embeddings\.position_ids|cls\.seq_relationship\..*|h\.\d+\.attn\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
     r"|(en|de)coder\.version|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 )
-START = "decoder_start_token_id"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def load_checkpoint(
@@ -49,17 +46,33 @@ def load_checkpoint(
     missing, unexpected or wrongly shaped tensors.
     """
     folder = Path(directory)
-    files = weight_files(folder)
-    raw = read_config(folder)
-    made, family = model_of(raw, architecture, folder / "config.json")
-    stored = {plain_name(name, family): tensor for file in files for name, tensor in read_tensors(file).items()}
+    files, config = weight_files(folder), read_config(folder)
+    tensors = dict(named for file in files for named in read_tensors(file).items())
+    return from_tensors(config, tensors, architecture, dtype=dtype, device=device, where=str(folder))
+
+
+def from_tensors(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    architecture: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    where: str = "these",
+) -> Any:
+    """The same of what is in memory: `from_tensors(theirs.config.to_dict(), theirs.state_dict(), GPT)`.
+
+    config: as config.json has it. Weights that need no conversion share their memory with `tensors`. where: for messages.
+    """
+    made, family = model_of(config, architecture, where)
+    stored = {plain_name(name, family): tensor for name, tensor in tensors.items()}
     try:
-        plan = family.plan(raw, made, stored)
+        plan = family.plan(config, made, stored)
     except ValueError as error:
-        raise ValueError(f"{error} in {folder}") from None
+        raise ValueError(f"{error} in {where}") from None
     with torch.device("meta"):
         model = made(plan.config)
-    weights = assemble(model.state_dict(), stored, plan.modules, family.transposed, folder)
+    weights = assemble(model.state_dict(), stored, plan.modules, family.transposed, where)
     weights = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
     if isinstance(model, (BertMaskedLM, GPT, Seq2Seq)):
@@ -68,14 +81,17 @@ def load_checkpoint(
 
 
 def model_of(
-    raw: Mapping[str, Any], architecture: type[nn.Module] | tuple[type[nn.Module], ...] | None, file: Path
+    config: Mapping[str, Any], architecture: type[nn.Module] | tuple[type[nn.Module], ...] | None, where: str
 ) -> tuple[type[nn.Module], Family]:
-    """Which model a config.json stands for, and how it is stored."""
-    named, model_type = (raw.get("architectures") or ["?"])[0], raw.get("model_type")
+    """Which model a config stands for, and how it is stored."""
+    named, model_type = (config.get("architectures") or ["?"])[0], config.get("model_type")
     if architecture is None and named not in ARCHITECTURES:
-        raise ValueError(f"architectures: expected one of {', '.join(ARCHITECTURES)} in {file}, got {named}")
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"architectures: expected one of {known} in the config.json of {where}, got {named}")
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type: expected one of {', '.join(FAMILIES)} in {file}, got {model_type}")
+        raise ValueError(
+            f"model_type: expected one of {', '.join(FAMILIES)} in the config.json of {where}, got {model_type}"
+        )
     family = FAMILIES[model_type]
     wanted = architecture or ARCHITECTURES[named]
     several = wanted if isinstance(wanted, tuple) else (wanted,)
@@ -91,7 +107,7 @@ def assemble(
     stored: dict[str, Tensor],
     modules: Modules,
     transposed: bool,
-    folder: Path,
+    where: str,
 ) -> dict[str, Tensor]:
     """Our state dict of the stored tensors; raises ValueError unless each fits and none is missing or left over."""
     weights, missing, unused = {}, [], {name for name in stored if not UNUSED.fullmatch(name)}
@@ -112,76 +128,21 @@ def assemble(
         if any(shape[1:] != tuple(parameter.shape[1:]) for shape in shapes) or rows != parameter.shape[0]:
             expected = "shapes that stack to " * (len(parts) > 1) + str(tuple(parameter.shape))
             got = ", ".join(map(str, shapes))
-            raise ValueError(f"{' + '.join(sources)}: expected {expected} for {name} in {folder}, got {got}")
+            raise ValueError(f"{' + '.join(sources)}: expected {expected} for {name} in {where}, got {got}")
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         if not whole.is_floating_point():
-            raise ValueError(f"{' + '.join(sources)}: expected a floating dtype in {folder}, got {whole.dtype}")
+            raise ValueError(f"{' + '.join(sources)}: expected a floating dtype in {where}, got {whole.dtype}")
         weights[name] = whole
     if missing:
-        raise ValueError(f"missing tensors in {folder}: {listed(missing)}")
+        raise ValueError(f"missing tensors in {where}: {listed(missing)}")
     if unused:
-        raise ValueError(f"unexpected tensors in {folder}: {listed(sorted(unused))}")
+        raise ValueError(f"unexpected tensors in {where}: {listed(sorted(unused))}")
     return weights
 
 
 def listed(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory, shards in the order of their names."""
-    if folder.suffix in PICKLES:
-        raise ValueError(pickle_refusal(folder))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"directory: expected a checkpoint directory, got {folder}")
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for shard in shards:
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise ValueError(f"weight_map: expected names of safetensors files in {index}, got {shard!r}")
-            if not (folder / shard).exists():
-                raise FileNotFoundError(f"{index} names {shard}, which is not there")
-        return [folder / shard for shard in shards]
-    for file in sorted(folder.iterdir()):
-        if file.suffix in PICKLES:
-            raise ValueError(pickle_refusal(file))
-    raise FileNotFoundError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither")
-
-
-def pickle_refusal(file: Path) -> str:
-    return (
-        f"{file} is a pickle, and reading one can run any code: expected safetensors. Convert it where you trust it, "
-        "for example with transformers: Model.from_pretrained(...).save_pretrained(...)"
-    )
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a safetensors file, got one that cannot be read ({error})") from None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{folder}: expected a config.json, found none")
-    raw, generation = read_json(file), folder / "generation_config.json"
-    if raw.get(START) is None and generation.exists():  # where newer versions keep it
-        raw[START] = read_json(generation).get(START)
-    return raw
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: expected JSON ({error})") from None
 
 
 def plain_name(name: str, family: Family) -> str:
