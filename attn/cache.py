@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import huge_pages
 from .backends import Workers, choose_planned
 from .checks import MAX_HEAD_DIM, wrong_type, wrong_value
 from .mask import Mask
@@ -243,8 +244,8 @@ class PagedKVCache:
         self.dtype, self.device, self.quantization = dtype, torch.device(device), quantization
         slots = (num_layers, num_pages, page_size, num_kv_heads)
         stored = dtype if quantization is None else _QUANTIZATIONS[quantization]
-        self.k_pages = torch.empty(*slots, head_dim, dtype=stored, device=device)
-        self.v_pages = torch.empty(*slots, head_dim_v, dtype=stored, device=device)
+        self.k_pages = huge_pages.empty(*slots, head_dim, dtype=stored, device=device)
+        self.v_pages = huge_pages.empty(*slots, head_dim_v, dtype=stored, device=device)
         self.k_scales = None if quantization is None else torch.empty(slots, dtype=torch.float32, device=device)
         self.v_scales = None if quantization is None else torch.empty(slots, dtype=torch.float32, device=device)
         self._workers = choose_planned(self.k_pages[0, 0]).paged_workers(self.k_pages.device, num_kv_heads)
