@@ -1,4 +1,4 @@
-"""transformers' models after `swap` against themselves before: DeBERTa's forward, and a step of training of T5's encoder."""
+"""transformers' models after `swap`, or as reference models, against themselves before: DeBERTa's forward, and a step of training of T5's encoder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import copy
 import duplex_attn as da
 import pytest
 import torch
+from duplex_attn.checkpoint import from_tensors
+from duplex_attn.modules import Bert
 from duplex_attn.profile.workloads import Settings, tokenised
 from duplex_attn.text import default_text
 from torch import Tensor, nn
@@ -18,9 +20,12 @@ CHECKED = 2  # sequences
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@pytest.mark.parametrize("shape", ["lines", "full"])
+@pytest.mark.parametrize(
+    ("shape", "loaded", "bar"), [("lines", False, 1.2), ("full", False, 1.2), ("lines", True, 2.0)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_deberta(bench: Bench, dtype: str, shape: str) -> None:
+def test_deberta(bench: Bench, dtype: str, shape: str, loaded: bool, bar: float) -> None:
+    """loaded: as the reference model, which computes no padding."""
     transformers = pytest.importorskip("transformers")
     base = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
     small = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
@@ -39,16 +44,19 @@ def test_deberta(bench: Bench, dtype: str, shape: str) -> None:
         ids = torch.randint(1000, (4, 64 if bench.tiny else 512), device=bench.device)
         mask, name = torch.ones_like(ids), "4 x 512"
     ours, theirs = before_and_after(exact, DTYPES[dtype])
+    if loaded:
+        ours = from_tensors(theirs.config.to_dict(), theirs.state_dict(), Bert)
 
     @torch.inference_mode()
     def hidden(model: nn.Module, rows: int | None = None) -> Tensor:
-        return model(ids[:rows], attention_mask=mask[:rows]).last_hidden_state
+        found = model(ids[:rows], attention_mask=mask[:rows])
+        return found if isinstance(found, Tensor) else found.last_hidden_state
 
     kept = mask[:CHECKED].bool()
     found, plain, truth = (hidden(model, CHECKED)[kept] for model in (ours, theirs, exact.double()))
     assert against(found, truth, plain, None).passes(ours=True)
     bench.compare(
-        "DeBERTa-base, two layers", f"{dtype} {name}", faster(1.2),
+        "DeBERTa-base, two layers" + loaded * ", reference model", f"{dtype} {name}", faster(bar),
         lambda: hidden(ours), {"HF eager": lambda: hidden(theirs)}, dtype=DTYPES[dtype],
     )  # fmt: skip
 

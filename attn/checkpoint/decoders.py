@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..modules.gpt import GPT, GPTConfig
-from ..modules.rope import RopeScaling
 from .family import Family, Modules, Plan, Stored, activation, need, refuse, tie
+from .ropes import rope_options, rope_scaling
 
 GPT2: Modules = {
     "word": ("wte",),
@@ -37,14 +37,16 @@ LLAMA: Modules = {
     "head": ("lm_head",),
 }
 HEAD_NORMS: Modules = {f"layers.{{}}.{name}_norm": (f"layers.{{}}.self_attn.{name}_norm",) for name in "qk"}
-FUSED: Modules = {
-    "layers.{}.qkv": ("layers.{}.self_attn.qkv_proj",),
-    "layers.{}.up": ("layers.{}.mlp.gate_up_proj",),
-}
+FUSED_QKV: Modules = {"layers.{}.qkv": ("layers.{}.self_attn.qkv_proj",)}
+FUSED_UP: Modules = {"layers.{}.up": ("layers.{}.mlp.gate_up_proj",)}
 POST_NORMS: Modules = {
     "layers.{}.attention_post_norm": ("layers.{}.post_attention_layernorm",),
     "layers.{}.norm": ("layers.{}.pre_feedforward_layernorm",),
     "layers.{}.post_norm": ("layers.{}.post_feedforward_layernorm",),
+}
+GLM4_POST_NORMS: Modules = {
+    "layers.{}.attention_post_norm": ("layers.{}.post_self_attn_layernorm",),
+    "layers.{}.post_norm": ("layers.{}.post_mlp_layernorm",),
 }
 
 
@@ -72,37 +74,33 @@ def gpt2_config(raw: Mapping[str, Any]) -> GPTConfig:
     )
 
 
-def rope_scaling(rope: Mapping[str, Any], max_positions: int) -> RopeScaling | None:
-    """Rotary options of either form as ours."""
-    refuse(rope, "partial_rotary_factor", 1.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"rope_type: expected default, linear or llama3 in config.json, got {kind!r}")
-    return RopeScaling(
-        kind,
-        need(rope, "factor"),
-        rope.get("low_freq_factor", 1.0),
-        rope.get("high_freq_factor", 4.0),
-        rope.get("original_max_position_embeddings") or max_positions,
-    )
+def llama_config(
+    raw: Mapping[str, Any],
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn"),
+    partial_rotary: bool = False,
+    **changes: Any,
+) -> GPTConfig:
+    """A Hugging Face Llama config.json as ours, with either form of its rotary options; `changes` are of its relatives.
 
-
-def llama_config(raw: Mapping[str, Any], **changes: Any) -> GPTConfig:
-    """A Hugging Face Llama config.json as ours, with either form of its rotary options; `changes` are of its relatives."""
+    rope_types: that the relative has. partial_rotary: whether it heeds partial_rotary_factor.
+    """
     hidden, heads = need(raw, "hidden_size"), need(raw, "num_attention_heads")
+    head_dim = raw.get("head_dim") or hidden // heads
     max_positions = need(raw, "max_position_embeddings")
-    refuse(raw, "partial_rotary_factor", 1.0)
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers >= 5, and before
-    rope = rope.get("full_attention", rope)
+    rope = rope_options(raw)
+    if rope["rope_type"] not in rope_types:
+        expected = ", ".join(rope_types[:-1]) + f" or {rope_types[-1]}"
+        raise ValueError(f"rope_type: expected {expected} in config.json, got {rope['rope_type']!r}")
+    if not partial_rotary:
+        refuse(rope, "partial_rotary_factor", 1.0)
+    part = rope["partial_rotary_factor"]
     options: dict[str, Any] = {
         "vocab_size": need(raw, "vocab_size"),
         "hidden": hidden,
         "layers": need(raw, "num_hidden_layers"),
         "heads": heads,
         "heads_kv": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or hidden // heads,
+        "head_dim": head_dim,
         "inner": need(raw, "intermediate_size"),
         "max_positions": max_positions,
         "positions": "rotary",
@@ -113,8 +111,9 @@ def llama_config(raw: Mapping[str, Any], **changes: Any) -> GPTConfig:
         "mlp_bias": raw.get("mlp_bias", False),
         "tied": raw.get("tie_word_embeddings", False),
         "eps": raw.get("rms_norm_eps", 1e-6),
-        "rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+        "rope_theta": rope["rope_theta"] or 10000.0,
         "rope_scaling": rope_scaling(rope, max_positions),
+        "rotary_dim": None if part is None else int(head_dim * part),
         "attention_dropout": raw.get("attention_dropout", 0.0),
     }
     return GPTConfig(**options | changes)
@@ -132,12 +131,36 @@ def windows(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> tuple[
     return found if any(found) else ()
 
 
-def mistral_config(raw: Mapping[str, Any]) -> GPTConfig:
-    return llama_config(raw, windows=windows({**raw, "layer_types": None}, lambda layer: True))
+def mistral_config(raw: Mapping[str, Any], **changes: Any) -> GPTConfig:
+    return llama_config(raw, windows=windows({**raw, "layer_types": None}, lambda layer: True), **changes)
 
 
 def phi3_config(raw: Mapping[str, Any]) -> GPTConfig:
-    return mistral_config({"sliding_window": None, **raw})
+    rope = rope_options({"original_max_position_embeddings": 4096, **raw})
+    if rope["rope_type"] in ("su", "yarn"):  # longrope's names of old
+        rope["rope_type"] = "longrope"
+    return mistral_config(
+        {"sliding_window": None, "rms_norm_eps": 1e-5, **raw, "rope_parameters": rope},
+        rope_types=("default", "longrope"),
+        partial_rotary=True,
+        dropout=raw.get("resid_pdrop", 0.0),
+    )
+
+
+def glm_config(raw: Mapping[str, Any], **changes: Any) -> GPTConfig:
+    left_out = {"head_dim": 128, "num_key_value_heads": 2, "attention_bias": True, "rms_norm_eps": 1.5625e-7}
+    return llama_config(
+        {**left_out, "partial_rotary_factor": 0.5, **raw},
+        partial_rotary=True,
+        rope_interleaved=True,
+        out_bias=False,
+        mlp_bias=False,
+        **changes,
+    )
+
+
+def glm4_config(raw: Mapping[str, Any]) -> GPTConfig:
+    return glm_config(raw, post_norms=True)
 
 
 def qwen2_config(raw: Mapping[str, Any]) -> GPTConfig:
@@ -177,6 +200,7 @@ def gemma3_config(raw: Mapping[str, Any]) -> GPTConfig:
         raw,
         raw.get("sliding_window_pattern") or 6,
         (0.0, 0.0),
+        rope_types=("default", "linear", "llama3"),
         head_norms=True,
         rope_theta=(rope.get("full_attention") or {}).get("rope_theta") or raw.get("rope_theta") or 1000000.0,
         window_rope_theta=near.get("rope_theta") or raw.get("rope_local_base_freq") or 10000.0,

@@ -1,4 +1,4 @@
-"""BERT, and RoBERTa with XLM-R."""
+"""BERT, RoBERTa with XLM-R, and DeBERTa of all versions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..modules.bert import Bert, BertClassifier, BertConfig, BertMaskedLM
+from ..modules.disentangled import Disentangled
 from .family import Family, Modules, Plan, Stored, activation, drop, need, refuse, tie
 
 BERT: Modules = {
@@ -24,6 +26,15 @@ BERT: Modules = {
     "layers.{}.down": ("encoder.layer.{}.output.dense",),
     "layers.{}.norm": ("encoder.layer.{}.output.LayerNorm",),
     "pooler": ("pooler.dense",),
+}
+DEBERTA: Modules = BERT | {
+    "layers.{}.qkv": tuple(
+        "encoder.layer.{}.attention.self." + name for name in ("query_proj", "key_proj", "value_proj")
+    ),
+    "layers.{}.distances.key": ("encoder.layer.{}.attention.self.pos_key_proj",),
+    "layers.{}.distances.query": ("encoder.layer.{}.attention.self.pos_query_proj",),
+    "distances.embedding": ("encoder.rel_embeddings",),
+    "distances.norm": ("encoder.LayerNorm",),
 }
 POSITIONS = "embeddings.position_embeddings.weight"
 BERT_HEADS: Modules = {
@@ -75,6 +86,58 @@ def roberta_config(raw: Mapping[str, Any]) -> BertConfig:
     return bert_config(raw, max_positions=max_positions, positions="tokens")
 
 
+def deberta_config(raw: Mapping[str, Any]) -> BertConfig:
+    """A config.json of DeBERTa, version 1, 2 or 3, as ours."""
+    hidden, heads = need(raw, "hidden_size"), need(raw, "num_attention_heads")
+    for name, computed in {
+        "conv_kernel_size": 0,
+        "embedding_size": hidden,
+        "pooler_hidden_size": hidden,
+        "attention_head_size": hidden // heads,
+        "pooler_dropout": 0.0,
+        "talking_head": False,
+    }.items():
+        refuse(raw, name, computed)
+    terms = raw.get("pos_att_type") or []
+    terms = [term.strip() for term in terms.lower().split("|")] if isinstance(terms, str) else terms
+    if not {"c2p", "p2c"}.issuperset(terms):
+        raise ValueError(f"pos_att_type: expected c2p and p2c in config.json, got {raw['pos_att_type']!r}")
+    if terms:  # without embeddings, transformers still divides the scores by their number
+        refuse({"relative_attention": False, **raw}, "relative_attention", True)
+    span = raw.get("max_relative_positions") or -1
+    norm = (raw.get("norm_rel_ebd") or "none").lower()
+    options = Disentangled(
+        span=need(raw, "max_position_embeddings") if span < 1 else span,
+        buckets=max(raw.get("position_buckets") or 0, 0),
+        content_to_position="c2p" in terms,
+        position_to_content="p2c" in terms,
+        shared=raw.get("share_att_key", False),
+        normalised="layer_norm" in norm.split("|"),
+    )
+    return bert_config(
+        {"type_vocab_size": 0, "layer_norm_eps": 1e-7, **raw},
+        positions="columns" if raw.get("position_biased_input", True) else "none",
+        disentangled=options if raw.get("relative_attention", False) else None,
+        pooler_activation=raw.get("pooler_hidden_act") or "gelu",
+        classifier_dropout=raw.get("cls_dropout"),
+    )
+
+
+def as_later_versions(stored: Stored, heads: int) -> None:
+    """Version 1 has queries, keys and values of each head in one matrix, and biases for some of its projections."""
+    for name in [name for name in stored if name.endswith(".in_proj.weight")]:
+        place = name.removesuffix("in_proj.weight")
+        weights = stored.pop(name).unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)  # (3, H * D, C)
+        q_bias, v_bias = stored.pop(f"{place}q_bias"), stored.pop(f"{place}v_bias")
+        biases = (q_bias, torch.zeros_like(q_bias), v_bias)
+        for kind, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+            stored[f"{place}{kind}_proj.weight"], stored[f"{place}{kind}_proj.bias"] = weight, bias
+        for ours, theirs in (("pos_key_proj", "pos_proj"), ("pos_query_proj", "pos_q_proj")):
+            if (weight := stored.pop(f"{place}{theirs}.weight", None)) is not None:
+                bias = stored.pop(f"{place}{theirs}.bias", torch.zeros_like(q_bias))
+                stored[f"{place}{ours}.weight"], stored[f"{place}{ours}.bias"] = weight, bias
+
+
 def encoder_plan(
     raw: Mapping[str, Any],
     made: type[nn.Module],
@@ -82,16 +145,17 @@ def encoder_plan(
     *,
     config_of: Callable[[Mapping[str, Any]], BertConfig],
     heads: Modules,
+    encoder: Modules = BERT,
     unused_positions: Callable[[Mapping[str, Any]], int] = lambda raw: 0,  # rows in front of the table
 ) -> Plan:
-    config, modules = config_of(raw), BERT
+    config, modules = config_of(raw), encoder
     if made is not BertClassifier:
         config = replace(config, pooler="pooler.dense.weight" in stored)
     if made is Bert:
-        drop(stored, "cls.", "classifier.", "lm_head.")
+        drop(stored, "cls.", "classifier.", "lm_head.", "lm_predictions.")
     else:
-        modules = {f"bert.{ours}": theirs for ours, theirs in BERT.items()} | heads
-        if made is BertClassifier and modules["bert.pooler"] != BERT["pooler"]:  # a head with a layer in its place
+        modules = {f"bert.{ours}": theirs for ours, theirs in encoder.items()} | heads
+        if made is BertClassifier and modules["bert.pooler"] != encoder["pooler"]:  # a head with a layer in its place
             drop(stored, "pooler.")
     if (skipped := unused_positions(raw)) and POSITIONS in stored:
         stored[POSITIONS] = stored[POSITIONS][skipped:]
@@ -103,6 +167,16 @@ def encoder_plan(
     return Plan(config, modules)
 
 
+def deberta_plan(raw: Mapping[str, Any], made: type[nn.Module], stored: Stored) -> Plan:
+    as_later_versions(stored, need(raw, "num_attention_heads"))
+    drop(stored, "mask_predictions.")  # of its pretraining
+    if not raw.get("position_biased_input", True):
+        drop(stored, POSITIONS)
+    if made is BertMaskedLM:
+        refuse(raw, "legacy", True)
+    return encoder_plan(raw, made, stored, config_of=deberta_config, heads=BERT_HEADS, encoder=DEBERTA)
+
+
 MODELS = (Bert, BertMaskedLM, BertClassifier)
 BERT_FAMILY = Family(MODELS, "bert.", partial(encoder_plan, config_of=bert_config, heads=BERT_HEADS))
 ROBERTA_FAMILY = Family(
@@ -110,3 +184,4 @@ ROBERTA_FAMILY = Family(
     "roberta.",
     partial(encoder_plan, config_of=roberta_config, heads=ROBERTA_HEADS, unused_positions=roberta_offset),
 )
+DEBERTA_FAMILY = Family(MODELS, "deberta.", deberta_plan)

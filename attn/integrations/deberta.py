@@ -9,46 +9,29 @@ takes back.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.models.deberta import modeling_deberta as v1
 from transformers.models.deberta_v2 import modeling_deberta_v2 as v2
 from transformers.utils.import_utils import is_tracing
 
-from .. import functional
 from ..checks import MAX_HEAD_DIM
-from ..mask import Mask
+from ..modules.disentangled import Padding, attend, behind, clamped, log_bucket
 from .transformers import refuse_output_attentions
 
-LIMIT = {"cpu": 2**26, "cuda": 2**28}  # bytes of tables at a time: on a CPU about what its caches hold
 
-
-class Padding(NamedTuple):
-    """Which of (batch, seqlen) are tokens; what is None hides nothing."""
-
-    lengths: Tensor | None = None  # int32 (batch,), tokens come first
-    longest: tuple[int, ...] | None = None  # the same on the host
-    keys: Tensor | None = None  # bool (batch, 1, 1, seqlen), where they come anywhere, or were not read
-
-    @classmethod
-    def of(cls, tokens: Tensor) -> Padding:
-        """tokens (batch, seqlen) bool. Costs one look at its contents; while a graph is traced nothing is read."""
-        if not is_tracing(tokens):
-            host = tokens.cpu()
-            lengths = host.sum(1, dtype=torch.int32)
-            if host.all():
-                return cls()
-            if torch.equal(host, torch.arange(host.shape[1]) < lengths[:, None]):
-                return cls(lengths.to(tokens.device), tuple(lengths.tolist()))
-        return cls(keys=tokens[:, None, None, :])
-
-    def part(self, sequences: slice) -> Padding:
-        parts: Any = [None if x is None else x[sequences] for x in self]
-        return Padding(*parts)
+def padding_of(tokens: Tensor) -> Padding:
+    """tokens (batch, seqlen) bool. Costs one look at its contents; while a graph is traced nothing is read."""
+    if not is_tracing(tokens):
+        host = tokens.cpu()
+        lengths = host.sum(1, dtype=torch.int32)
+        if host.all():
+            return Padding()
+        if torch.equal(host, torch.arange(host.shape[1]) < lengths[:, None]):
+            return Padding(lengths.to(tokens.device), tuple(lengths.tolist()))
+    return Padding(keys=tokens[:, None, None, :])
 
 
 class _Encoder:
@@ -56,7 +39,7 @@ class _Encoder:
 
     def get_attention_mask(self, attention_mask: Tensor) -> Padding:
         if attention_mask.dim() <= 2:
-            return Padding.of(attention_mask.bool())
+            return padding_of(attention_mask.bool())
         return Padding(keys=super().get_attention_mask(attention_mask).bool())  # type: ignore[misc]
 
     def get_rel_pos(self, hidden_states: Tensor, query_states: Tensor | None = None, relative_pos: Any = None) -> Any:
@@ -112,7 +95,7 @@ class DisentangledAttention(_Attention, v1.DisentangledSelfAttention):
 
     def entries(self, length: int, device: torch.device) -> Tensor:
         span = self.max_relative_positions
-        return _clamped(_behind(length, span, device), min(length, span)) + span - min(length, span)
+        return clamped(behind(length, span, device), min(length, span)) + span - min(length, span)
 
     def keys_of(self, rel_embeddings: Tensor) -> Tensor:
         return self.heads(self.pos_proj(rel_embeddings))
@@ -130,10 +113,10 @@ class DisentangledAttentionV2(_Attention, v2.DisentangledSelfAttention):
         return 1 + len({"c2p", "p2c"}.intersection(self.pos_att_type))
 
     def entries(self, length: int, device: torch.device) -> Tensor:
-        behind = _behind(length, self.max_relative_positions, device)
+        steps = behind(length, self.max_relative_positions, device)
         if self.position_buckets > 0:
-            behind = v2.make_log_bucket_position(behind, self.position_buckets, self.max_relative_positions).long()
-        return _clamped(behind, self.pos_ebd_size)
+            steps = log_bucket(steps, self.position_buckets, self.max_relative_positions)
+        return clamped(steps, self.pos_ebd_size)
 
     def keys_of(self, rel_embeddings: Tensor) -> Tensor:
         return self.heads((self.key_proj if self.share_att_key else self.pos_key_proj)(rel_embeddings))
@@ -148,75 +131,6 @@ class DebertaEncoder(_Encoder, v1.DebertaEncoder):
 
 class DebertaV2Encoder(_Encoder, v2.DebertaV2Encoder):
     pass
-
-
-def _behind(length: int, reach: int, device: torch.device) -> Tensor:
-    """p(i) - j for each entry of a table by distance: from `reach` down, further than any key of the sequence is not needed."""
-    reach = min(length - 1, reach)
-    return torch.arange(reach, -reach - 1, -1, device=device)
-
-
-def _clamped(behind: Tensor, span: int) -> Tensor:
-    return (behind + span).clamp(0, 2 * span - 1)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor | None,
-    queries: Tensor | None,
-    padding: Padding,
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    """q, k, v and the result (batch, seqlen, heads, dim); keys, queries (distances, heads, dim), of distances and scaled.
-
-    The tables are made for so many sequences at a time that they take LIMIT bytes, and made again on the way back.
-    """
-
-    def some(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, queries: Tensor | None, part: Padding) -> Tensor:
-        return functional.attention(
-            q, k, v, Mask(align="top_left"), seqlens_q=part.lengths, seqlens_k=part.lengths, bias=part.keys,
-            row_distance_bias=None if keys is None else _products(q, keys),
-            col_distance_bias=None if queries is None else _products(k, queries),
-            scale=scale, dropout_p=dropout_p,
-        )  # fmt: skip
-
-    batch, length, heads, _ = q.shape
-    tables = [x for x in (keys, queries) if x is not None]
-    each = sum(map(len, tables)) * heads * length * q.element_size()
-    step = max(1, LIMIT.get(q.device.type, LIMIT["cuda"]) // max(1, each)) if tables else max(1, batch)
-    recompute = partial(checkpoint, some, use_reentrant=False, preserve_rng_state=dropout_p > 0)
-    call = recompute if tables and torch.is_grad_enabled() else some
-    outs = []
-    for first in range(0, batch, step):
-        at = slice(first, first + step)
-        part = padding.part(at)
-        rows = length if part.longest is None else max(1, *part.longest)
-        given: tuple[Any, ...] = (
-            *(x[at, :rows] for x in (q, k, v)),
-            _nearest(keys, rows),
-            _nearest(queries, rows),
-            part,
-        )
-        out = call(*given)
-        outs.append(out if rows == length else nn.functional.pad(out, (0, 0, 0, 0, 0, length - rows)))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def _nearest(positions: Tensor | None, rows: int) -> Tensor | None:
-    """Of (distances, heads, dim), those that sequences of `rows` have."""
-    if positions is None:
-        return None
-    middle = len(positions) // 2
-    return positions[max(0, middle - rows + 1) : middle + rows]
-
-
-def _products(x: Tensor, positions: Tensor) -> Tensor:
-    """x (batch, seqlen, heads, dim), positions (distances, heads, dim) -> (batch, heads, seqlen, distances)."""
-    by_head = torch.bmm(x.flatten(0, 1).transpose(0, 1), positions.permute(1, 2, 0))
-    return by_head.unflatten(1, x.shape[:2]).transpose(0, 1)
 
 
 MODELS = (v1.DebertaPreTrainedModel, v2.DebertaV2PreTrainedModel)

@@ -3,7 +3,7 @@
 from .bert import Bert, BertClassifier, BertConfig, BertMaskedLM
 from .gpt import GPT, GPTConfig
 from .kv_cache import KVCache
-from .rope import RopeScaling
+from .rope_scaling import RopeScaling
 from .seq2seq import Encoder, Seq2Seq, Seq2SeqConfig
 
 __all__ = [

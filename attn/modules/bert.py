@@ -1,5 +1,5 @@
-"""BERT (Devlin et al. 2018, arXiv 1810.04805) and RoBERTa (Liu et al. 2019, arXiv 1907.11692): encoder with pooling,
-masked-token and classification heads.
+"""BERT (Devlin et al. 2018, arXiv 1810.04805), RoBERTa (Liu et al. 2019, arXiv 1907.11692) and DeBERTa (He et al. 2021, arXiv
+2006.03654 and 2111.09543): encoder with pooling, masked-token and classification heads.
 
 A padded batch runs unpadded end to end: packed once at the embedding, `varlen_attention` in every layer, unpacked once
 at the end. Shapes in comments: B batch, S seqlen, T total tokens without padding, C hidden, H heads, D head_dim.
@@ -7,15 +7,20 @@ at the end. Shapes in comments: B batch, S seqlen, T total tokens without paddin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..mask import full
+from .disentangled import Disentangled, DistanceEmbedding, DistanceProjections, Distances
 from .parts import activate, check_activation, init_weights
 from .rows import Rows
+
+POOLER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu}
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,17 @@ class BertConfig:
     heads: int = 12
     inner: int = 3072
     max_positions: int = 512
-    positions: str = "columns"  # of a padded batch; or "tokens" (RoBERTa): padding between them is not counted
-    segments: int = 2  # first text or second
+    positions: str = (
+        "columns"  # of a padded batch; or "tokens" (RoBERTa): padding between them is not counted; or "none"
+    )
+    disentangled: Disentangled | None = None  # DeBERTa's scores, which know distances
+    segments: int = 2  # first text or second; 0: they are not told apart
     activation: str = "gelu"
     eps: float = 1e-12
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    pooler: bool = True  # the tanh layer over the first token
+    pooler: bool = True  # the layer over the first token
+    pooler_activation: str = "tanh"  # or "gelu"
     tied: bool = True  # the masked-token head's matrix is the embedding
     labels: int = 2
     classifier_dropout: float | None = None  # None: dropout
@@ -50,14 +59,18 @@ class BertEmbedding(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.hidden)
-        self.position = nn.Embedding(config.max_positions, config.hidden)
-        self.segment = nn.Embedding(config.segments, config.hidden)
+        self.position = None if config.positions == "none" else nn.Embedding(config.max_positions, config.hidden)
+        self.segment = nn.Embedding(config.segments, config.hidden) if config.segments else None
         self.norm = nn.LayerNorm(config.hidden, config.eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
-        kind = self.segment.weight[0] if segments is None else self.segment(segments)
-        return self.dropout(self.norm(self.word(ids) + kind + self.position(positions)))
+        x = self.word(ids)
+        if self.segment is not None:
+            x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
+        if self.position is not None:
+            x = x + self.position(positions)
+        return self.dropout(self.norm(x))
 
 
 class BertLayer(nn.Module):
@@ -67,6 +80,9 @@ class BertLayer(nn.Module):
         self.activation = config.activation
         self.attention_dropout = config.attention_dropout
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
+        self.distances: DistanceProjections | None = None
+        if config.disentangled is not None:
+            self.distances = DistanceProjections(config.disentangled, config.hidden, config.heads, config.dropout)
         self.out = nn.Linear(config.hidden, config.hidden)
         self.attention_norm = nn.LayerNorm(config.hidden, config.eps)
         self.up = nn.Linear(config.hidden, config.inner)
@@ -74,10 +90,18 @@ class BertLayer(nn.Module):
         self.norm = nn.LayerNorm(config.hidden, config.eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows, distances: Distances | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (T, 3, H, D)
         q, k, v = qkv.unbind(-3)  # views: their strides go to the kernel as they are
-        y = rows.attend(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0).flatten(-2)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        if distances is None or self.distances is None:
+            y = rows.attend(q, k, v, dropout_p=dropout_p)
+        else:
+            keys, queries = self.distances(distances.embeddings, self.qkv)
+            y = distances.attend(rows, q, k, v, keys, queries, dropout_p)
+        return self.finish(x, y.flatten(-2))
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
         x = self.attention_norm(x + self.dropout(self.out(y)))
         y = self.down(activate(self.up(x), self.activation))
         return self.norm(x + self.dropout(y))
@@ -94,11 +118,17 @@ class Bert(nn.Module):
         super().__init__()
         if config.hidden % config.heads:
             raise ValueError(f"hidden: expected a multiple of heads ({config.heads}), got {config.hidden}")
-        if config.positions not in ("columns", "tokens"):
-            raise ValueError(f"positions: expected columns or tokens, got {config.positions!r}")
+        if config.positions not in ("columns", "tokens", "none"):
+            raise ValueError(f"positions: expected columns, tokens or none, got {config.positions!r}")
+        if config.pooler_activation not in POOLER_ACTIVATIONS:
+            known = ", ".join(POOLER_ACTIVATIONS)
+            raise ValueError(f"pooler_activation: expected one of {known}, got {config.pooler_activation!r}")
         check_activation(config.activation)
         self.config = config
         self.embedding = BertEmbedding(config)
+        self.distances: DistanceEmbedding | None = None
+        if config.disentangled is not None:
+            self.distances = DistanceEmbedding(config.disentangled, config.hidden, config.eps)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))
         self.pooler = nn.Linear(config.hidden, config.hidden) if config.pooler else None
         self.apply(init_weights)
@@ -121,10 +151,11 @@ class Bert(nn.Module):
                 f"ids: expected at most max_positions ({self.config.max_positions}) columns, got {ids.shape[1]}"
             )
         rows = Rows.of(ids, full(), attention, attention_mask=attention_mask, seqlens=seqlens)
-        positions = rows.positions if self.config.positions == "columns" else rows.counted()
+        positions = rows.counted() if self.config.positions == "tokens" else rows.positions
         x = self.embedding(rows.pack(ids), positions, None if segments is None else rows.pack(segments))
+        distances = None if self.distances is None else self.distances(rows)
         for layer in self.layers:
-            x = layer(x, rows)
+            x = layer(x, rows, distances)
         return x, rows
 
     def forward(
@@ -141,7 +172,7 @@ class Bert(nn.Module):
     def pool(self, hidden: Tensor, rows: Rows, kind: str = "pooler") -> Tensor:
         """One vector (B, C) a sequence, of what `encode` returned.
 
-        kind: "first" is the hidden state of the first token ([CLS]), "pooler" that through the trained tanh layer,
+        kind: "first" is the hidden state of the first token ([CLS]), "pooler" that through the trained layer,
         "mean" the mean over tokens. An empty sequence gives zeros (of the state: the pooler still adds its bias).
         """
         if kind == "mean":
@@ -159,7 +190,7 @@ class Bert(nn.Module):
             raise ValueError(
                 "kind: this model has no pooler (config.pooler is False); expected first or mean, got 'pooler'"
             )
-        return torch.tanh(self.pooler(first))
+        return POOLER_ACTIVATIONS[self.config.pooler_activation](self.pooler(first))
 
 
 class BertMaskedLM(nn.Module):

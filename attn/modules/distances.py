@@ -15,7 +15,7 @@ class DistanceBias(nn.Module):
     def __init__(self, heads: int, buckets: int, max_distance: int, both_ways: bool):
         super().__init__()
         self.buckets, self.max_distance, self.both_ways = buckets, max_distance, both_ways
-        self.weight = nn.Parameter(torch.empty(buckets, heads))
+        self.weight = nn.Parameter(torch.zeros(buckets, heads))
 
     def forward(self) -> Tensor:
         """(heads, 2 R + 1): further than R all distances of a side have one bucket."""

@@ -1,5 +1,6 @@
 """A causal decoder that covers GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023, arXiv 2302.13971) and its relatives:
-Mistral (arXiv 2310.06825), Phi-3 (2404.14219), Qwen 2 and 3 (2407.10671, 2505.09388), Gemma 2 and 3 (2408.00118, 2503.19786).
+Mistral (arXiv 2310.06825), Phi-3 (2404.14219), Qwen 2 and 3 (2407.10671, 2505.09388), GLM-4 (2406.12793), Gemma 2 and 3
+(2408.00118, 2503.19786).
 
 The mask is data: causal by default, and a `Mask` with a prefix for each sequence makes any part bidirectional.
 Shapes in comments: B batch, S seqlen, T total tokens without padding, C hidden, Hq/Hk heads, D head_dim.
@@ -22,7 +23,8 @@ from .kv_cache import KVCache
 from .language_model import Opening
 from .paged_rows import PagedRows
 from .parts import check_activation, gate, init_weights
-from .rope import Rope, RopeScaling, Rotary, rope_of, rope_tables, rotate
+from .rope import Rope, Rotary, rope_of, rope_tables, rotate
+from .rope_scaling import RopeScaling, check_scaling
 from .rows import Rows, Scores, check_seqlens
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class GPTConfig:
     eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None  # of each head, its first dimensions, which are rotated; None: all
+    rope_interleaved: bool = False  # pairs of dimensions (2i, 2i + 1), not (i, i + rotary_dim / 2)
     windows: tuple[int | None, ...] = ()  # keys that a token sees in each layer, itself included; (): all
     window_rope_theta: float | None = None  # of the layers with a window, without scaling; None: as the others
     scale: float | None = None  # of the scores; None: head_dim ** -0.5
@@ -67,9 +71,16 @@ class GPTConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
 
-    @property
-    def rotary(self) -> Rotary:
-        return Rotary(self.head_dim, self.max_positions, self.rope_theta, self.rope_scaling)
+    def rotary(self, length: int) -> Rotary:
+        """Of texts of so many tokens."""
+        dim, scaling = self.head_dim if self.rotary_dim is None else self.rotary_dim, self.rope_scaling
+        long = scaling is not None and scaling.is_long(length)
+        return Rotary(dim, self.max_positions, self.rope_theta, scaling, self.rope_interleaved, long)
+
+    def outgrows(self, cached: int, length: int) -> bool:
+        """Whether so many tokens in a cache were rotated otherwise than a text of `length` is."""
+        scaling = self.rope_scaling
+        return scaling is not None and cached > 0 and scaling.is_long(length) and not scaling.is_long(cached)
 
     @classmethod
     def gpt2(cls, **changes: Any) -> GPTConfig:
@@ -180,8 +191,8 @@ class GPT(nn.Module):
             raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {config.norm!r}")
         if config.windows and len(config.windows) != config.layers:
             raise ValueError(f"windows: expected one for each of {config.layers} layers, got {len(config.windows)}")
-        if config.positions == "rotary" and config.head_dim % 2:
-            raise ValueError(f"head_dim: expected an even number with rotary positions, got {config.head_dim}")
+        if config.positions == "rotary":
+            check_rotary(config)
         check_activation(config.activation)
         self.config = config
         self.word = nn.Embedding(config.vocab_size, config.hidden)
@@ -209,8 +220,10 @@ class GPT(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a sequence in a cache at most."""
-        return self.config.max_positions
+        """Tokens of a sequence in a paged cache at most. With "longrope" scaling those that are short to it: the sequences of a
+        step are rotated alike, and pages that a short one filled would be found for the beginning of a long one."""
+        scaling, most = self.config.rope_scaling, self.config.max_positions
+        return min(scaling.original_max_positions, most) if scaling is not None and scaling.is_long(most) else most
 
     def opening(self, prompt: Sequence[int], page_size: int, bidirectional_prefix: int = 0) -> Opening:
         """A prompt is itself, and goes on."""
@@ -224,11 +237,12 @@ class GPT(nn.Module):
             x = x + self.position(positions)
         return self.dropout(x)
 
-    def ropes(self, make: Callable[[Rotary], Rope]) -> Ropes:
+    def ropes(self, length: int, make: Callable[[Rotary], Rope]) -> Ropes:
         if self.position is not None:
             return None, None
-        whole, theta = make(self.config.rotary), self.config.window_rope_theta
-        return whole, whole if theta is None else make(replace(self.config.rotary, theta=theta, scaling=None))
+        rotary, theta = self.config.rotary(length), self.config.window_rope_theta
+        whole = make(rotary)
+        return whole, whole if theta is None else make(replace(rotary, theta=theta, scaling=None))
 
     def logits(self, x: Tensor) -> Tensor:
         """Of hidden states (..., C), normalised."""
@@ -245,8 +259,10 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Rows]:
         """ids int64 (B, S), padded on the right to S where seqlens int32 (B,) is given; mask causal by default.
 
-        With a cache, ids continue what it holds and are added to it. Returns the last hidden state, normalised,
-        (T, C) or (B, S, C) where nothing is packed, and the `Rows` that unpack it.
+        With a cache, ids continue what it holds and are added to it. With "longrope" scaling the longest row, padding and what
+        the cache holds included, decides for all rows whether they are long, as in transformers; no cache grows from short
+        to long. Returns the last hidden state, normalised, (T, C) or (B, S, C) where nothing is packed, and the `Rows`
+        that unpack it.
         """
         mask = causal() if mask is None else mask
         if cache is None:
@@ -256,8 +272,11 @@ class GPT(nn.Module):
         if self.position is not None and rows.past + rows.seqlen > self.config.max_positions:
             limit, end = self.config.max_positions, rows.past + rows.seqlen
             raise ValueError(f"ids: expected at most max_positions ({limit}) tokens, got {end}")
+        length = rows.past + rows.seqlen
+        if self.config.outgrows(rows.past, length):
+            wrong_value("ids", f"all {length} tokens of a text that is long to its rope_scaling at once", rows.seqlen)
         x = self.embed(rows.pack(ids), rows.positions)
-        ropes = self.ropes(lambda rotary: rope_of(rows.positions, rotary, x.dtype))
+        ropes = self.ropes(length, lambda rotary: rope_of(rows.positions, rotary, x.dtype))
         slots = None if cache is None else cache.slots(rows)
         for layer in self.layers:
             x = layer(x, rows, ropes, cache, slots)
@@ -301,14 +320,14 @@ class GPT(nn.Module):
         """
         if ids.shape != batch.positions.shape:
             raise ValueError(f"ids: expected the batch's {len(batch.positions)} new tokens, got {tuple(ids.shape)}")
-        if batch.max_seqlen_k > self.config.max_positions:
-            limit, end = self.config.max_positions, batch.max_seqlen_k
-            raise ValueError(f"ids: expected at most max_positions ({limit}) tokens, got {end}")
+        if batch.max_seqlen_k > self.max_length:
+            name = "max_positions" if self.max_length == self.config.max_positions else "original_max_positions"
+            raise ValueError(f"ids: expected at most {name} ({self.max_length}) tokens, got {batch.max_seqlen_k}")
         if rows is None and not all(batch.new_tokens):
             wrong_value("rows", "the rows wanted, where a sequence has no new token", None)
         paged = PagedRows.of(cache, batch, batch_invariant)
         x = self.embed(ids, batch.positions.clamp(min=0))  # -1: a row of a buffer that no token is in
-        ropes = self.ropes(lambda rotary: rope_tables(rotary, ids))
+        ropes = self.ropes(self.max_length, lambda rotary: rope_tables(rotary, ids))
         for layer in self.layers:
             x = cast(GPTLayer, layer).step(x, paged, ropes)
         if rows is None:
@@ -327,8 +346,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Greedy decoding: int64 (B, new_tokens) that follow prompts ids (B, S) of seqlens (B,).
 
-        `mask` holds for the prompt and for what follows it. Where `eos` came, the rest of the row repeats it; all
-        new_tokens steps run all the same, so no step waits for the host to read a token.
+        `mask` holds for the prompt and for what follows it. Texts that become long to their rope_scaling are computed anew
+        there. Where `eos` came, the rest of the row repeats it; all new_tokens steps run all the same, so no step waits for
+        the host to read a token.
         """
         if isinstance(new_tokens, bool) or not isinstance(new_tokens, int):
             wrong_type("new_tokens", "an int", type(new_tokens).__name__)
@@ -344,6 +364,9 @@ class GPT(nn.Module):
         step, lengths = ids, seqlens
         done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
         for i in range(new_tokens):
+            if self.config.outgrows(cache.longest, cache.longest + 1):
+                step, lengths = joined(ids, tokens[:, :i], seqlens)
+                cache = KVCache(self.config, batch, capacity, weight.dtype, weight.device)
             token = self(step, lengths, mask, cache, attention, last=True).argmax(-1)
             if eos is not None:
                 token = token.masked_fill(done, eos)
@@ -351,6 +374,17 @@ class GPT(nn.Module):
             tokens[:, i] = token
             step, lengths = token[:, None], None
         return tokens
+
+
+def check_rotary(config: GPTConfig) -> None:
+    name = "head_dim" if config.rotary_dim is None else "rotary_dim"
+    dim = config.rotary(0).dim
+    if dim % 2:
+        raise ValueError(f"{name}: expected an even number with rotary positions, got {dim}")
+    if not 2 <= dim <= config.head_dim:
+        raise ValueError(f"{name}: expected 2 to head_dim ({config.head_dim}), got {dim}")
+    if config.rope_scaling is not None:
+        check_scaling(config.rope_scaling, dim)
 
 
 def check_last(ids: Tensor, seqlens: Tensor | None) -> None:
@@ -362,6 +396,14 @@ def check_last(ids: Tensor, seqlens: Tensor | None) -> None:
         check_seqlens(seqlens, batch, seqlen, least=1)
     elif seqlen == 0:
         wrong_value("ids", "a token of each sequence, for its last one is wanted", ids.shape)
+
+
+def joined(ids: Tensor, more: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """ids (B, S) of seqlens, and in each row what follows, (B, n): together (B, S + n), and their lengths."""
+    if seqlens is None:
+        return torch.cat((ids, more), 1), None
+    places = seqlens.to(ids.device, torch.int64)[:, None] + torch.arange(more.shape[1], device=ids.device)
+    return F.pad(ids, (0, more.shape[1])).scatter(1, places, more), seqlens + more.shape[1]
 
 
 def last_token(x: Tensor, rows: Rows, seqlens: Tensor | None) -> Tensor:

@@ -46,15 +46,14 @@ class PagedRows:
         return cls(cache, batch, mask, cu_seqlens, batch_invariant)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores, rope: Rope | None) -> Tensor:
-        """Stores k, v (T, Hk, D) and attends with q (T, Hq, D) to all that each sequence has. Rotates q and k by rope, cos
-        and sin float32 (positions, D / 2)."""
+        """Stores k, v (T, Hk, D) and attends with q (T, Hq, D) to all that each sequence has. Rotates q and k by rope, that of
+        all positions."""
         cache, batch, mask = self.cache, self.batch, scores.mask(self.mask)
         pages = (cache.k_pages[layer], cache.v_pages[layer])
-        cos, sin = rope or (None, None)
         held: dict[str, Any] = dict(zip(("k_scales", "v_scales"), cache.scales(layer), strict=True))
-        paged_append(
-            k, v, *pages, batch.block_table, batch.positions, self.cu_seqlens, rope_cos=cos, rope_sin=sin, **held
-        )
+        if rope is not None:
+            held |= {"rope_cos": rope.cos, "rope_sin": rope.sin, "rope_interleaved": rope.interleaved}
+        paged_append(k, v, *pages, batch.block_table, batch.positions, self.cu_seqlens, **held)
         return paged_attention(
             q,
             *pages,
@@ -63,8 +62,6 @@ class PagedRows:
             mask,
             cu_seqlens_q=self.cu_seqlens,
             max_seqlen_q=batch.max_seqlen_q,
-            rope_cos=cos,
-            rope_sin=sin,
             scale=scores.scale,
             softcap=scores.softcap,
             plan=batch.plan(mask, self.batch_invariant),

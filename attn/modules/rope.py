@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies stretch to longer contexts: "linear" (arXiv 2306.15595) or "llama3" (Llama 3.1's)."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+from .rope_scaling import KINDS, RopeScaling
 
 
 @dataclass(frozen=True)
 class Rotary:
     """One kind of rotary positions."""
 
-    head_dim: int
+    dim: int  # of each head's dimensions, the first 2R, which are rotated
     max_positions: int
     theta: float
     scaling: RopeScaling | None = None
+    interleaved: bool = False
+    long: bool = False  # of a text that the scaling counts as long
 
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, (T, 1, D / 2) or (B or 1, S, 1, D / 2)
+class Rope(NamedTuple):
+    """cos and sin (T, 1, R) or (B or 1, S, 1, R), of all positions (max_positions, R)."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
 
 
 def rope_of(positions: Tensor, rotary: Rotary, dtype: torch.dtype) -> Rope:
     """Rotary angles of the positions, in float32 at least, rounded to `dtype` (arXiv 2104.09864)."""
     exact = torch.promote_types(dtype, torch.float32)
-    angles = positions[..., None].to(exact) * frequencies(rotary, positions)
-    return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
+    angles = (positions[..., None].to(exact) * frequencies(rotary, positions)).unsqueeze(-2)
+    cos, sin = angles.cos(), angles.sin()
+    if rotary.scaling is not None and (magnitude := rotary.scaling.magnitude) != 1:
+        cos, sin = cos * magnitude, sin * magnitude
+    return Rope(cos.to(dtype), sin.to(dtype), rotary.interleaved)
 
 
 Made = TypeVar("Made", Tensor, Rope)
@@ -63,7 +63,7 @@ def kept(make: Callable[[Rotary, torch.device], Made]) -> Callable[[Rotary, Tens
         found = results.get((rotary, device))
         if found is None:
             found = make(rotary, device)
-            if all(is_plain(x) for x in ((found,) if isinstance(found, Tensor) else found)):
+            if all(is_plain(x) for x in ((found,) if isinstance(found, Tensor) else found[:2])):
                 if len(results) >= KEPT:
                     results.clear()
                 results[rotary, device] = found
@@ -80,33 +80,30 @@ def is_plain(x: Tensor) -> bool:
 
 @kept
 def rope_tables(rotary: Rotary, device: torch.device) -> Rope:
-    """cos and sin of all positions, float32 (max_positions, D / 2)."""
+    """Of all positions, float32."""
     with torch.inference_mode(False):
-        cos, sin = rope_of(torch.arange(rotary.max_positions, device=device), rotary, torch.float32)
-        return cos.squeeze(-2), sin.squeeze(-2)
+        rope = rope_of(torch.arange(rotary.max_positions, device=device), rotary, torch.float32)
+        return rope._replace(cos=rope.cos.squeeze(-2), sin=rope.sin.squeeze(-2))
 
 
 @kept
 def frequencies(rotary: Rotary, device: torch.device) -> Tensor:
-    """float32 (D / 2,): radians a position, stretched as its scaling says."""
+    """float32 (R,): radians a position, stretched as its scaling says."""
     with torch.inference_mode(False):
-        steps = torch.arange(0, rotary.head_dim, 2, dtype=torch.float32, device=device) / rotary.head_dim
-        freq = 1.0 / rotary.theta**steps
-        scaling = rotary.scaling
-        if scaling is None:
-            return freq
-        if scaling.kind == "linear":
-            return freq / scaling.factor
-        if scaling.kind != "llama3":
-            raise ValueError(f"rope_scaling: expected linear or llama3, got {scaling.kind!r}")
-        turns = scaling.original_max_positions * freq / (2 * math.pi)  # over the context the model was trained on
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # 1: as it is, 0: stretched by the factor
-        return freq * kept + freq / scaling.factor * (1.0 - kept)
+        steps = torch.arange(0, rotary.dim, 2, dtype=torch.float32, device=device) / rotary.dim
+        periods = rotary.theta**steps
+        if rotary.scaling is None:
+            return 1.0 / periods
+        return KINDS[rotary.scaling.kind](rotary.scaling, periods, rotary.theta, rotary.long)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotates pairs (x[..., i], x[..., i + D/2]) of x (..., heads, D): Llama's split halves."""
-    cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    """Rotates the first 2R dimensions of x (..., heads, D): pairs (i, i + R), Llama's split halves, or (2i, 2i + 1) where
+    interleaved, the paper's."""
+    cos, sin, interleaved = rope
+    turned, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), -1)
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    if interleaved:
+        return torch.cat((torch.stack((a, b), -1).flatten(-2), rest), -1)
+    return torch.cat((a, b, rest), -1)

@@ -237,8 +237,8 @@ class Encoder(nn.Module):
         seqlens: Tensor | None = None,
         attention: str = "duplex",
     ) -> tuple[Tensor, Rows]:
-        """ids int64 (B, S) with attention_mask (B, S) or seqlens (B,). Distances count columns of a padded batch as tokens
-        between which nothing lies.
+        """ids int64 (B, S) with attention_mask (B, S) or seqlens (B,). Padding between tokens counts in learned positions,
+        as in transformers, and not in distances.
 
         Returns hidden (T, C), or (B, S, C) where nothing is packed (no padding given, or a peer's attention), and
         the `Rows` that unpack it.

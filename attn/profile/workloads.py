@@ -105,8 +105,8 @@ def gpt_workload(settings: Settings, checkpoint: Path | None) -> Workload:
         model: GPT = seeded(GPT, SIZES[settings.size][1], settings)
     else:
         model = load_checkpoint(checkpoint, GPT, dtype=settings.dtype, device=settings.device)
-    new = min(settings.new_tokens, model.config.max_positions // 2)
-    longest = min(settings.max_length, model.config.max_positions - new)
+    new = min(settings.new_tokens, model.max_length // 2)
+    longest = min(settings.max_length, model.max_length - new)
     tokens = tokenised(settings, checkpoint, model.config.vocab_size, longest, special=False)
     ids, seqlens = tokens.ids.to(settings.device), tokens.seqlens.to(settings.device)
 

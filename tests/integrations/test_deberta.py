@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from duplex_attn.integrations import deberta
+from duplex_attn.modules import disentangled
 from torch import nn
 
 from . import padded
@@ -68,7 +69,7 @@ def test_forward_and_every_gradient(name: str, padding: str) -> None:
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_few_sequences_at_a_time_and_no_longer_than_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    products = deberta._products
+    products = disentangled.products
 
     def spy(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         made.append((*x.shape[:2], len(positions)))
@@ -76,8 +77,8 @@ def test_few_sequences_at_a_time_and_no_longer_than_they_are(name: str, monkeypa
 
     model = build(name)
     expected = results(model, "right")
-    monkeypatch.setattr(deberta, "_products", spy)
-    monkeypatch.setitem(deberta.LIMIT, "cpu", 1)
+    monkeypatch.setattr(disentangled, "products", spy)
+    monkeypatch.setitem(disentangled.LIMIT, "cpu", 1)
     da.swap(model)
     assert_same(results(model, "right"), expected)
     assert set(made) == {(1, n, 2 * n - 1) for n in (21, 15, 4)}
@@ -96,7 +97,7 @@ def test_dropout_is_the_same_when_tables_are_made_again(monkeypatch: pytest.Monk
         return results(model, "right")
 
     found = seeded()
-    monkeypatch.setattr(deberta, "checkpoint", lambda function, *given, **how: function(*given))
+    monkeypatch.setattr(disentangled, "checkpoint", lambda function, *given, **how: function(*given))
     assert_same(found, seeded())
 
 

@@ -1,5 +1,7 @@
 """Small random Hugging Face models, saved as checkpoints: what the modules are compared with."""
 
+import copy
+
 import pytest
 import torch
 
@@ -16,6 +18,11 @@ def roberta_options(**changes):
     return bert_options(type_vocab_size=2, pad_token_id=0, **changes)
 
 
+def deberta_options(**changes):
+    terms = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+    return bert_options(**{**terms, "type_vocab_size": 0, "pad_token_id": 0, **changes})
+
+
 def gpt2_options(**changes):
     small = {"vocab_size": 97, "n_embd": 48, "n_layer": 3, "n_head": 3, "n_positions": 40, "initializer_range": 0.2}
     return {**small, "bos_token_id": 1, "eos_token_id": 1, **changes}
@@ -29,6 +36,10 @@ def llama_options(**changes):
 
 def gemma_options(**changes):
     return llama_options(**{"head_dim": 20, "query_pre_attn_scalar": 30, "sliding_window": 6, **changes})
+
+
+def glm_options(**changes):
+    return llama_options(**{"head_dim": 16, "pad_token_id": 0, **changes})
 
 
 def t5_options(**changes):
@@ -51,12 +62,16 @@ OPTIONS = {
     "Bert": bert_options,
     "Roberta": roberta_options,
     "XLMRoberta": roberta_options,
+    "DebertaV2": deberta_options,
+    "Deberta": deberta_options,
     "GPT2": gpt2_options,
     "Llama": llama_options,
     "Mistral": llama_options,
     "Qwen2": llama_options,
     "Qwen3": llama_options,
     "Phi3": llama_options,
+    "Glm4": glm_options,
+    "Glm": glm_options,
     "Gemma2": gemma_options,
     "Gemma3": gemma_options,
 }
@@ -70,7 +85,9 @@ def save(tmp_path):
     def make(architecture, dtype=torch.float32, **changes):
         family = next(name for name in OPTIONS if architecture.startswith(name))
         torch.manual_seed(len(architecture))
-        config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**OPTIONS[family](**changes))
+        config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(
+            **OPTIONS[family](**copy.deepcopy(changes))
+        )
         config._attn_implementation = "eager"
         model = getattr(transformers, architecture)(config).eval().to(dtype)
         for name, parameter in model.named_parameters():  # biases and norms are 0 and 1 until trained

@@ -150,7 +150,32 @@ def test_missing_files_are_named(save, tmp_path):
             "scale_attn_by_inverse_layer_idx: expected False",
         ),
         ("GPT2LMHeadModel", {"scale_attn_weights": False}, "scale_attn_weights: expected True"),
-        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected .* got 'yarn'"),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type: expected default, linear, llama3 or yarn in config.json, got 'dynamic'",
+        ),
+        (
+            "Qwen2ForCausalLM",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+            "rope_type: expected default, linear, llama3 or yarn in config.json, got 'longrope'",
+        ),
+        (
+            "Phi3ForCausalLM",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type: expected default or longrope in config.json, got 'linear'",
+        ),
+        (
+            "Phi3ForCausalLM",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4}},
+            "long_factor: expected it in config.json",
+        ),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
+            "rope_type: expected default, linear or llama3 in config.json, got 'yarn'",
+        ),
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "yarn"}}, "factor: expected it in config.json"),
         ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear"}}, "factor: expected it in config.json"),
         (
             "Qwen2ForCausalLM",
@@ -173,7 +198,7 @@ def test_missing_files_are_named(save, tmp_path):
     ],
 )
 def test_options_that_the_modules_do_not_compute_are_refused(save, architecture, changes, message):
-    _, folder = save(architecture)
+    _, folder = save(architecture, pad_token_id=0) if architecture.startswith("Phi3") else save(architecture)
     edit_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(folder)
@@ -209,7 +234,11 @@ def test_a_pooler_left_over_in_a_classifier(save, ragged):
 
 LEFT_OUT = {  # what transformers takes then
     "MistralForCausalLM": {"sliding_window": 4096},
-    "Phi3ForCausalLM": {"sliding_window": None, "pad_token_id": 0},
+    "Phi3ForCausalLM": {"sliding_window": None, "pad_token_id": 0, "rms_norm_eps": 1e-5, "resid_pdrop": 0.0},
+    "GlmForCausalLM": {
+        "head_dim": 128, "num_key_value_heads": 2, "attention_bias": True, "rms_norm_eps": 1.5625e-7,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5},
+    },
     "Qwen3ForCausalLM": {"head_dim": 128},
     "Gemma2ForCausalLM": {
         "sliding_window": 4096, "head_dim": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
@@ -227,6 +256,12 @@ def test_what_a_config_leaves_out(save, architecture):
     raw = json.loads(file.read_text())
     file.write_text(json.dumps({name: x for name, x in raw.items() if name not in LEFT_OUT[architecture]}))
     assert load_checkpoint(folder).config == whole
+
+
+def test_dropout_of_phi3(save):
+    _, folder = save("Phi3ForCausalLM", pad_token_id=0, resid_pdrop=0.3, attention_dropout=0.2, embd_pdrop=0.1)
+    config = load_checkpoint(folder).config  # whose embedding transformers drops nothing of
+    assert (config.dropout, config.attention_dropout, config.embedding_dropout) == (0.3, 0.2, 0.0)
 
 
 def test_names_of_older_checkpoints(save, ragged):
@@ -269,24 +304,63 @@ def test_a_tied_head_that_differs_is_not_dropped(save):
     assert load_checkpoint(folder)(torch.zeros(1, 3, dtype=torch.int64)).eq(0).all()
 
 
+SHORT_AND_LONG = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 5.0, 9.0]}
+
+
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("architecture", "old", "new"),
     [
-        ({"rope_theta": 300.0}, {"rope_theta": 300.0, "rope_type": "default"}),
+        ("LlamaForCausalLM", {"rope_theta": 300.0}, {"rope_theta": 300.0, "rope_type": "default"}),
         (
+            "LlamaForCausalLM",
             {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
             {"rope_theta": 300.0, "rope_type": "linear", "factor": 2.0},
         ),
+        (
+            "Qwen2ForCausalLM",
+            {
+                "rope_theta": 300.0,
+                "rope_scaling": {"type": "yarn", "factor": 3.0},
+                "original_max_position_embeddings": 16,
+            },
+            {"rope_theta": 300.0, "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16},
+        ),
+        (
+            "GlmForCausalLM",
+            {"rope_theta": 300.0, "partial_rotary_factor": 0.25},
+            {"rope_theta": 300.0, "rope_type": "default", "partial_rotary_factor": 0.25},
+        ),
+        (
+            "Phi3ForCausalLM",
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "su", **SHORT_AND_LONG}},
+            {"rope_type": "yarn", "partial_rotary_factor": 0.5, **SHORT_AND_LONG},
+        ),
+        (
+            "Phi3ForCausalLM",
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "longrope", "factor": 9.0, **SHORT_AND_LONG}},
+            {"rope_type": "longrope", "partial_rotary_factor": 0.5, "factor": 9.0, **SHORT_AND_LONG},
+        ),
+        (
+            "Phi3ForCausalLM",
+            {
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"type": "longrope", "attention_factor": 1.7, **SHORT_AND_LONG},
+            },
+            {"rope_type": "longrope", "partial_rotary_factor": 0.5, "attention_factor": 1.7, **SHORT_AND_LONG},
+        ),
     ],
 )
-def test_both_forms_of_rotary_options(save, old, new):
-    theirs, folder = save("LlamaForCausalLM", rope_parameters=new)
+def test_both_forms_of_rotary_options(save, architecture, old, new):
+    options = {"hidden_size": 96, "pad_token_id": 0}
+    if architecture.startswith("Phi3"):
+        options["original_max_position_embeddings"] = 20
+    theirs, folder = save(architecture, rope_parameters=new, **options)
     ids = torch.randint(0, 97, (2, 30))
     expected = theirs(ids).logits
     torch.testing.assert_close(load_checkpoint(folder)(ids), expected, **EXACT)
     edit_config(folder, rope_parameters=None, **old)
     torch.testing.assert_close(load_checkpoint(folder)(ids), expected, **EXACT)
-    edit_config(folder, rope_scaling=None, rope_theta=10000.0)
+    edit_config(folder, rope_scaling=None, rope_theta=10000.0, partial_rotary_factor=None)
     assert not torch.allclose(load_checkpoint(folder)(ids), expected, atol=1e-3)
 
 

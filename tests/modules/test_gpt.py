@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from duplex_attn.checkpoint import load_checkpoint
+from duplex_attn.generate import Engine, SamplingParams
 from duplex_attn.modules import GPT, GPTConfig, KVCache, RopeScaling
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -12,6 +13,10 @@ EXACT = {"atol": 2e-5, "rtol": 2e-5}
 ATTENTIONS = ("duplex", "sdpa", "plain")
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 100.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
+# Of 8 dimensions, half of a head.
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 5.0, 9.0]}
+PARTIAL = {"head_dim": 16, "partial_rotary_factor": 0.5, "pad_token_id": 0}
 MODELS = {
     "gpt2": ("GPT2LMHeadModel", {}),
     "gpt2 untied relu": ("GPT2LMHeadModel", {"tie_word_embeddings": False, "activation_function": "relu"}),
@@ -35,6 +40,29 @@ MODELS = {
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 20}),
     "qwen3 biases": ("Qwen3ForCausalLM", {"head_dim": 20, "attention_bias": True}),
     "phi3": ("Phi3ForCausalLM", {"sliding_window": 5, "pad_token_id": 0}),
+    "phi3 partial rotary": ("Phi3ForCausalLM", {**PARTIAL, "hidden_size": 96, "partial_rotary_factor": 0.75}),
+    "phi3 longrope, short": (
+        "Phi3ForCausalLM",
+        {
+            **PARTIAL,
+            "hidden_size": 96,
+            "original_max_position_embeddings": 40,
+            "max_position_embeddings": 160,
+            "rope_parameters": LONGROPE,
+        },
+    ),
+    "yarn rope": ("Qwen2ForCausalLM", {"rope_parameters": YARN}),
+    "yarn rope with all of its options": (
+        "LlamaForCausalLM",
+        {
+            "rope_parameters": YARN
+            | {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, "mscale": 2.0, "mscale_all_dim": 0.7}
+        },
+    ),
+    "glm": ("GlmForCausalLM", {}),
+    "glm without biases": ("GlmForCausalLM", {"attention_bias": False, "tie_word_embeddings": True}),
+    "glm4": ("Glm4ForCausalLM", {}),
+    "glm4 yarn": ("Glm4ForCausalLM", {"partial_rotary_factor": 0.75, "rope_parameters": YARN}),
     "gemma2": ("Gemma2ForCausalLM", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": (
         "Gemma3ForCausalLM",
@@ -112,6 +140,102 @@ def test_greedy_decoding_is_that_of_transformers(pair, ours, ragged, attention):
     assert equal.equal(whole[full_rows, ids.shape[1] :])
 
 
+def test_steps_over_pages_are_those_of_transformers(pair, ragged):
+    """Prompts in two chunks, the shortest in one, and a token more of each."""
+    theirs, ours = pair
+    ids, seqlens, _ = ragged
+    lines = [[*row[:length].tolist(), 5] for row, length in zip(ids, seqlens.tolist(), strict=True)]
+    lengths = seqlens.tolist()
+    cache = da.PagedKVCache(ours.config.layers, 64, 4, ours.config.heads_kv, ours.config.head_dim)
+    seqs = [cache.add(line) for line in lines]
+    for counts in ([max(n - 4, 1) for n in lengths], [min(4, n - 1) for n in lengths], [1] * len(lengths)):
+        now = [(seq, line, count) for seq, line, count in zip(seqs, lines, counts, strict=True) if count]
+        new = [token for seq, line, count in now for token in line[seq.committed : seq.committed + count]]
+        batch = cache.batch([seq for seq, _, _ in now], [count for _, _, count in now])
+        logits = ours.step(torch.tensor(new), cache, batch)
+        cache.commit_batch(batch)
+        for row, (seq, line, _) in zip(logits, now, strict=True):
+            expected = theirs(torch.tensor([line[: seq.committed]])).logits[0, -1]
+            torch.testing.assert_close(row, expected, **EXACT)
+    assert [seq.committed for seq in seqs] == [len(line) for line in lines]
+
+
+def test_greedy_decoding_by_the_engine(pair, ragged):
+    theirs, ours = pair
+    ids, seqlens, _ = ragged
+    prompts = [row[:length].tolist() for row, length in zip(ids, seqlens.tolist(), strict=True)]
+    cache = da.PagedKVCache(ours.config.layers, 64, 4, ours.config.heads_kv, ours.config.head_dim)
+    answers = Engine(ours, cache=cache, max_sequences=8, token_budget=16).generate(
+        prompts, SamplingParams(max_tokens=12)
+    )
+    theirs.generation_config.eos_token_id = None
+    for prompt, answer in zip(prompts, answers, strict=True):
+        whole = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert answer.outputs[0].tokens == whole[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def switching(save):
+    """transformers' model and ours, to which 24 tokens are short and more are long."""
+    options = {"hidden_size": 96, "original_max_position_embeddings": 24, "max_position_embeddings": 96}
+    theirs, folder = save("Phi3ForCausalLM", **PARTIAL, **options, rope_parameters=LONGROPE)
+    return theirs, load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_long_texts_have_the_long_factors(switching, attention):
+    theirs, ours = switching
+    torch.manual_seed(7)
+    ids, seqlens = torch.randint(3, 97, (3, 30)), torch.tensor([30, 11, 25])
+    real = torch.arange(30) < seqlens[:, None]
+    logits = theirs(ids, attention_mask=real.long()).logits
+    torch.testing.assert_close(ours(ids, seqlens, attention=attention)[real], logits[real], **EXACT)
+    F.cross_entropy(logits[real], ids[real]).backward()
+    F.cross_entropy(ours(ids, seqlens, attention=attention)[real], ids[real]).backward()
+    for index in range(3):
+        expected = theirs.model.layers[index].self_attn.qkv_proj.weight.grad
+        torch.testing.assert_close(ours.layers[index].qkv.weight.grad, expected, **EXACT)
+    assert not torch.allclose(ours(ids[:, :24])[0], logits[0, :24], atol=1e-2)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("seqlen", [20, 24, 25, 40])
+def test_a_text_that_becomes_long_is_computed_anew(switching, attention, seqlen):
+    theirs, ours = switching
+    torch.manual_seed(8)
+    lengths = torch.tensor([seqlen, 9, 17])
+    ids = torch.randint(3, 97, (3, seqlen)) * (torch.arange(seqlen) < lengths[:, None])
+    left = torch.stack([row.roll(seqlen - int(length)) for row, length in zip(ids, lengths, strict=True)])
+    attention_mask = (torch.arange(seqlen) >= seqlen - lengths[:, None]).long()
+    theirs.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    whole = theirs.generate(left, attention_mask=attention_mask, **options)
+    assert ours.generate(ids, 12, lengths, attention=attention).equal(whole[:, seqlen:])
+    alone = theirs.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), **options)
+    assert ours.generate(ids[:1], 12, attention=attention).equal(alone[:, seqlen:])
+
+
+def test_short_keys_are_none_of_a_long_text(switching):
+    """A cache that would have to be computed anew says so, and no paged one, which is of short texts, ever has to."""
+    _, ours = switching
+    ids = torch.randint(3, 97, (1, 30))
+    cache = KVCache(ours.config, 1, 30, torch.float32, "cpu")
+    ours(ids[:, :20], cache=cache)
+    with pytest.raises(ValueError, match=r"ids: expected all 25 tokens of a text that is long .* at once, got 5"):
+        ours(ids[:, 20:25], cache=cache)
+    assert cache.longest == 20
+    ours(ids[:, 20:24], cache=cache)
+    assert ours.max_length == 24
+    pages = da.PagedKVCache(ours.config.layers, 20, 4, ours.config.heads_kv, ours.config.head_dim)
+    batch = pages.batch([pages.add(ids[0, :25])])
+    with pytest.raises(ValueError, match=r"ids: expected at most original_max_positions \(24\) tokens, got 25"):
+        ours.step(ids[0, :25], pages, batch)
+    with pytest.raises(ValueError, match="prompt: expected 1 to 23 tokens, got 24"):
+        Engine(ours, cache=pages).submit(ids[0, :24])
+    (answer,) = Engine(ours, cache=pages).generate([ids[0, :20]], SamplingParams(max_tokens=9))
+    assert answer.outputs[0].tokens == ours.generate(ids[:, :20], 9)[0, :4].tolist()
+
+
 def test_generation_stops_writing_at_eos(small, ragged):
     ids, seqlens, _ = ragged
     free = small.generate(ids, 10, seqlens)
@@ -144,10 +268,14 @@ def test_gradients_of_a_language_model_loss(pair, ours, ragged, attention):
         layer |= {"out": ["self_attn.o_proj"], "norm": ["post_attention_layernorm"]}
         layer |= {"up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}
         if type(theirs).__name__.startswith("Phi3"):
-            layer |= {"qkv": ["self_attn.qkv_proj"], "up": ["mlp.gate_up_proj"]}
+            layer |= {"qkv": ["self_attn.qkv_proj"]}
+        if type(theirs).__name__.startswith(("Phi3", "Glm")):
+            layer |= {"up": ["mlp.gate_up_proj"]}
         if ours.config.head_norms:
             layer |= {f"{x}_norm": [f"self_attn.{x}_norm"] for x in "qk"}
-        if ours.config.post_norms:
+        if type(theirs).__name__.startswith("Glm4"):
+            layer |= {"attention_post_norm": ["post_self_attn_layernorm"], "post_norm": ["post_mlp_layernorm"]}
+        elif ours.config.post_norms:
             layer |= {"attention_post_norm": layer["norm"], "norm": ["pre_feedforward_layernorm"]}
             layer |= {"post_norm": ["post_feedforward_layernorm"]}
     for index in range(3):
@@ -351,6 +479,17 @@ def test_bad_input_is_named(small):
         ({"norm": "batch"}, "norm: expected one of layer, rms, rms_offset, got 'batch'"),
         ({"windows": (4, 4)}, "windows: expected one for each of 1 layers, got 2"),
         ({"positions": "rotary", "heads": 1, "heads_kv": 1, "head_dim": 7}, "head_dim: expected an even number"),
+        ({"positions": "rotary", "rotary_dim": 7}, "rotary_dim: expected an even number with rotary positions, got 7"),
+        ({"positions": "rotary", "rotary_dim": 66}, r"rotary_dim: expected 2 to head_dim \(64\), got 66"),
+        ({"positions": "rotary", "rotary_dim": 0}, r"rotary_dim: expected 2 to head_dim \(64\), got 0"),
+        (
+            {"positions": "rotary", "rope_scaling": RopeScaling("dynamic", 2.0)},
+            "rope_scaling: expected one of linear, llama3, yarn, longrope, got 'dynamic'",
+        ),
+        (
+            {"positions": "rotary", "rope_scaling": RopeScaling("longrope", 2.0, short_factors=(1.0,) * 32)},
+            "long_factors: expected one for each of 32 frequencies, got 0",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             GPT(GPTConfig(vocab_size=97, hidden=12, layers=1, **option))

@@ -248,6 +248,14 @@ def test_quantised_pages(small, quantization):
     assert all(len(request.tokens) == 6 for request in requests)
 
 
+def test_a_new_model_has_weights():
+    """Small ones, and biases that favour no distance."""
+    for config in (Seq2SeqConfig.t5(vocab_size=97, hidden=48), Seq2SeqConfig.bart(vocab_size=97, hidden=48)):
+        for name, parameter in Seq2Seq(config).named_parameters():
+            assert parameter.abs().max() <= 1, name
+            assert bool(parameter.any()) == (not name.endswith("bias") and "distances" not in name), name
+
+
 def test_dropout_is_drawn_in_training_alone(small):
     ids, targets = torch.tensor(SOURCES[2:3]), torch.tensor([[0, 5, 6]])
     assert small(ids, targets).equal(small(ids, targets))
