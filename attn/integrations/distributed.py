@@ -15,7 +15,10 @@ sharding="balanced" gives rank r of W the chunks r and 2W-1-r of 2W, so that all
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import builtins
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
 from itertools import pairwise, product
 from operator import index
 from typing import Any, Literal, NamedTuple
@@ -77,42 +80,51 @@ def context_parallel_attention(
 
     Raises what `attention` raises; ValueError for an odd number of rows with "balanced", for gradients where only the
     reference backend takes the call, for a group without this rank, and where shapes, dtypes, mask or numbers differ
-    between ranks: compared on the CPU always and on a GPU, where that waits for the device, under DUPLEX_ATTN_CHECK=1.
-    """
-    rank, world = _place(group)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x)
-        if x.dim() != 4:
-            wrong_value(name, "(batch, seqlen, heads, head_dim)", x.shape)
-    check_numbers(scale=scale, softcap=softcap)
-    prefix, left, right, top_left = named_mask(mask)
-    if torch.is_autocast_enabled(q.device.type):
-        to = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    inputs = {"q": q, "k": k, "v": v, "distance_bias": distance_bias, "alibi_slopes": alibi_slopes, "sink": sink}
-    with_gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
-    if contents_are_readable(q):
-        shapes = {n: (tuple(x.shape), str(x.dtype)) if isinstance(x, Tensor) else x for n, x in inputs.items()}
-        span = (prefix.tolist() if isinstance(prefix, Tensor) else prefix, left, right, mask.align)
-        numbers = {"scale": scale, "softcap": softcap, "requires_grad": with_gradients}
-        _check_same(group, **shapes, mask=span, sharding=sharding, **numbers)
+    between ranks. On the CPU what one rank refuses, or has unlike the others, raises the same on every rank before
+    anything is sent, which costs an all-gather of 16 bytes a call. On a GPU reading these would wait for the device: only
+    under DUPLEX_ATTN_CHECK=1, on every rank the same. Without it, and of a second derivative or an argument of no such
+    name always, the rank raises alone, and the others wait for it until the timeout of the group.
 
-    chunks = _chunks(sharding)
-    for name, x in (("q", q), ("k", k)):
-        if x.shape[1] % chunks:
-            wrong_value(name, 'an even number of rows with sharding="balanced"', x.shape[1])
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    call = Call(
-        q, k, v, None, None, q.shape[1], k.shape[1], None, None, None, None,
-        prefix if isinstance(prefix, Tensor) else prefix_tensor(prefix, len(q), q), left, right, top_left, None,
-        table("distance_bias", distance_bias, dtype), table("alibi_slopes", alibi_slopes, dtype), None, None,
-        table("sink", sink, dtype), scale, softcap, 0.0, None,
-        torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic, False,
-    )  # fmt: skip
-    check_attention(call)
-    choose(call, backend or "")  # what is refused is refused before anything is sent
-    if with_gradients and choose_backward(call, backend or "").name == "reference":  # takes no lse of other keys
-        wrong_value("backend", "kernels, where gradients are wanted", "the reference, which alone takes this call here")
+    A rank that fails while it computes (out of memory, KeyboardInterrupt) still passes on what the others wait for, then
+    raises, and the group can be used again: a posted send cannot be taken back, and without the later ones the others
+    would wait, or take those of another call for them. They return as if nothing were wrong, but for dk and dv in
+    backward, which lack that rank's share and are NaN. What fails of the exchange itself (another rank is gone, no memory
+    for what arrives, an interrupt there) raises at once: what is under way is dropped, and the group is to be destroyed.
+    """
+    _, world = _place(group)
+    with _alike(group, q, k, v) as given:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_tensor(name, x)
+            if x.dim() != 4:
+                wrong_value(name, "(batch, seqlen, heads, head_dim)", x.shape)
+        check_numbers(scale=scale, softcap=softcap)
+        prefix, left, right, top_left = named_mask(mask)
+        if torch.is_autocast_enabled(q.device.type):
+            to = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+        chunks = _chunks(sharding)
+        for name, x in (("q", q), ("k", k)):
+            if x.shape[1] % chunks:
+                wrong_value(name, 'an even number of rows with sharding="balanced"', x.shape[1])
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        call = Call(
+            q, k, v, None, None, q.shape[1], k.shape[1], None, None, None, None,
+            prefix if isinstance(prefix, Tensor) else prefix_tensor(prefix, len(q), q), left, right, top_left, None,
+            table("distance_bias", distance_bias, dtype), table("alibi_slopes", alibi_slopes, dtype), None, None,
+            table("sink", sink, dtype), scale, softcap, 0.0, None,
+            torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic, False,
+        )  # fmt: skip
+        check_attention(call)
+        choose(call, backend or "")
+        inputs = {"q": q, "k": k, "v": v, "distance_bias": distance_bias, "alibi_slopes": alibi_slopes, "sink": sink}
+        with_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.values())
+        if with_gradients and choose_backward(call, backend or "").name == "reference":  # takes no lse of other keys
+            expected, got = "kernels, where gradients are wanted", "the reference, which alone takes this call here"
+            wrong_value("backend", expected, got)
+        read = isinstance(prefix, Tensor) and contents_are_readable(prefix)
+        given |= {"call": "attention", **{name: _described(x) for name, x in inputs.items()}}
+        given |= {"mask": (prefix.tolist() if read else _described(prefix), left, right, mask.align)}
+        given |= {"sharding": sharding, "scale": scale, "softcap": softcap, "requires_grad": with_gradients}
 
     first_position = 0 if top_left else (k.shape[1] - q.shape[1]) * world
     known_prefix = None if isinstance(prefix, Tensor) else index(prefix)
@@ -141,15 +153,15 @@ def shard(x: Tensor, group: Group = None, *, dim: int = 1, sharding: Sharding = 
 def unshard(x: Tensor, group: Group = None, *, dim: int = 1, sharding: Sharding = "balanced") -> Tensor:
     """The whole tensor, on every rank, of which each rank holds what `shard` gives it. Has no gradient.
 
-    An all-gather: W-1 parts arrive at each rank. Raises ValueError as `context_parallel_attention` does.
+    An all-gather: W-1 parts arrive at each rank. Raises as `context_parallel_attention` does, on the same ranks.
     """
     _, world = _place(group)
-    chunks = _chunks(sharding)
-    check_tensor("x", x)
-    if contents_are_readable(x):
-        _check_same(group, x=(tuple(x.shape), str(x.dtype)), dim=dim, sharding=sharding)
-    if x.shape[dim] % chunks:
-        wrong_value("x", 'an even number of rows with sharding="balanced"', x.shape[dim])
+    with _alike(group, x) as given:
+        chunks = _chunks(sharding)
+        check_tensor("x", x)
+        if x.shape[dim] % chunks:
+            wrong_value("x", 'an even number of rows with sharding="balanced"', x.shape[dim])
+        given |= {"call": "unshard", "x": _described(x), "dim": dim, "sharding": sharding}
     gathered = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
     dist.all_gather(gathered, x.contiguous(), group)
     parts: dict[int, Tensor] = {}
@@ -173,18 +185,50 @@ def _chunks(sharding: str) -> int:
     return 2 if sharding == "balanced" else 1
 
 
-def _check_same(group: Group, **given: Any) -> None:
-    """Ranks called unlike each other would wait for what is never sent, or take it for something else."""
-    everywhere: list[Any] = [None] * dist.get_world_size(group)
+def _described(x: Any) -> Any:
+    return (tuple(x.shape), str(x.dtype)) if isinstance(x, Tensor) else x
+
+
+@contextmanager
+def _alike(group: Group, *tensors: object) -> Iterator[dict[str, Any]]:
+    """Around what checks a call, and puts into the dict what must be the same on every rank: raises on all of them what
+    it raises on one. Ranks called unlike each other would wait for what is never sent, or take it for something else."""
+    given: dict[str, Any] = {}
+    readable = all(contents_are_readable(x) for x in tensors if isinstance(x, Tensor))
+    try:
+        yield given
+    except Exception as error:
+        if readable:
+            _compare(group, {"refused": (type(error).__name__, str(error))})
+        raise
+    if readable:
+        _compare(group, given)
+
+
+def _compare(group: Group, given: dict[str, Any]) -> None:
+    """A digest finds what differs; only then is it gathered whole, and said."""
+    world, devices = dist.get_world_size(group), dist.get_backend_config(group)
+    digest = blake2b(repr(given).encode(), digest_size=16).digest()
+    own = torch.tensor(list(digest), dtype=torch.uint8, device="cpu" if "cpu" in devices else devices.split(":")[0])
+    digests = own.new_empty(world, len(own))
+    dist.all_gather(list(digests), own, group)
+    if (digests == own).all():
+        return
+    everywhere: list[Any] = [None] * world
     dist.all_gather_object(everywhere, given, group)
-    for name, rank in product(given, range(len(everywhere))):
+    for rank, x in enumerate(everywhere):
+        if "refused" in x:
+            kind, message = x["refused"]
+            raise getattr(builtins, kind, RuntimeError)(f"{message} on rank {rank}")
+    for name, rank in product(given, range(world)):
         first, x = everywhere[0][name], everywhere[rank][name]
         if x != first:
             wrong_value(name, f"the same on every rank, {first} as on rank 0", f"{x} on rank {rank}")
 
 
 class _Exchange:
-    """Tensors on their way to the rank `by` ahead, and those of the rank as far behind on their way here."""
+    """Tensors on their way to the rank `by` ahead, and those of the rank as far behind on their way here. What is sent is
+    held until waited for: gloo does not say sooner that a send is complete, and with NCCL the host runs ahead of it."""
 
     def __init__(self, tensors: Sequence[Tensor], by: int, group: Group) -> None:
         rank, world = _place(group)
@@ -216,14 +260,39 @@ class _Ring(NamedTuple):
     options: tuple[Any, ...]  # the last of a Call's arguments
     backend: str
 
-    def rounds(self, *tensors: Tensor) -> Iterator[tuple[int, Iterable[Part], list[Tensor]]]:
-        """How far `tensors` go next, what is seen of those at hand, and these; meanwhile the next ones arrive, which
-        take their places in the list: whoever keeps no other name for them keeps no memory."""
+    def go_round(self, visit: Callable[..., None], *tensors: Tensor, summed: bool = False) -> list[Tensor]:
+        """Calls visit(part, *tensors at hand, *sums over their visits), and returns the sums of this rank's tensors."""
+        sums: list[Tensor] = []
+        rounds = self._rounds(tensors, summed)
+        try:
+            for parts, held, sums in rounds:
+                for part in parts:
+                    visit(part, *held, *sums)
+        except BaseException:
+            for x in sums:
+                x.fill_(torch.nan)
+            for *_, sums in rounds:  # other ranks wait for what goes through this one, and now lacks its share
+                for x in sums:
+                    x.fill_(torch.nan)
+            raise
+        return sums
+
+    def _rounds(
+        self, tensors: Sequence[Tensor], summed: bool
+    ) -> Iterator[tuple[Iterable[Part], list[Tensor], list[Tensor]]]:
+        """What is seen of the tensors at hand, and these; meanwhile the next ones arrive, which take their places in the
+        list: whoever keeps no other name for them keeps no memory. With them the sums, in float32, which follow them a
+        step behind; at last, with nothing to see, those that have come home."""
         rank, held = dist.get_rank(self.group), list(tensors)
+        carried = _Exchange((), 0, self.group)
         for step, following in pairwise((*steps(self.division), 0)):
             arriving = _Exchange(held, following - step, self.group) if following else None
-            yield following - step, self.division.parts(rank, step), held
+            sums = [torch.zeros_like(x, dtype=torch.float32) for x in tensors] if summed else []
+            yield self.division.parts(rank, step), held, sums
+            carried.add_to(*sums)
+            carried = _Exchange(sums, following - step, self.group)  # to where their keys are by then
             held[:] = arriving.wait() if arriving else held
+        yield (), [], carried.wait()
 
     def call(self, part: Part, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, *biases: Tensor | None) -> Call:
         q, k, v = q[:, part.rows], k[:, part.keys], v[:, part.keys]
@@ -244,11 +313,13 @@ class _RingAttention(torch.autograd.Function):
         lse = q.new_full((heads,), -torch.inf, dtype=dtype) if sink is None else sink  # here a sink counts once
         lses = [lse[:, None].expand(batch, heads, rows).contiguous()] * chunks
         outs = [q.new_zeros(batch, rows, heads, width, dtype=dtype)] * chunks
-        for _, parts, held in ring.rounds(k, v):
-            for part in parts:
-                n = part.chunk
-                out, lse = attention_forward(*ring.call(part, q, *held, prefix, distance_bias, slopes), ring.backend)
-                outs[n], lses[n] = merge_attention([outs[n], out.to(dtype)], [lses[n], lse])
+
+        def merge(part, k, v):
+            n = part.chunk
+            out, lse = attention_forward(*ring.call(part, q, k, v, prefix, distance_bias, slopes), ring.backend)
+            outs[n], lses[n] = merge_attention([outs[n], out.to(dtype)], [lses[n], lse])
+
+        ring.go_round(merge, k, v)
         out, lse = torch.cat(outs, 1).to(q.dtype), torch.cat(lses, 2)
         ctx.save_for_backward(out, lse, q, k, v, prefix, distance_bias, slopes, sink)
         ctx.ring = ring
@@ -259,8 +330,6 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         if torch.is_grad_enabled():  # create_graph: what came over the ring would be a constant in silence
             raise RuntimeError("duplex_attn: attention has no second derivatives; differentiate it once")
-        if dout is None and dlse is None:
-            return (None,) * 8
         out, lse, q, k, v, prefix, distance_bias, slopes, sink = ctx.saved_tensors
         *_, wants_table, _, wants_sink = ctx.needs_input_grad
         dout = torch.zeros_like(out) if dout is None else dout
@@ -268,22 +337,18 @@ class _RingAttention(torch.autograd.Function):
         wanted = [True, True, True, False, wants_table, False, False, False]
         dtable = torch.zeros_like(distance_bias) if wants_table else None
         dq = torch.zeros_like(q, dtype=torch.float32)
-        carried = _Exchange((), 0, ctx.ring.group)
-        for ahead, parts, held in ctx.ring.rounds(k, v):
-            dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-            for part in parts:
-                rows = part.rows
-                of_rows = dout[:, rows], dlse[..., rows], out[:, rows], lse[..., rows]  # the last two over all keys
-                call = ctx.ring.call(part, q, *held, prefix, distance_bias, slopes)
-                grads = list(attention_backward(*of_rows, *call, wanted, ctx.ring.backend))
-                for total in (dq[:, rows], dk[:, part.keys], dv[:, part.keys]):
-                    total += grads.pop(0)
-                if dtable is not None:
-                    add_by_distance(dtable, grads[1], part.shift)
-                del call
-            carried.add_to(dk, dv)
-            carried = _Exchange((dk, dv), ahead, ctx.ring.group)  # to where their keys are by then, and at last home
-        dk, dv = carried.wait()
+
+        def add_gradients(part, k, v, dk, dv):
+            rows = part.rows
+            of_rows = dout[:, rows], dlse[..., rows], out[:, rows], lse[..., rows]  # the last two over all keys
+            call = ctx.ring.call(part, q, k, v, prefix, distance_bias, slopes)
+            grads = list(attention_backward(*of_rows, *call, wanted, ctx.ring.backend))
+            for total in (dq[:, rows], dk[:, part.keys], dv[:, part.keys]):
+                total += grads.pop(0)
+            if dtable is not None:
+                add_by_distance(dtable, grads[1], part.shift)
+
+        dk, dv = ctx.ring.go_round(add_gradients, k, v, summed=True)
         dsink = None
         if wants_sink:
             dscores = dlse - (dout.to(lse.dtype) * out).sum(-1).mT  # dlse - delta, (B, Hq, Sq)

@@ -5,6 +5,7 @@ The tests use `Ranks`; a rank runs this file as a program.
 
 from __future__ import annotations
 
+import builtins
 import multiprocessing
 import os
 import pickle
@@ -14,10 +15,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate
+from itertools import accumulate, count
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import duplex_attn as da
 import torch
@@ -25,7 +27,9 @@ import torch.distributed as dist
 from duplex_attn.integrations import distributed
 from duplex_attn.integrations.distributed import context_parallel_attention, shard, unshard
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PATIENCE = 60  # seconds
 
@@ -140,9 +144,27 @@ def there_and_back(x: Tensor, dim: int, sharding: str) -> tuple[Tensor, Tensor]:
     return part, unshard(part, dim=dim, sharding=sharding)
 
 
-def gather(last_rows: int, **options: Any) -> Tensor:
+def gather(**last: Any) -> Tensor:
     is_last = dist.get_rank() == dist.get_world_size() - 1
-    return unshard(torch.zeros(1, last_rows if is_last else 4, 2), **options)
+    return unshard(**({"x": torch.zeros(1, 4, 2)} | (last if is_last else {})))
+
+
+def another_call_on_the_last() -> None:
+    if dist.get_rank() == dist.get_world_size() - 1:
+        unshard(torch.zeros(1, 4, 2))
+    else:
+        call()
+
+
+def collectives_of_a_call() -> list[tuple[int, ...]]:
+    """Besides what is sent: of each all-gather, what a rank gives."""
+    with (
+        patch.object(dist, "all_gather", wraps=dist.all_gather) as tensors,
+        patch.object(dist, "all_gather_object") as objects,
+    ):
+        call()
+    assert not objects.called
+    return [tuple(gathered.args[1].shape) for gathered in tensors.call_args_list]
 
 
 def cut(rows: int, sharding: str) -> Tensor:
@@ -177,6 +199,96 @@ def most_memory(dtype: torch.dtype, sharding: str) -> tuple[float, float]:
 
     out, forward = most(lambda: context_parallel_attention(mask=da.causal(), sharding=sharding, **inputs))
     return forward, most(lambda: torch.autograd.grad(out, list(inputs.values()), given))[1]
+
+
+def sent_and_still_held(dtype: torch.dtype) -> list[str]:
+    """What is computed, forward and backward, while memory is held that was sent on and waited for, or, when results
+    are put together, that was sent at all. This rank's own k and v apart."""
+    inputs = {name: x.requires_grad_() for name, x in tokens(dtype=dtype).items()}
+    own = {x.untyped_storage().data_ptr() for x in inputs.values()}
+    exchanged: list[StorageWeakRef] = []
+    waited: list[StorageWeakRef] = []
+    found: list[str] = []
+
+    class Awaited:
+        def __init__(self, work: dist.Work, sent: StorageWeakRef | None) -> None:
+            self.work, self.sent = work, sent
+
+        def wait(self) -> None:
+            self.work.wait()
+            if self.sent is not None:
+                waited.append(self.sent)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            refs = exchanged if operator is torch.ops.aten.cat.default else waited
+            found.extend(str(operator) for x in refs if not x.expired())
+            return operator(*args, **kwargs or {})
+
+    send = dist.batch_isend_irecv
+
+    def spy(operations: list[dist.P2POp]) -> list[Any]:
+        refs = [StorageWeakRef(x.tensor.untyped_storage()) for x in operations]
+        are_own = [x.tensor.untyped_storage().data_ptr() in own for x in operations]
+        exchanged.extend(x for x, is_own in zip(refs, are_own, strict=True) if not is_own)
+        sent = [
+            x if operation.op is dist.isend and not is_own else None
+            for x, operation, is_own in zip(refs, operations, are_own, strict=True)
+        ]
+        return [Awaited(*pair) for pair in zip(send(operations), sent, strict=True)]
+
+    dist.batch_isend_irecv = spy
+    try:
+        with Watch():
+            out = context_parallel_attention(**inputs)
+            torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
+    finally:
+        dist.batch_isend_irecv = send
+    assert len(waited) == 2 * (3 * dist.get_world_size() - 4) * (dist.get_world_size() > 1)
+    return found
+
+
+def fails_midway(where: str, at: int, error: str | None) -> dict[str, Any]:
+    """Forward, and backward if `where` is, of which the last rank's computation number `at` raises the error."""
+    fails = error is not None and dist.get_rank() == dist.get_world_size() - 1
+    inputs = {name: x.requires_grad_() for name, x in tokens().items()}
+    result: dict[str, Any] = {"error": None}
+    numbers, function = count(), getattr(distributed, where)
+
+    def failing(*arguments: Any) -> Any:
+        if next(numbers) == at and fails:
+            raise getattr(builtins, str(error))("in the middle of the ring")
+        return function(*arguments)
+
+    setattr(distributed, where, failing)
+    try:
+        result["out"] = out = context_parallel_attention(**inputs)
+        if where == "attention_backward":
+            result |= zip(("dq", "dk", "dv"), torch.autograd.grad(out.sum(), list(inputs.values())), strict=True)
+    except BaseException as raised:
+        result["error"] = type(raised).__name__
+    finally:
+        setattr(distributed, where, function)
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in result.items()}
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *dx: Tensor) -> None:
+        return None
+
+
+def none_for_the_last(none: bool) -> list[Tensor]:
+    """Gradients where the last rank's results have none, or one of zeros."""
+    inputs = {name: x.requires_grad_() for name, x in tokens().items()}
+    out = context_parallel_attention(mask=da.causal(), **inputs)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        out = NoGradient.apply(out) if none else out * 0
+    return list(torch.autograd.grad(out.sum(), list(inputs.values())))
 
 
 def without_gradients(dtype: torch.dtype, batch: int = 1, rows: int = 4) -> Tensor:

@@ -144,6 +144,11 @@ def test_backward_keeps_nothing_of_other_ranks(ranks: Ranks) -> None:
     assert ranks.run("saved_for_backward") == [4 * tensor + lse + 4] * ranks.world  # q, k, v, out; a prefix
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_what_was_sent_is_let_go(ranks: Ranks, dtype: torch.dtype) -> None:
+    assert ranks.run("sent_and_still_held", dtype=dtype) == [[]] * ranks.world
+
+
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_memory_that_is_held(ranks: Ranks, dtype: torch.dtype, sharding: str) -> None:
@@ -209,6 +214,31 @@ def test_gradients_of_one_result_alone(ranks: Ranks) -> None:
     assert dk.any() and dv.any()
 
 
+def test_no_gradient_on_one_rank(ranks: Ranks) -> None:
+    """It still makes the exchanges that the others wait for."""
+    for found, expected in zip(
+        ranks.run("none_for_the_last", none=True), ranks.run("none_for_the_last", none=False), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("error", ["MemoryError", "KeyboardInterrupt"])
+@pytest.mark.parametrize("at", ["first", "last"])
+@pytest.mark.parametrize("where", ["attention_forward", "attention_backward"])
+def test_a_rank_that_fails_midway_passes_on_what_others_wait_for(ranks: Ranks, where: str, at: str, error: str) -> None:
+    """And the group can be used again, as the tests after this one do too."""
+    number = 0 if at == "first" else 4 * ranks.world - 1  # two chunks of queries and two of keys in every step
+    *others, last = ranks.run("fails_midway", where=where, at=number, error=error)
+    expected = ranks.run("fails_midway", where=where, at=number, error=None)
+    assert (last["error"], last.keys() & {"dq"}) == (error, set())
+    for rank, (found, exact) in enumerate(zip(others, expected, strict=False)):
+        for name in found.keys() & {"dk", "dv"}:
+            if at == "first" or rank == 0:  # whose keys are with the last rank in its last step
+                assert found.pop(name).isnan().all()
+                del exact[name]
+        torch.testing.assert_close(found, exact, rtol=0, atol=0)
+
+
 def test_no_second_derivatives(ranks: Ranks) -> None:
     for _, error in ranks.answers("twice"):
         assert error is not None and error.startswith("RuntimeError: duplex_attn: attention has no second")
@@ -256,6 +286,26 @@ def test_bad_input(ranks: Ranks, name: str) -> None:
         assert error is not None and error.startswith(message), error
 
 
+@pytest.mark.parametrize("name", [name for name in REFUSED if name != "dropout"])
+def test_bad_input_on_one_rank(ranks: Ranks, name: str) -> None:
+    """All raise what it raises, before anything is sent."""
+    given, message = REFUSED[name]
+    last = {name: x for name, x in given.items() if name != "gradients"}
+    where = f" on rank {ranks.world - 1}" if ranks.world > 1 else ""
+    for _, error in ranks.answers("call", last=last, gradients="gradients" in given):
+        assert error is not None and error.startswith(message), error
+        assert error.splitlines()[0].endswith(where), error
+
+
+def test_no_tensors_on_one_rank(ranks: Ranks) -> None:
+    for _, error in ranks.answers("call", last=dict.fromkeys("qkv")):
+        assert error is not None and error.startswith("TypeError: q: expected a tensor, got NoneType"), error
+
+
+def test_agreement_is_one_small_all_gather(ranks: Ranks) -> None:
+    assert ranks.run("collectives_of_a_call") == [[(16,)]] * ranks.world
+
+
 UNLIKE = {
     "rows": ({"q": torch.zeros(1, 6, 2, 8)}, "q: expected the same on every rank, ((1, 4, 2, 8), 'torch.float32')"),
     "keys": ({"k": torch.zeros(1, 6, 2, 8), "v": torch.zeros(1, 6, 2, 8)}, "k: expected the same on every rank"),
@@ -284,8 +334,26 @@ def test_parts_that_do_not_fit(ranks: Ranks) -> None:
         for _, error in ranks.answers("cut", rows=12 * ranks.world + 1, sharding=sharding):
             if chunks * ranks.world > 1:
                 assert error.startswith(f"ValueError: x: expected a multiple of {chunks * ranks.world} rows"), error
-    for _, error in ranks.answers("gather", last_rows=6):
+    for _, error in ranks.answers("gather", x=torch.zeros(1, 6, 2)):
         assert ranks.world == 1 or error.startswith("ValueError: x: expected the same on every rank"), error
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ({"x": None}, "TypeError: x: expected a tensor, got NoneType"),
+        ({"x": torch.zeros(1, 3, 2)}, "ValueError: x: expected an even number of rows"),
+        ({"dim": 3}, "IndexError: "),
+    ],
+)
+def test_bad_parts_on_one_rank(ranks: Ranks, last: dict, message: str) -> None:
+    for _, error in ranks.answers("gather", **last):
+        assert error is not None and error.startswith(message), error
+
+
+def test_ranks_that_make_different_calls(ranks: Ranks) -> None:
+    for _, error in ranks.answers("another_call_on_the_last"):
+        assert ranks.world == 1 or error.startswith("ValueError: call: expected the same on every rank"), error
 
 
 def test_without_a_group() -> None:
