@@ -14,10 +14,13 @@ namespace {
 
 constexpr int ROWS_AT_MOST = 12;  // from about there on the forward kernel's tiles of queries cost less
 constexpr int BLOCK = 64;         // keys
-constexpr int ROWS_OF_VALUES = 8;
-constexpr int AHEAD = 16;  // rows between what is computed and what is asked for: enough for memory, within L2
-constexpr int LINE = 64;   // bytes that memory brings at once
-static_assert(BLOCK % (2 * LANES) == 0 && BLOCK % ROWS_OF_VALUES == 0);
+constexpr int MOST_VALUES = 8;    // rows of values that are added up at once
+constexpr int LINE = 64;          // bytes that memory brings at once
+static_assert(BLOCK % (2 * LANES) == 0 && BLOCK % MOST_VALUES == 0);
+
+// Rows between what is computed and what is asked for: enough for memory, within L1.
+template <class S>
+constexpr int AHEAD = QUANTISED<S> ? 16 : 8;
 
 // Whether stored numbers are multiplied as bytes.
 template <class P, class S>
@@ -28,12 +31,41 @@ constexpr bool BYTES<BFloat16, int8_t> = true;
 static_assert(BLOCK == 64);
 #endif
 
-// Asks for what a row that comes soon has where SIZE bytes of this one, from byte `at` on, are computed. One line
-// between two products overlaps with them; a burst fills the queue of misses, and the products wait behind it.
+// Asks for what a head that comes soon has where SIZE bytes of one, from byte `at` on, are computed. One line between
+// two products overlaps with them; a burst fills the queue of misses, and the products wait behind it.
 template <int SIZE>
 inline void ask_for(const void* soon, int64_t at) {
   if (SIZE >= LINE || at % LINE == 0) __builtin_prefetch((const char*)soon + at);
 }
+
+// Heads of rows that come soon, as many as are computed. Where several queries of a head are, those in the order of
+// memory, whatever that of the products, so that hardware prefetchers help; else those at the same places.
+template <class S>
+struct Ahead {
+  const S* const* rows;
+  int64_t count, heads, stride;
+  bool in_order;
+  int64_t row = 0, head = 0;
+
+  Ahead(const S* const* rows, int64_t count, int64_t heads, int64_t stride, int64_t queries)
+      : rows(rows), count(count), heads(heads), stride(stride), in_order(!QUANTISED<S> && queries > 1) {}
+
+  // For products of H heads from kv on, of ROWS rows from the n-th on.
+  template <int H, int ROWS>
+  void take(const S** to, int64_t n, int64_t kv) {
+    if (!in_order) {
+      for (int h = 0; h < H; ++h)
+        for (int r = 0; r < ROWS; ++r) to[h * ROWS + r] = rows[n + r] + (kv + h) * stride;
+      return;
+    }
+    for (int c = 0; c < H * ROWS; ++c) {
+      to[c] = rows[row] + head * stride;
+      if (++head < heads) continue;
+      head = 0;
+      if (row + 1 < count) ++row;
+    }
+  }
+};
 
 // A vector of the product's units from stored elements.
 template <class P, class S>
@@ -109,7 +141,7 @@ inline void across_lanes(vfloat (&v)[Q], const Combine& combine) {
 }
 
 // scores[(h * queries + q) * BLOCK + n] = <q, k_n> for H kv heads, Q queries of each and GROUP keys: LANES products,
-// each summed over a vector of its own until the end. Asks for as many keys at `soon`.
+// each summed over a vector of its own until the end. Asks for as many heads at `soon`.
 template <class P, class S, int H, int Q>
 void dot_keys(const typename P::unit* queries, int64_t queries_a_kv, int64_t units, const S* const* rows,
               const S* const* soon, int64_t head_stride, float* scores) {
@@ -123,7 +155,7 @@ void dot_keys(const typename P::unit* queries, int64_t queries_a_kv, int64_t uni
 #pragma GCC unroll 16
       for (int g = 0; g < GROUP; ++g) {
         key[g] = Units<P, S>::load(rows[g] + h * head_stride + x * P::STEP);
-        ask_for<LANES * P::STEP * sizeof(S)>(soon[g] + h * head_stride, x * P::STEP * sizeof(S));
+        ask_for<LANES * P::STEP * sizeof(S)>(soon[h * GROUP + g], x * P::STEP * sizeof(S));
       }
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) {
@@ -144,9 +176,8 @@ void dot_keys(const typename P::unit* queries, int64_t queries_a_kv, int64_t uni
       memcpy(scores + (h * queries_a_kv + q) * BLOCK, products + (h * Q + q) * GROUP, GROUP * sizeof(float));
 }
 
-// out[q * dims + x] = factor[q] * out + sum over ROWS_OF_VALUES keys of weights[q][n] * v_n[x]. Asks for as many at
-// `soon`.
-template <class P, class S, int Q>
+// out[q * dims + x] = factor[q] * out + sum over ROWS keys of weights[q][n] * v_n[x]. Asks for as many heads at `soon`.
+template <class P, class S, int Q, int ROWS>
 struct Accumulate {
   static void run(const typename P::unit* weights, const S* const* rows, const S* const* soon, int64_t offset,
                   int64_t dims, float* out, const float* factor) {
@@ -163,13 +194,13 @@ struct Accumulate {
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
       for (int w = 0; w < WIDE; ++w) sum[q][w] = load<vfloat>(out + q * dims + x + w * LANES) * factor[q];
-    for (int n = 0; n < ROWS_OF_VALUES; ++n) {
+    for (int n = 0; n < ROWS; ++n) {
       const S* from = rows[n] + offset + x;
       vfloat value[WIDE];
 #pragma GCC unroll 4
       for (int w = 0; w < WIDE; ++w) {
         value[w] = widen(from + w * LANES);
-        ask_for<LANES * sizeof(S)>(soon[n] + offset, (x + w * LANES) * sizeof(S));
+        ask_for<LANES * sizeof(S)>(soon[n], (x + w * LANES) * sizeof(S));
       }
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) {
@@ -188,8 +219,8 @@ struct Accumulate {
 #if defined(__AVX512BF16__)
 // Neighbouring keys are one unit: their rows are interleaved within 128 bits, which orders the accumulator as `place`
 // says.
-template <class S, int Q>
-struct Accumulate<BFloat16, S, Q> {
+template <class S, int Q, int ROWS>
+struct Accumulate<BFloat16, S, Q, ROWS> {
   static void run(const uint32_t* pairs, const S* const* rows, const S* const* soon, int64_t offset, int64_t dims,
                   float* out, const float* factor) {
     int64_t x = 0;
@@ -205,14 +236,14 @@ struct Accumulate<BFloat16, S, Q> {
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
       for (int w = 0; w < WIDE; ++w) sum[q][w] = load<vfloat>(out + q * dims + x + w * LANES) * factor[q];
-    for (int n = 0; n < ROWS_OF_VALUES; n += 2) {
+    for (int n = 0; n < ROWS; n += 2) {
       vuint value[WIDE];
 #pragma GCC unroll 2
       for (int c = 0; c < CHUNKS; ++c) {
         const int64_t at = x + c * 2 * LANES;
         const __m512i first = (__m512i)Units<BFloat16, S>::load(rows[n] + offset + at);
         const __m512i second = (__m512i)Units<BFloat16, S>::load(rows[n + 1] + offset + at);
-        for (int r = n; r < n + 2; ++r) ask_for<2 * LANES * sizeof(S)>(soon[r] + offset, at * sizeof(S));
+        for (int r = n; r < n + 2; ++r) ask_for<2 * LANES * sizeof(S)>(soon[r], at * sizeof(S));
         value[2 * c] = (vuint)_mm512_unpacklo_epi16(first, second);
         value[2 * c + 1] = (vuint)_mm512_unpackhi_epi16(first, second);
       }
@@ -389,13 +420,13 @@ inline void ask_for_head(const S* row, int64_t dim) {
 template <class P, class S>
 void dot_block(const typename P::unit* queries, const float* query_units, int64_t heads, int64_t count, int64_t units,
                int64_t dims, const S* const* rows, const S* const* soon, int64_t head_stride, int keys, float* scores) {
+  Ahead<S> ahead(soon, keys, heads, head_stride, count);
+  const S* after[LANES];
   const auto some = [&]<int H, int Q>(int64_t kv, int64_t m, int n) {
     constexpr int GROUP = LANES / (H * Q);
-    const S *at[GROUP], *after[GROUP];
-    for (int g = 0; g < GROUP; ++g) {
-      at[g] = rows[n + g] + kv * head_stride;
-      after[g] = soon[n + g] + kv * head_stride;
-    }
+    const S* at[GROUP];
+    for (int g = 0; g < GROUP; ++g) at[g] = rows[n + g] + kv * head_stride;
+    if (m == 0) ahead.template take<H, GROUP>(after, n, kv);
     const int64_t first = kv * count + m;
     float* to = scores + first * BLOCK + n;
     if constexpr (BYTES<P, S>)
@@ -474,10 +505,10 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
       v_rows[n] = v;
     }
     for (int64_t n = 0, j = j0 + keys; n < BLOCK; ++n) {  // after the block's keys come its values, then more keys
-      const bool inside = n + AHEAD < BLOCK;
+      const bool inside = n + AHEAD<S> < BLOCK;
       if (!inside && j++ < key_end) step();
-      k_soon[n] = inside ? k_rows[n + AHEAD] : v_rows[n + AHEAD - BLOCK];
-      v_soon[n] = inside ? v_rows[n + AHEAD] : k;
+      k_soon[n] = inside ? k_rows[n + AHEAD<S>] : v_rows[n + AHEAD<S> - BLOCK];
+      v_soon[n] = inside ? v_rows[n + AHEAD<S>] : k;
     }
   };
   const auto next = [&](int64_t from) { return span.next(task.row, row_end, from); };
@@ -506,22 +537,34 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
                               scaled_values ? s.v_scales : nullptr, s.factor + at);
       });
     }
-    for (int64_t n = 0; n < keys; n += ROWS_OF_VALUES)
-      for (int64_t kv = 0; kv < heads; ++kv) {
-        if constexpr (WHOLE)
-          for (int r = 0; r < ROWS_OF_VALUES; ++r) ask_for_head(v_soon[n + r] + kv * pages.v.head, dims);
-        in_fours(count, [&]<int Q>(int64_t m) {
-          static constexpr float ones[4] = {1, 1, 1, 1};
-          const int64_t at = kv * count + m;
-          const float* factor = n == 0 ? s.factor + at : ones;
+    const auto add = [&]<int ROWS>() {
+      Ahead<S> ahead(v_soon, keys, heads, pages.v.head, count);
+      const S* after[ROWS];
+      for (int64_t n = 0; n < keys; n += ROWS)
+        for (int64_t kv = 0; kv < heads; ++kv) {
+          ahead.template take<1, ROWS>(after, n, kv);
           if constexpr (WHOLE)
-            add_values<ROWS_OF_VALUES, Q>(s.scores + at * BLOCK, BLOCK, int(n), v_rows + n, kv * pages.v.head, width,
-                                          dims, s.out + at * width, factor);
-          else
-            Accumulate<P, S, Q>::run((const unit_t*)s.scores + at * BLOCK + n / P::STEP, v_rows + n, v_soon + n,
-                                     kv * pages.v.head, dims, s.out + at * dims, factor);
-        });
+            for (const S* head : after) ask_for_head(head, dims);
+          in_fours(count, [&]<int Q>(int64_t m) {
+            static constexpr float ones[4] = {1, 1, 1, 1};
+            const int64_t at = kv * count + m;
+            const float* factor = n == 0 ? s.factor + at : ones;
+            if constexpr (WHOLE)
+              add_values<ROWS, Q>(s.scores + at * BLOCK, BLOCK, int(n), v_rows + n, kv * pages.v.head, width, dims,
+                                  s.out + at * width, factor);
+            else
+              Accumulate<P, S, Q, ROWS>::run((const unit_t*)s.scores + at * BLOCK + n / P::STEP, v_rows + n, after,
+                                             kv * pages.v.head, dims, s.out + at * dims, factor);
+          });
+        }
+    };
+    // With queries of several heads, memory is waited for, and best read row by row; with more, products are.
+    if constexpr (!QUANTISED<S>)
+      if (count > 1 && count <= 4) {
+        add.template operator()<8 / sizeof(S)>();
+        continue;
       }
+    add.template operator()<MOST_VALUES>();
   }
 
   const bool is_final = task.slot < 0;
