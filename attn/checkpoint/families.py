@@ -52,6 +52,8 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
     "Gemma2ForCausalLM": GPT,
     "Gemma3ForCausalLM": GPT,
     **{f"{kind}ForConditionalGeneration": Seq2Seq for kind in ("T5", "MT5", "UMT5", "Bart")},
+    **{f"{kind}Model": Seq2Seq for kind in ("T5", "MT5", "UMT5", "Bart")},
+    "T5WithLMHeadModel": Seq2Seq,
     **{f"{kind}EncoderModel": Encoder for kind in ("T5", "MT5", "UMT5")},
 }
 

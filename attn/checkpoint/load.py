@@ -40,7 +40,7 @@ def load_checkpoint(
 
     directory: holds config.json and model.safetensors, or model.safetensors.index.json and its shards.
     architecture: Bert, BertMaskedLM, BertClassifier, GPT, Seq2Seq or Encoder, of several the first that the kind of model can
-        be; by default what config.json's `architectures` names.
+        be; by default what config.json's `architectures` names, or the first of its kind.
     dtype: of the weights; by default as stored.
     Raises FileNotFoundError where a file is missing, ValueError for a pickle, an unknown architecture or option, and
     missing, unexpected or wrongly shaped tensors.
@@ -73,7 +73,8 @@ def from_tensors(
     with torch.device("meta"):
         model = made(plan.config)
     weights = assemble(model.state_dict(), stored, plan.modules, family.transposed, where)
-    weights = {name: tensor.to(device=device, dtype=dtype or tensor.dtype) for name, tensor in weights.items()}
+    converted = {id(tensor): tensor.to(device=device, dtype=dtype or tensor.dtype) for tensor in weights.values()}
+    weights = {name: converted[id(tensor)] for name, tensor in weights.items()}  # tied ones once
     model.load_state_dict(weights, assign=True)
     if isinstance(model, (BertMaskedLM, GPT, Seq2Seq)):
         model.tie_weights()  # assignment parted them
@@ -84,16 +85,15 @@ def model_of(
     config: Mapping[str, Any], architecture: type[nn.Module] | tuple[type[nn.Module], ...] | None, where: str
 ) -> tuple[type[nn.Module], Family]:
     """Which model a config stands for, and how it is stored."""
-    named, model_type = (config.get("architectures") or ["?"])[0], config.get("model_type")
-    if architecture is None and named not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"architectures: expected one of {known} in the config.json of {where}, got {named}")
+    named, model_type = (config.get("architectures") or [None])[0], config.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type: expected one of {', '.join(FAMILIES)} in the config.json of {where}, got {model_type}"
-        )
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model_type: expected one of {known} in the config.json of {where}, got {model_type}")
     family = FAMILIES[model_type]
-    wanted = architecture or ARCHITECTURES[named]
+    if architecture is None and named is not None and ARCHITECTURES.get(named) not in family.models:
+        known = ", ".join(name for name, made in ARCHITECTURES.items() if made in family.models)
+        raise ValueError(f"architectures: expected one of {known} in the config.json of {where}, got {named}")
+    wanted = architecture or (family.models[0] if named is None else ARCHITECTURES[named])
     several = wanted if isinstance(wanted, tuple) else (wanted,)
     for made in several:
         if made in family.models:

@@ -52,7 +52,10 @@ WORD, HEAD = "shared.weight", "lm_head.weight"
 
 def start_token(raw: Mapping[str, Any], default: int) -> int:
     given = raw.get("decoder_start_token_id")
-    return default if given is None else given
+    token = default if given is None else given
+    if not isinstance(token, int) or not 0 <= token < need(raw, "vocab_size"):
+        raise ValueError(f"decoder_start_token_id: expected an id below vocab_size in config.json, got {token!r}")
+    return token
 
 
 def t5_config(raw: Mapping[str, Any]) -> Seq2SeqConfig:
@@ -76,7 +79,9 @@ def t5_config(raw: Mapping[str, Any]) -> Seq2SeqConfig:
         buckets=raw.get("relative_attention_num_buckets", 32),
         max_distance=raw.get("relative_attention_max_distance", 128),
         biased_layers="each" if raw.get("model_type") == "umt5" else "first",
-        activation="gelu_tanh" if (kind, name) == ("gated", "gelu") else activation({"name": name}, "name", name),
+        activation="gelu_tanh"
+        if (kind, name) == ("gated", "gelu")
+        else activation({"feed_forward_proj": name}, "feed_forward_proj", name),
         gated=kind == "gated",
         logit_scale=hidden**-0.5 if scaled else 1.0,
         start_token=start_token(raw, raw.get("pad_token_id") or 0),

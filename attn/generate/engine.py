@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tokenizers import Tokenizer
@@ -81,6 +82,8 @@ class Engine:
             wrong_value("max_sequences", "1 or more", max_sequences)
         if token_budget < max_sequences:
             wrong_value("token_budget", f"at least max_sequences ({max_sequences})", token_budget)
+        if not callable(getattr(model, "opening", None)):
+            wrong_type("model", "one that generates (GPT or Seq2Seq)", type(model).__name__)
         if any(module.training for module in model.modules()):
             wrong_value("model", "eval mode (model.eval())", "training mode, in which dropout changes tokens")
         if cache is not None:
@@ -126,7 +129,7 @@ class Engine:
         opening = self.model.opening(tokens, self.cache.page_size, bidirectional_prefix)
         room = self._room(opening)
         if room < 1 or not tokens:
-            wrong_value("prompt", f"1 to {len(opening.tokens) + room - 1} tokens", len(opening.tokens))
+            self._refuse(tokens)
         if params.sequences > self._scheduler.max_sequences:
             name = "beam_width" if params.beams else "n"
             wrong_value(name, f"at most max_sequences ({self._scheduler.max_sequences})", params.sequences)
@@ -296,6 +299,18 @@ class Engine:
         capacity = self.cache.num_pages * self.cache.page_size
         most = capacity if opening.max_length is None else min(opening.max_length, capacity)
         return most - len(opening.tokens)
+
+    def _refuse(self, prompt: list[int]) -> NoReturn:
+        """Says how long a prompt may be."""
+        page_size = self.cache.page_size
+
+        def too_long(n: int) -> bool:
+            return self._room(self.model.opening([0] * n, page_size)) < 1
+
+        most = bisect_left(range(1, self.cache.num_pages * page_size + 1), True, key=too_long)
+        if not most:
+            wrong_value("cache", "pages for a prompt and a token", f"{self.cache.num_pages} of {page_size} slots")
+        wrong_value("prompt", f"1 to {most} tokens", len(prompt))
 
     def _compute(self, work: list[Work]) -> tuple[list[int], Tensor]:
         """Runs the model over a step. Where each work's rows of logits begin (-1: it has none), and all of them."""
@@ -518,7 +533,7 @@ def cache_for(
     weight, (layers, heads_kv, head_dim) = model.head.weight, model.cache_shape
     if num_pages is None:
         pages = POOL_BYTES // (2 * layers * heads_kv * head_dim * weight.element_size() * page_size)
-        most = pages if model.max_length is None else max_sequences * -(-model.max_length // page_size)
-        num_pages = max(1, min(most, pages))
+        each = model.most_pages(page_size)
+        num_pages = max(1, pages if each is None else min(max_sequences * each, pages))
     shape = (layers, num_pages, page_size, heads_kv, head_dim)
     return PagedKVCache(*shape, dtype=weight.dtype, device=weight.device, **options)

@@ -225,6 +225,10 @@ class GPT(nn.Module):
         scaling, most = self.config.rope_scaling, self.config.max_positions
         return min(scaling.original_max_positions, most) if scaling is not None and scaling.is_long(most) else most
 
+    def most_pages(self, page_size: int) -> int:
+        """Of a sequence in a paged cache at most."""
+        return -(-self.max_length // page_size)
+
     def opening(self, prompt: Sequence[int], page_size: int, bidirectional_prefix: int = 0) -> Opening:
         """A prompt is itself, and goes on."""
         return Opening(list(prompt), bidirectional_prefix, self.max_length, prompt)

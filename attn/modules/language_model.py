@@ -30,9 +30,8 @@ class LanguageModel(Protocol):
     def cache_shape(self) -> tuple[int, int, int]:
         """Layers, heads_kv and head_dim of its keys and values."""
 
-    @property
-    def max_length(self) -> int | None:
-        """Tokens of a sequence in the cache at most."""
+    def most_pages(self, page_size: int) -> int | None:
+        """Pages, of so many tokens, of a sequence in the cache at most; None: as many as there are."""
 
     @property
     def head(self) -> nn.Linear: ...

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import wrong_value
+from ..checks import contents_are_readable, wrong_value
 from ..functional import varlen_attention
 from ..mask import Mask, causal, full
 from ..paged.functional import paged_append, paged_attention
@@ -110,6 +110,8 @@ class PagedPairs:
     def of(cls, cache: PagedKVCache, batch: PagedBatch, batch_invariant: bool) -> PagedPairs:
         if batch.in_fixed_buffers:
             wrong_value("batch", "one with tensors of its own", "one in fixed buffers")
+        if not all(seq.bidirectional_prefix for seq in batch.seqs):
+            wrong_value("batch", "sequences with a source, their bidirectional prefix", "one without")
         source, target = halves(batch)
 
         def plan(keys: Half, mask: Mask) -> Tensor | None:
@@ -143,7 +145,11 @@ class PagedPairs:
             if not all(self.target.new):
                 wrong_value("rows", "the rows wanted, where a target has no new token", None)
             return self.target.cu_seqlens[1:].long() - 1
-        return torch.searchsorted(self.target.index, rows)
+        index = self.target.index
+        found = torch.searchsorted(index, rows)
+        if contents_are_readable(rows) and not torch.isin(rows, index).all():
+            wrong_value("rows", "tokens of targets", rows.tolist())
+        return found
 
     def _append(self, layer: Seq2SeqLayer, k: Tensor, v: Tensor, half: Half) -> None:
         pages, scales = self._layer(layer)

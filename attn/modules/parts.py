@@ -27,7 +27,10 @@ def gate(x: Tensor, activation: str, gated: bool, by_row: bool = False) -> Tenso
     by_row: torch computes the last elements of a thread's share otherwise than those before them.
     """
     first, second = x.chunk(2, -1) if gated else (x, None)
-    first = torch.stack([activate(row, activation) for row in first]) if by_row else activate(first, activation)
+    if by_row and len(first):
+        first = torch.stack([activate(row, activation) for row in first])
+    else:
+        first = activate(first, activation)
     return first if second is None else first * second
 
 

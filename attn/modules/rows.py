@@ -268,14 +268,14 @@ def is_causal(mask: Mask) -> bool:
     return mask.left is None and mask.right == 0 and isinstance(mask.prefix, int) and mask.prefix == 0
 
 
-def check_seqlens(seqlens: Tensor, batch: int, seqlen: int, least: int = 0) -> None:
+def check_seqlens(seqlens: Tensor, batch: int, seqlen: int, least: int = 0, name: str = "seqlens") -> None:
     """Kind and shape always, contents where they are readable (a longer one is cut to seqlen)."""
-    check_tensor("seqlens", seqlens)
+    check_tensor(name, seqlens)
     if seqlens.is_floating_point() or seqlens.is_complex() or seqlens.dtype == torch.bool:
-        wrong_type("seqlens", "integers", seqlens.dtype)
+        wrong_type(name, "integers", seqlens.dtype)
     if seqlens.shape != (batch,):
-        raise ValueError(f"seqlens: expected shape ({batch},), got {tuple(seqlens.shape)}")
+        raise ValueError(f"{name}: expected shape ({batch},), got {tuple(seqlens.shape)}")
     if contents_are_readable(seqlens):
         for length in seqlens.tolist():
             if not least <= length <= seqlen:
-                raise ValueError(f"seqlens: expected {least} to {seqlen}, got {length}")
+                raise ValueError(f"{name}: expected {least} to {seqlen}, got {length}")

@@ -1,5 +1,5 @@
 """An encoder and a decoder that reads it: T5 (Raffel et al. 2020, arXiv 1910.10683) and its relatives mT5, Flan-T5 and UMT5;
-BART (Lewis et al. 2019, arXiv 1910.13461) and mBART (2001.08210).
+BART (Lewis et al. 2019, arXiv 1910.13461).
 
 The encoder sees all of itself, the decoder its past and all of the encoder: three spans, and the same kernels.
 Shapes in comments: B batch, S source's and N target's seqlen, T tokens without padding, C hidden, H heads, D head_dim.
@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import wrong_value
@@ -21,12 +22,22 @@ from .distances import DistanceBias
 from .language_model import Opening
 from .paged_pairs import PagedPairs
 from .parts import check_activation, gate, init_weights
-from .rows import Rows, Scores
+from .rows import Rows, Scores, check_seqlens
 
 if TYPE_CHECKING:
     from ..cache import PagedBatch, PagedKVCache
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+class RMSNorm(nn.RMSNorm):
+    """Of float32 too where the weight is float16, as which the result comes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype or self.weight.dtype != torch.float16:
+            return super().forward(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Seq2SeqConfig:
     tied: bool = True  # the head's matrix is the embedding
     scale: float | None = 1.0  # of the scores; None: head_dim ** -0.5
     embedding_scale: float = 1.0
-    logit_scale: float = 512**-0.5
+    logit_scale: float | None = None  # None: hidden ** -0.5
     start_token: int = 0  # that a target begins with
     eps: float = 1e-6
     dropout: float = 0.1
@@ -153,7 +164,10 @@ class Seq2SeqLayer(nn.Module):
 
     def feed(self, x: Tensor, by_row: bool = False) -> Tensor:
         y = gate(self.up(self.before(self.norm, x)), self.config.activation, self.config.gated, by_row)
-        return self.after(self.norm, x + self.dropout(self.down(self.inner_dropout(y))))
+        y = self.inner_dropout(y)
+        # What T5's MLPs add is beyond float16: there the product, and the sums, are float32.
+        y = F.linear(y.float(), self.down.weight.float()) if x.dtype != y.dtype == torch.float16 else self.down(y)
+        return self.after(self.norm, x + self.dropout(y))
 
     def before(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x) if self.config.pre_norm else x
@@ -187,6 +201,8 @@ class Stack(nn.Module):
         if self.position is not None:
             x = x + self.position(positions)
         x = self.dropout(tokens.apply(self.embedding_norm, x))
+        if x.dtype == torch.float16 and self.config.norm == "rms":
+            x = x.float()
         biases = [table() for table in self.distances] or [None]
         for index, layer in enumerate(self.layers):
             x = layer(x, biases[index % len(biases)], tokens)
@@ -289,6 +305,10 @@ class Seq2Seq(nn.Module):
     ) -> Tensor:
         """Logits (B, N, vocab_size). ids int64 (B, S) with attention_mask (B, S) or seqlens (B,); targets int64 (B, N), which
         begin with config.start_token, padded on the right to N where target_seqlens int32 (B,) is given."""
+        if targets.dim() != 2:
+            wrong_value("targets", "shape (batch, seqlen)", tuple(targets.shape))
+        if target_seqlens is not None:
+            check_seqlens(target_seqlens, targets.shape[0], targets.shape[1], name="target_seqlens")
         states, source = self.encoder.encode(ids, attention_mask, seqlens, attention)
         rows = Rows.of(targets, causal(), attention, seqlens=target_seqlens)
         check_length("targets", rows.seqlen, self.config)
@@ -299,7 +319,8 @@ class Seq2Seq(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Of last hidden states (..., C)."""
-        return self.head(x if self.config.logit_scale == 1 else x * self.config.logit_scale)
+        scale = self.config.hidden**-0.5 if self.config.logit_scale is None else self.config.logit_scale
+        return self.head(x if scale == 1 else x * scale)
 
     @property
     def vocab_size(self) -> int:
@@ -310,10 +331,10 @@ class Seq2Seq(nn.Module):
         """Layers, heads and head_dim of the decoder's keys and values."""
         return self.config.decoder_layers, self.config.heads, self.config.head_dim
 
-    @property
-    def max_length(self) -> int | None:
-        """Tokens of a source and a target in a cache at most; None: no limit."""
-        return None if self.config.max_positions is None else 2 * self.config.max_positions
+    def most_pages(self, page_size: int) -> int | None:
+        """Of a source and a target in a cache at most; None: no limit."""
+        limit = self.config.max_positions
+        return None if limit is None else 2 * -(-limit // page_size)
 
     def opening(self, prompt: Sequence[int], page_size: int, bidirectional_prefix: int = 0) -> Opening:
         """A prompt is the source. The target begins on a page of its own: slots between hold nothing that is read."""
@@ -350,9 +371,12 @@ class Seq2Seq(nn.Module):
             states = self.encoder.stack(x, pairs.source.positions, pairs.new_sources)
             for layer in cast("Iterable[Seq2SeqLayer]", self.decoder.layers):
                 pairs.append_source(layer, *pairs.apply(layer.source_keys, states).unbind(-3))
+        wanted = pairs.rows_of(rows)
+        if not len(pairs.target.index):
+            return self.head.weight.new_empty(0, self.vocab_size)
         x = self.encoder.embed(ids.index_select(0, pairs.target.index))
         x = self.decoder(x, pairs.target.positions, pairs)
-        return pairs.apply(self.logits, x.index_select(0, pairs.rows_of(rows)))
+        return pairs.apply(self.logits, x.index_select(0, wanted))
 
 
 def check(config: Seq2SeqConfig) -> None:
@@ -362,6 +386,15 @@ def check(config: Seq2SeqConfig) -> None:
         raise ValueError("max_positions: expected a number with learned positions, got None")
     if config.biased_layers not in ("first", "each"):
         raise ValueError(f"biased_layers: expected first or each, got {config.biased_layers!r}")
+    if (
+        config.positions == "distances" and config.buckets < 4
+    ):  # one of each side for distances 0 and more, and one to share
+        raise ValueError(f"buckets: expected 4 or more, got {config.buckets}")
+    if config.positions == "distances" and config.max_distance <= config.buckets // 2:
+        least = config.buckets // 2 + 1  # half of a decoder's buckets are for distances of their own
+        raise ValueError(
+            f"max_distance: expected {least} or more with {config.buckets} buckets, got {config.max_distance}"
+        )
     if config.norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {config.norm!r}")
     check_activation(config.activation)

@@ -135,6 +135,34 @@ def test_a_head_of_its_own_and_a_start_from_generation_config(save, ragged, targ
         load_checkpoint(folder, GPT)
 
 
+@pytest.mark.parametrize("named", ["BartModel", "T5Model", "T5WithLMHeadModel", None])
+def test_names_of_older_checkpoints(save, named):
+    _, folder = save(("Bart" if named == "BartModel" else "T5") + "ForConditionalGeneration")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": named and [named]}))
+    assert isinstance(load_checkpoint(folder), Seq2Seq)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["T5ForTokenClassification"]},
+            "architectures: expected one of T5ForConditionalGeneration, .* got T5",
+        ),
+        ({"feed_forward_proj": "gated-foo"}, "feed_forward_proj: expected one of .* got 'foo'"),
+        ({"decoder_start_token_id": 500}, "decoder_start_token_id: expected an id below vocab_size .* got 500"),
+        ({"decoder_start_token_id": [0]}, "decoder_start_token_id: expected an id"),
+    ],
+)
+def test_what_a_config_may_not_say(save, changes, message):
+    _, folder = save("T5ForConditionalGeneration")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(folder)
+
+
 def greedy(theirs, ids, seqlens, count):
     """Of each source alone: transformers' position biases of padded batches are checked above."""
     theirs.generation_config.eos_token_id = theirs.generation_config.forced_eos_token_id = None
@@ -270,8 +298,18 @@ def test_what_is_refused(small):
     engine = Engine(small, cache=cache_for(small, 6, 4))
     with pytest.raises(ValueError, match="bidirectional_prefix: expected 0, for an encoder sees all"):
         engine.submit([4, 5], bidirectional_prefix=1)
-    with pytest.raises(ValueError, match="prompt: expected 1 to 23 tokens, got 25"):
-        engine.submit(list(range(22)))
+    for length in (21, 22, 24, 40):
+        with pytest.raises(ValueError, match=f"prompt: expected 1 to 20 tokens, got {length}"):
+            engine.submit([5] * length)
+    engine.submit([5] * 20)
+    with pytest.raises(ValueError, match="cache: expected pages for a prompt and a token, got 1 of 16 slots"):
+        Engine(small, cache=cache_for(small, 1, 16), max_sequences=1).submit([5])
+    with pytest.raises(TypeError, match=r"model: expected one that generates \(GPT or Seq2Seq\), got Encoder"):
+        Engine(small.encoder)
+    with pytest.raises(ValueError, match="targets: expected shape"):
+        small(ids, ids[0])
+    with pytest.raises(ValueError, match="target_seqlens: expected 0 to 5, got 6"):
+        small(ids, ids, target_seqlens=torch.tensor([5, 6]))
     with pytest.raises(ValueError, match="prompt: expected 1 token or more, got 0"):
         engine.submit([])
     config = Seq2SeqConfig.bart(vocab_size=97, hidden=48, layers=1, decoder_layers=1, heads=4, head_dim=12, inner=64)
@@ -289,11 +327,64 @@ def test_what_is_refused(small):
         small.step(torch.zeros(8, dtype=torch.int64), cache, cache.batch([seq], out=buffers))
     with pytest.raises(ValueError, match="rows: expected the rows wanted, where a target has no new token"):
         small.step(torch.tensor([4, 5, 6]), cache, cache.batch([seq], [3]))
-    for wrong in ({"positions": "rotary"}, {"biased_layers": "all"}, {"norm": "batch"}, {"activation": "tanh"}):
+    with pytest.raises(ValueError, match=r"rows: expected tokens of targets, got \[2\]"):
+        small.step(torch.tensor([4, 5, 6, 0, 0]), cache, cache.batch([seq]), torch.tensor([2]))
+    with pytest.raises(ValueError, match="batch: expected sequences with a source"):
+        small.step(torch.tensor([4, 5]), cache, cache.batch([cache.add([4, 5])]))
+    for wrong in (
+        {"buckets": 3},
+        {"max_distance": 16},
+        {"positions": "rotary"},
+        {"biased_layers": "all"},
+        {"norm": "batch"},
+        {"activation": "tanh"},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             Seq2Seq(Seq2SeqConfig.t5(**wrong))
     with pytest.raises(ValueError, match="max_positions: expected a number with learned positions"):
         Seq2Seq(Seq2SeqConfig.t5(positions="learned"))
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_sources_longer_than_a_step(small, batch_invariant):
+    """The step ends with the source, or within what fills its last page."""
+    expected = Engine(small, cache=cache_for(small, 40, 4)).generate([[5, 6, 7] * 7], SamplingParams(max_tokens=5))
+    for budget in (1, 8, 21, 22):
+        options = {"token_budget": budget, "max_sequences": 1, "batch_invariant": batch_invariant}
+        engine = Engine(small, cache=cache_for(small, 40, 4), **options)
+        found = engine.generate([[5, 6, 7] * 7], SamplingParams(max_tokens=5))
+        assert found[0].tokens == expected[0].tokens, budget
+
+
+def test_the_default_cache_has_room_for_the_longest_pair():
+    config = Seq2SeqConfig.bart(vocab_size=97, hidden=48, layers=1, decoder_layers=1, heads=4, head_dim=12, inner=64)
+    bart = Seq2Seq(dataclasses.replace(config, max_positions=10)).eval()
+    for page_size in (1, 4, 16, 100):
+        cache = cache_for(bart, page_size=page_size, max_sequences=1)
+        (request,) = Engine(bart, cache=cache, max_sequences=1).generate([[5] * 10], SamplingParams(max_tokens=99))
+        assert len(request.tokens) == 9 and cache.num_pages == 2 * -(-10 // page_size)
+
+
+def test_what_is_beyond_float16_in_a_t5(save, ragged):
+    """MLPs that add so much are usual in large T5s; transformers computes their second product in float32 too."""
+    theirs, folder = save("T5ForConditionalGeneration", feed_forward_proj="gated-gelu")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {n: t * 30000 if n.endswith("wo.weight") else t for n, t in tensors.items()}, folder / "model.safetensors"
+    )
+    ids, _, attention_mask = ragged
+    exact, half = load_checkpoint(folder).encoder, load_checkpoint(folder, dtype=torch.float16)
+    states = exact.stack.layers[-1].register_forward_hook(lambda *call: wide.append(call[2].abs().max().item()))
+    wide = []
+    expected = exact(ids, attention_mask)
+    states.remove()
+    assert max(wide) > 65504
+    found = half.encoder(ids, attention_mask)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    engine = Engine(half, cache=cache_for(half, 40, 4))
+    (request,) = engine.generate([[5, 6, 7]], SamplingParams(max_tokens=3))
+    assert request.error is None and len(request.tokens) == 3
 
 
 def test_a_step_that_computes_sources_alone(small):
