@@ -111,8 +111,9 @@ class Engine:
         """A new request; it runs in the steps to come. Waits for a step that is running; raises ValueError or TypeError,
         naming what is wrong.
 
-        prompt: what the text continues, or with an encoder its source. bidirectional_prefix: leading tokens of the prompt that all see each other. salt: pages are shared only between
-        requests of the same one. verifier: see `duplex_attn.generate.verify`. add_special_tokens: of a prompt in text.
+        prompt: what the text continues, or with an encoder its source. bidirectional_prefix: leading tokens of the prompt that
+            all see each other. salt: pages are shared only between requests of the same one. verifier: see
+            `duplex_attn.generate.verify`. add_special_tokens: of a prompt in text.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):

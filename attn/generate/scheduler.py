@@ -125,16 +125,17 @@ class Scheduler:
         return guesses
 
     def _add_chunk(self, work: list[Work], sample: Sample, budget: int) -> int:
-        """The tokens of the sample that the step computes. A bidirectional prefix is never split."""
+        """The tokens of the sample that the step computes. A bidirectional prefix is never split: what is left of the budget
+        may be less, but then no other chunk is in the step."""
         pending, seq = self._pending(sample), sample.seq
-        if budget <= 0 or pending <= 0 or seq is None:
+        if pending <= 0 or seq is None:
             return 0
         count = min(pending, budget)
         rest = seq.bidirectional_prefix - seq.committed
-        if count < rest:
-            if work and budget < self.token_budget:
-                return 0  # it waits for a step of its own
+        if count < rest and not any(one.count > 1 for one in work):
             count = rest
+        if count <= 0 or count < rest:
+            return 0
         work.append(Work(sample, count, ready=count == pending))
         return count
 
@@ -171,11 +172,13 @@ class Scheduler:
             self._hold(sample)
 
     def _put_out(self, request: Request) -> None:
-        """Gives the request's pages back. Beams keep what they computed: they could not catch up with each other."""
+        """Gives the request's pages back. Beams keep what they computed, as they could not catch up with each other, and several
+        samples, as each would bring the whole prompt again before one has computed it."""
+        several = request.params.beams or len(request.live) > 1
         for sample in request.live:
             seq = sample.seq
             if seq is not None and not seq.swapped:
-                if seq.committed > 0 if request.params.beams else self.swap and seq.committed > seq.cached:
+                if seq.committed > 0 if several else self.swap and seq.committed > seq.cached:
                     self.cache.swap_out(seq)
                 else:
                     self.release(sample)
