@@ -44,17 +44,17 @@ def test_younger_requests_do_not_pass_a_prefix_without_end(small: GPT) -> None:
     assert steps <= 3
 
 
-def test_one_step_has_one_prefix_that_exceeds_it(small: GPT) -> None:
+def test_a_step_that_exceeds_its_budget_has_no_other_chunk(small: GPT) -> None:
     engine = Engine(small, cache=cache_for(small, 400, 4), max_sequences=4, token_budget=8)
-    requests = [
-        engine.submit([n, *LONG], SamplingParams(max_tokens=2), bidirectional_prefix=len(LONG)) for n in range(3)
-    ]
-    begun = []
-    for _ in range(12):
+    requests = [engine.submit([4, 5, 6, 7], SamplingParams(max_tokens=9))]
+    for n in range(2):
+        requests.append(engine.submit([n, *LONG], SamplingParams(max_tokens=2), bidirectional_prefix=1 + len(LONG)))
+    computed = []
+    while not all(request.finished for request in requests):
         before = engine.stats().tokens_computed
         engine.step()
-        begun.append(engine.stats().tokens_computed - before)
-    assert all(request.finished for request in requests) and max(begun) <= len(LONG) + 8
+        computed.append(engine.stats().tokens_computed - before)
+    assert computed[:4] == [4, 1 + 31, 2 + 31, 2]
 
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
