@@ -60,7 +60,8 @@ class Engine:
     model: in eval mode, in float32, float16 or bfloat16. tokenizer: for text; without one, prompts are token ids.
     cache: None makes one of 1 GiB, or of what max_sequences can use at most. token_budget: tokens of a step at most,
         so that a long prompt does not stall the others; a bidirectional prefix, which is never split, may exceed it.
-    preemption: what happens to the youngest request when pages run out: "swap" (to host memory) or "recompute".
+    preemption: what happens to the youngest request when pages run out: "swap" (to host memory) or "recompute"; several
+        samples of a prompt, and beams, are swapped with either.
     eos: the id, or ids, that end a text.
     """
 

@@ -154,6 +154,11 @@ class Request:
         return [sample for sample in self.samples if sample.finish_reason is None]
 
     @property
+    def sequences(self) -> int:
+        """That it has, or will have once its prompt is computed."""
+        return len(self.live) if self.samples[0].tokens else self.params.sequences
+
+    @property
     def finished(self) -> bool:
         return self.state is State.FINISHED
 

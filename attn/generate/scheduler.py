@@ -23,6 +23,12 @@ class Work:
     guesses: list[int] = field(default_factory=list)
     ready: bool = True  # its last token is computed, so that the next one can be chosen
 
+    @property
+    def of_prompt(self) -> bool:
+        """A chunk of one; what a verifier put there may be several tokens too, in every step."""
+        seq = self.sample.seq
+        return self.count > 1 and seq is not None and seq.committed < len(self.sample.request.opening.tokens)
+
 
 @dataclass(eq=False)
 class Scheduler:
@@ -126,13 +132,13 @@ class Scheduler:
 
     def _add_chunk(self, work: list[Work], sample: Sample, budget: int) -> int:
         """The tokens of the sample that the step computes. A bidirectional prefix is never split: what is left of the budget
-        may be less, but then no other chunk is in the step."""
+        may be less, but then no other chunk of a prompt is in the step."""
         pending, seq = self._pending(sample), sample.seq
         if pending <= 0 or seq is None:
             return 0
         count = min(pending, budget)
         rest = seq.bidirectional_prefix - seq.committed
-        if count < rest and not any(one.count > 1 for one in work):
+        if count < rest and not any(one.of_prompt for one in work):
             count = rest
         if count <= 0 or count < rest:
             return 0
@@ -141,7 +147,7 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Takes the request in if there is room, for it and for the next page of each that runs."""
-        live = sum(len(running.live) for running in self.running)
+        live = sum(running.sequences for running in self.running)
         if self.running and live + request.params.sequences > self.max_sequences:
             return False
         available = self.cache.available_pages

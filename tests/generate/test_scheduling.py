@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from duplex_attn.generate import Engine, Request, SamplingParams, cache_for
+from duplex_attn.generate.verify import Accept, Draft, Replace, Verdict
 from duplex_attn.modules import GPT
 
 LONG = [3 + n % 90 for n in range(30)]
@@ -44,6 +47,19 @@ def test_younger_requests_do_not_pass_a_prefix_without_end(small: GPT) -> None:
     assert steps <= 3
 
 
+def test_a_prefix_does_not_wait_for_an_older_verifier_that_replaces(small: GPT) -> None:
+    """Several tokens that it puts there in every step are no chunk of a prompt."""
+
+    def verifier(draft: Draft) -> Verdict:
+        return Accept() if draft.finished else Replace(len(draft.tokens) - 1, [5, 6])
+
+    engine = Engine(small, cache=cache_for(small, 200, 4), max_sequences=4, token_budget=30)
+    engine.submit([5], SamplingParams(max_tokens=60), verifier=verifier)
+    engine.step()
+    request = engine.submit(LONG, SamplingParams(max_tokens=3), bidirectional_prefix=len(LONG))
+    assert steps_until_begun(engine, request, 20) <= 2
+
+
 def test_a_step_that_exceeds_its_budget_has_no_other_chunk(small: GPT) -> None:
     engine = Engine(small, cache=cache_for(small, 400, 4), max_sequences=4, token_budget=8)
     requests = [engine.submit([4, 5, 6, 7], SamplingParams(max_tokens=9))]
@@ -55,6 +71,17 @@ def test_a_step_that_exceeds_its_budget_has_no_other_chunk(small: GPT) -> None:
         engine.step()
         computed.append(engine.stats().tokens_computed - before)
     assert computed[:4] == [4, 1 + 31, 2 + 31, 2]
+
+
+@pytest.mark.parametrize("several", [{"n": 3, "temperature": 1.0, "seed": 1}, {"beam_width": 3}])
+def test_samples_to_come_count_among_the_sequences(small: GPT, several: dict[str, Any]) -> None:
+    engine = Engine(small, cache=cache_for(small, 400, 4), max_sequences=6, token_budget=64)
+    requests = [engine.submit([5 + n, *LONG], SamplingParams(max_tokens=8, **several)) for n in range(5)]
+    most = 0
+    while not all(request.finished for request in requests):
+        engine.step()
+        most = max(most, engine.stats().cache.sequences)
+    assert most == 6
 
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
