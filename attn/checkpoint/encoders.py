@@ -12,7 +12,7 @@ from torch import nn
 
 from ..modules.bert import Bert, BertClassifier, BertConfig, BertMaskedLM
 from ..modules.disentangled import Disentangled
-from .family import Family, Modules, Plan, Stored, activation, drop, need, refuse, tie
+from .family import Family, Modules, Plan, Stored, activation, below, drop, need, refuse, tie
 
 BERT: Modules = {
     "embedding.word": ("embeddings.word_embeddings",),
@@ -154,7 +154,7 @@ def encoder_plan(
     if made is Bert:
         drop(stored, "cls.", "classifier.", "lm_head.", "lm_predictions.")
     else:
-        modules = {f"bert.{ours}": theirs for ours, theirs in encoder.items()} | heads
+        modules = below("bert", encoder) | heads
         if made is BertClassifier and modules["bert.pooler"] != encoder["pooler"]:  # a head with a layer in its place
             drop(stored, "pooler.")
     if (skipped := unused_positions(raw)) and POSITIONS in stored:

@@ -29,17 +29,12 @@ from .encoders import BERT_FAMILY, DEBERTA_FAMILY, ROBERTA_FAMILY
 from .family import Family
 from .pairs import BART_FAMILY, T5_FAMILY
 
+LIKE_BERT = ("Bert", "Roberta", "XLMRoberta", "Deberta", "DebertaV2")
 ARCHITECTURES: dict[str, type[nn.Module]] = {
-    "BertModel": Bert,
-    "BertForMaskedLM": BertMaskedLM,
+    **{f"{kind}Model": Bert for kind in LIKE_BERT},
+    **{f"{kind}ForMaskedLM": BertMaskedLM for kind in LIKE_BERT},
+    **{f"{kind}ForSequenceClassification": BertClassifier for kind in LIKE_BERT},
     "BertForPreTraining": BertMaskedLM,
-    "BertForSequenceClassification": BertClassifier,
-    **{f"{kind}Model": Bert for kind in ("Roberta", "XLMRoberta")},
-    **{f"{kind}ForMaskedLM": BertMaskedLM for kind in ("Roberta", "XLMRoberta")},
-    **{f"{kind}ForSequenceClassification": BertClassifier for kind in ("Roberta", "XLMRoberta")},
-    **{f"{kind}Model": Bert for kind in ("Deberta", "DebertaV2")},
-    **{f"{kind}ForMaskedLM": BertMaskedLM for kind in ("Deberta", "DebertaV2")},
-    **{f"{kind}ForSequenceClassification": BertClassifier for kind in ("Deberta", "DebertaV2")},
     "GPT2Model": GPT,
     "GPT2LMHeadModel": GPT,
     "LlamaForCausalLM": GPT,

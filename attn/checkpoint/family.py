@@ -49,6 +49,11 @@ def tie(stored: Stored, head: str, word: str) -> None:
         raise ValueError(f"tie_word_embeddings: config.json says true, but {head} differs from {word}")
 
 
+def below(part: str, modules: Modules) -> Modules:
+    """Modules of a part of a model."""
+    return {f"{part}.{ours}": theirs for ours, theirs in modules.items()}
+
+
 def drop(stored: Stored, *beginnings: str) -> None:
     for name in [name for name in stored if name.startswith(beginnings)]:
         del stored[name]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..modules.seq2seq import Encoder, Seq2Seq, Seq2SeqConfig
-from .family import Family, Modules, Plan, Stored, activation, drop, need, refuse
+from .family import Family, Modules, Plan, Stored, activation, below, drop, need, refuse
 
 T5_OF: dict[str, Modules] = {
     kind: {
@@ -158,10 +158,6 @@ def pair_plan(config: Seq2SeqConfig, made: type[nn.Module], stored: Stored, enco
     tied = WORD in stored and stored.setdefault(HEAD, stored[WORD]).equal(stored[WORD])
     modules: Modules = {"encoder.word": ("shared",), "head": ("lm_head",)}
     return Plan(replace(config, tied=tied), modules | below("encoder.stack", encoder) | below("decoder", decoder))
-
-
-def below(part: str, modules: Modules) -> Modules:
-    return {f"{part}.{ours}": theirs for ours, theirs in modules.items()}
 
 
 MODELS = (Seq2Seq, Encoder)

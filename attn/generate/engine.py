@@ -432,9 +432,8 @@ class Engine:
         if sample.rejections == MAX_REJECTIONS:
             raise RuntimeError(f"verifier: expected an end after {MAX_REJECTIONS} rejections, got another")
         by = self._replacement(verdict) if isinstance(verdict, Replace) else []
-        self._scheduler.rewind(
-            sample, len(sample.request.opening.tokens) + to - (not by)
-        )  # the last token is computed again
+        kept = len(sample.request.opening.tokens) + to
+        self._scheduler.rewind(sample, kept - (not by))  # the last token is computed again
         rejected = sample.tokens[to:]
         sample.cut(to)
         sample.rejections += 1

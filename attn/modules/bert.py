@@ -31,9 +31,7 @@ class BertConfig:
     heads: int = 12
     inner: int = 3072
     max_positions: int = 512
-    positions: str = (
-        "columns"  # of a padded batch; or "tokens" (RoBERTa): padding between them is not counted; or "none"
-    )
+    positions: str = "columns"  # of a padded batch; or "tokens" (RoBERTa), padding not counted; or "none"
     disentangled: Disentangled | None = None  # DeBERTa's scores, which know distances
     segments: int = 2  # first text or second; 0: they are not told apart
     activation: str = "gelu"

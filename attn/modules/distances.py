@@ -12,17 +12,19 @@ from torch import Tensor, nn
 class DistanceBias(nn.Module):
     """A learned bias for each head and bucket of distances, as the table that attention takes for its `distance_bias`."""
 
-    def __init__(self, heads: int, buckets: int, max_distance: int, both_ways: bool):
+    def __init__(self, heads: int, buckets: int):
         super().__init__()
-        self.buckets, self.max_distance, self.both_ways = buckets, max_distance, both_ways
         self.weight = nn.Parameter(torch.zeros(buckets, heads))
 
-    def forward(self) -> Tensor:
-        """(heads, 2 R + 1): further than R all distances of a side have one bucket."""
-        reach = max(self.max_distance, self.buckets)
-        distance = torch.arange(-reach, reach + 1, device=self.weight.device)
-        bucket = bucket_of(distance, self.buckets, self.max_distance, self.both_ways)
+    def forward(self, bucket: Tensor) -> Tensor:
+        """(heads, 2 R + 1), of the buckets of distances -R to R."""
         return self.weight.index_select(0, bucket).mT.contiguous()
+
+
+def all_buckets(buckets: int, max_distance: int, both_ways: bool, device: torch.device) -> Tensor:
+    """int64 (2 R + 1,): the buckets of distances -R to R; further than R all of a side have one."""
+    reach = max(max_distance, buckets)
+    return bucket_of(torch.arange(-reach, reach + 1, device=device), buckets, max_distance, both_ways)
 
 
 def bucket_of(distance: Tensor, buckets: int, max_distance: int, both_ways: bool) -> Tensor:
@@ -37,8 +39,6 @@ def bucket_of(distance: Tensor, buckets: int, max_distance: int, both_ways: bool
         distance = -distance.abs()
     steps = (-distance).clamp(min=0)
     exact = buckets // 2
-    growth = torch.log(steps.clamp(min=1).float() / exact) / math.log(
-        max_distance / exact
-    )  # 0 at `exact`, 1 at the last
+    growth = torch.log(steps.clamp(min=1).float() / exact) / math.log(max_distance / exact)  # from `exact` on, 0 to 1
     shared = exact + (growth * (buckets - exact)).long()
     return first + torch.where(steps < exact, steps, shared.clamp(max=buckets - 1))

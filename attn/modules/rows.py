@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ class Rows:
         out = varlen_attention(self.flat(q), other.flat(k), other.flat(v), *lengths, full(), **terms)
         return out if self.cu_seqlens is not None else out.unflatten(0, (self.batch, self.seqlen))
 
-    @property
+    @cached_property
     def offsets(self) -> Tensor:
         """cu_seqlens, also where every row is full."""
         if self.cu_seqlens is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checks import wrong_value
 from ..mask import causal, full
-from .distances import DistanceBias
+from .distances import DistanceBias, all_buckets
 from .language_model import Opening
 from .paged_pairs import PagedPairs
 from .parts import check_activation, gate, init_weights
@@ -187,9 +187,8 @@ class Stack(nn.Module):
         self.position, tables = None, count if config.biased_layers == "each" else min(count, 1)
         if config.positions == "learned" and config.max_positions is not None:
             self.position, tables = nn.Embedding(config.max_positions, config.hidden), 0
-        self.distances = nn.ModuleList(
-            DistanceBias(config.heads, config.buckets, config.max_distance, not decoder) for _ in range(tables)
-        )
+        self.distances = nn.ModuleList(DistanceBias(config.heads, config.buckets) for _ in range(tables))
+        self.both_ways = not decoder
         self.embedding_norm = norm() if config.embedding_norm else nn.Identity()
         self.layers = nn.ModuleList(Seq2SeqLayer(config, index, decoder) for index in range(count))
         self.norm = norm() if config.final_norm else nn.Identity()
@@ -203,10 +202,17 @@ class Stack(nn.Module):
         x = self.dropout(tokens.apply(self.embedding_norm, x))
         if x.dtype == torch.float16 and self.config.norm == "rms":
             x = x.float()
-        biases = [table() for table in self.distances] or [None]
+        biases = self.biases(x.device)
         for index, layer in enumerate(self.layers):
             x = layer(x, biases[index % len(biases)], tokens)
         return self.final_dropout(tokens.apply(self.norm, x))
+
+    def biases(self, device: torch.device) -> list[Tensor | None]:
+        """By distance, of each layer, or one of all."""
+        if not len(self.distances):
+            return [None]
+        bucket = all_buckets(self.config.buckets, self.config.max_distance, self.both_ways, device)
+        return [table(bucket) for table in self.distances]
 
 
 @dataclass(frozen=True)
