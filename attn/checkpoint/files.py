@@ -63,6 +63,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        read = json.loads(file.read_text())
+    except ValueError as error:  # UnicodeDecodeError too
         raise ValueError(f"{file}: expected JSON ({error})") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{file}: expected an object, got {type(read).__name__}")
+    return read

@@ -84,9 +84,13 @@ class Engine:
         if token_budget < max_sequences:
             wrong_value("token_budget", f"at least max_sequences ({max_sequences})", token_budget)
         if not callable(getattr(model, "opening", None)):
-            wrong_type("model", "one that generates (GPT or Seq2Seq)", type(model).__name__)
+            wrong_type(
+                "model", "one that generates (GPT, Seq2Seq, or PagedModel of one of transformers)", type(model).__name__
+            )
         if any(module.training for module in model.modules()):
             wrong_value("model", "eval mode (model.eval())", "training mode, in which dropout changes tokens")
+        if batch_invariant and not model.can_be_invariant:
+            wrong_value("batch_invariant", "False with a model of transformers", True)
         if cache is not None:
             check_cache(cache, model)
         self.eos = eos_ids(eos, model.vocab_size)
@@ -520,21 +524,21 @@ def check_cache(cache: Any, model: LanguageModel) -> None:
     """That the model's keys and values have the shape of the cache's slots."""
     if not isinstance(cache, PagedKVCache):
         wrong_type("cache", "a PagedKVCache or None", type(cache).__name__)
-    expected = model.cache_shape
-    for pages in (cache.k_pages, cache.v_pages):
-        layers, _, _, heads_kv, head_dim = pages.shape
-        if (layers, heads_kv, head_dim) != expected:
-            wrong_value("cache", f"the model's layers, heads_kv and head_dim {expected}", (layers, heads_kv, head_dim))
+    layers, heads_kv, *head_dims = model.cache_shape[:4]
+    for pages, head_dim in zip((cache.k_pages, cache.v_pages), head_dims, strict=True):
+        expected, got = (layers, heads_kv, head_dim), (pages.shape[0], *pages.shape[3:])
+        if got != expected:
+            wrong_value("cache", f"the model's layers, heads_kv and head_dim {expected}", got)
 
 
 def cache_for(
     model: LanguageModel, num_pages: int | None = None, page_size: int = 16, *, max_sequences: int = 64, **options: Any
 ) -> PagedKVCache:
     """A cache of the model's shape, dtype and device; by default of 1 GiB at most. options: as of `PagedKVCache`."""
-    weight, (layers, heads_kv, head_dim) = model.head.weight, model.cache_shape
+    layers, heads_kv, head_dim, head_dim_v, dtype, device = model.cache_shape
     if num_pages is None:
-        pages = POOL_BYTES // (2 * layers * heads_kv * head_dim * weight.element_size() * page_size)
+        pages = POOL_BYTES // (layers * heads_kv * (head_dim + head_dim_v) * dtype.itemsize * page_size)
         each = model.most_pages(page_size)
         num_pages = max(1, pages if each is None else min(max_sequences * each, pages))
     shape = (layers, num_pages, page_size, heads_kv, head_dim)
-    return PagedKVCache(*shape, dtype=weight.dtype, device=weight.device, **options)
+    return PagedKVCache(*shape, head_dim_v=head_dim_v, dtype=dtype, device=device, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from ..checkpoint import load_checkpoint
+from ..checkpoint.families import FAMILIES
+from ..checkpoint.files import read_config
+from ..integrations.directory import load
 from ..modules import GPT, Seq2Seq
 from ..modules.language_model import LanguageModel
 from ..profile.workloads import SEED, SHAPES, SIZES
@@ -39,7 +43,7 @@ class Model:
 def load_model(directory: Path | None, size: str, dtype: torch.dtype, device: torch.device) -> Model:
     """The checkpoint, or without one the standard shape with seeded weights, whose words mean nothing."""
     if directory is not None:
-        model = load_checkpoint(directory, (GPT, Seq2Seq), dtype=dtype, device=device)
+        model = of_checkpoint(directory, dtype, device)
         eos = tuple(token for token in eos_of(directory) if 0 <= token < model.vocab_size)  # else of a default
         return Model(model, load_tokenizer(directory), eos, directory.resolve().name, True)
     config = SIZES[size][1]
@@ -48,6 +52,17 @@ def load_model(directory: Path | None, size: str, dtype: torch.dtype, device: to
         gpt = GPT(config).eval().to(device=device, dtype=dtype)
     tokenizer = train_tokenizer(default_text().lines, config.vocab_size)
     return Model(gpt, tokenizer, (), f"{SHAPES['gpt', size]} shape with seeded weights", False)
+
+
+def of_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """As a reference model, or, of a kind that there is none of, as transformers has it."""
+    if read_config(directory).get("model_type") in FAMILIES or importlib.util.find_spec("transformers") is None:
+        made: LanguageModel = load_checkpoint(directory, (GPT, Seq2Seq), dtype=dtype, device=device)
+        return made
+    model = load(directory, dtype, device)
+    from ..integrations.paged_model import PagedModel
+
+    return PagedModel(model)
 
 
 def eos_of(directory: Path) -> tuple[int, ...]:

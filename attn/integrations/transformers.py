@@ -26,6 +26,8 @@ from transformers.utils.import_utils import is_tracing
 from .. import functional
 from ..checks import MAX_HEAD_DIM
 from ..mask import Mask
+from ..modules.rows import Scores
+from .pages import PagedStates
 from .span_mask import SpanMask, knows_eager_alone, span_mask
 
 NAME = "duplex_attn"
@@ -69,6 +71,14 @@ def attention(
                 f"{name}: expected None, duplex_attn does not take it, "
                 'use the model\'s own attention, attn_implementation="eager"'
             )
+
+    if isinstance(key, PagedStates):
+        if position_bias is not None:
+            raise ValueError("position_bias: expected None, got one; over pages scores have no bias")
+        direction = _is_causal(module) if is_causal is None else is_causal
+        mask = Mask(right=0 if direction else None) if attention_mask is None else attention_mask
+        scores = Scores(scale=scaling, softcap=softcap or 0.0)
+        return key.pages.attend(key.layer, query, key.new, value.new, mask, scores, s_aux), None
 
     if isinstance(attention_mask, SpanMask):
         attention_mask, is_causal = _fitting(attention_mask, query.shape[2], key.shape[2]), False

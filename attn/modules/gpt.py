@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checks import wrong_type, wrong_value
 from ..mask import Mask, causal
 from .kv_cache import KVCache
-from .language_model import Opening
+from .language_model import CacheShape, Opening
 from .paged_rows import PagedRows
 from .parts import check_activation, gate, init_weights
 from .rope import Rope, Rotary, rope_of, rope_tables, rotate
@@ -181,6 +181,8 @@ class GPT(nn.Module):
     `gpt.step` is one step over a paged cache: the model's side of `duplex_attn.generate`.
     """
 
+    can_be_invariant = True
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.heads % config.heads_kv:
@@ -214,9 +216,10 @@ class GPT(nn.Module):
         return self.config.vocab_size
 
     @property
-    def cache_shape(self) -> tuple[int, int, int]:
-        """Layers, heads_kv and head_dim of its keys and values."""
-        return self.config.layers, self.config.heads_kv, self.config.head_dim
+    def cache_shape(self) -> CacheShape:
+        config, weight = self.config, self.head.weight
+        shape = (config.layers, config.heads_kv, config.head_dim, config.head_dim)
+        return CacheShape(*shape, weight.dtype, weight.device)
 
     @property
     def max_length(self) -> int:

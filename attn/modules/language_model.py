@@ -1,11 +1,12 @@
-"""What an engine asks of a model: `GPT` and `Seq2Seq` are such."""
+"""What an engine asks of a model: `GPT`, `Seq2Seq` and `integrations.paged_model.PagedModel` are such."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -22,19 +23,28 @@ class Opening:
     context: Sequence[int]  # tokens whose text the generated text goes on
 
 
+class CacheShape(NamedTuple):
+    """What a model's keys and values are like in every layer."""
+
+    layers: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 class LanguageModel(Protocol):
+    can_be_invariant: bool  # whether steps take batch_invariant=True
+
     @property
     def vocab_size(self) -> int: ...
 
     @property
-    def cache_shape(self) -> tuple[int, int, int]:
-        """Layers, heads_kv and head_dim of its keys and values."""
+    def cache_shape(self) -> CacheShape: ...
 
     def most_pages(self, page_size: int) -> int | None:
         """Pages, of so many tokens, of a sequence in the cache at most; None: as many as there are."""
-
-    @property
-    def head(self) -> nn.Linear: ...
 
     def modules(self) -> Iterable[nn.Module]: ...
 

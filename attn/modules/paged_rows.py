@@ -45,7 +45,16 @@ class PagedRows:
         cu_seqlens = None if batch.decodes else batch.cu_seqlens_q
         return cls(cache, batch, mask, cu_seqlens, batch_invariant)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores, rope: Rope | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Scores,
+        rope: Rope | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
         """Stores k, v (T, Hk, D) and attends with q (T, Hq, D) to all that each sequence has. Rotates q and k by rope, that of
         all positions."""
         cache, batch, mask = self.cache, self.batch, scores.mask(self.mask)
@@ -64,6 +73,7 @@ class PagedRows:
             max_seqlen_q=batch.max_seqlen_q,
             scale=scores.scale,
             softcap=scores.softcap,
+            sink=sink,
             plan=batch.plan(mask, self.batch_invariant),
             batch_invariant=self.batch_invariant,
             **held,

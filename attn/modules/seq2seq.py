@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checks import wrong_value
 from ..mask import causal, full
 from .distances import DistanceBias, all_buckets
-from .language_model import Opening
+from .language_model import CacheShape, Opening
 from .paged_pairs import PagedPairs
 from .parts import check_activation, gate, init_weights
 from .rows import Rows, Scores, check_seqlens
@@ -286,6 +286,8 @@ class Seq2Seq(nn.Module):
     `model.step` is one step over a paged cache: the model's side of `duplex_attn.generate`.
     """
 
+    can_be_invariant = True
+
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.config = config
@@ -333,9 +335,11 @@ class Seq2Seq(nn.Module):
         return self.config.vocab_size
 
     @property
-    def cache_shape(self) -> tuple[int, int, int]:
-        """Layers, heads and head_dim of the decoder's keys and values."""
-        return self.config.decoder_layers, self.config.heads, self.config.head_dim
+    def cache_shape(self) -> CacheShape:
+        """Of the decoder's keys and values."""
+        config, weight = self.config, self.head.weight
+        shape = (config.decoder_layers, config.heads, config.head_dim, config.head_dim)
+        return CacheShape(*shape, weight.dtype, weight.device)
 
     def most_pages(self, page_size: int) -> int | None:
         """Of a source and a target in a cache at most; None: no limit."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from ..integrations.directory import load
 from ..text import Tokens
 from .workloads import CHECKED_LINES, Settings, Workload, spread, tokenised
 
@@ -22,7 +20,7 @@ def swapped_workload(settings: Settings, directory: Path) -> tuple[Workload, lis
 
     Raises ValueError where transformers is missing or does not know the model, or nothing in it could be swapped.
     """
-    model = load(settings, directory)
+    model = load(directory, settings.dtype, settings.device)
     config = model.config
     swapped = shared_copy(model)
     from ..integrations.transformers import swap
@@ -73,32 +71,6 @@ def swapped_workload(settings: Settings, directory: Path) -> tuple[Workload, lis
         exact=exact,
     )
     return workload, [f"before: attn_implementation={before!r}", *(f"swap: {x}" for x in str(report).splitlines())]
-
-
-def load(settings: Settings, directory: Path) -> Any:
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("--model: expected transformers to be installed: pip install 'duplex-attn[transformers]'")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    config = directory / "config.json"
-    if not config.exists():
-        raise FileNotFoundError(f"{directory}: expected a config.json, found none")
-    try:
-        told = json.loads(config.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config}: expected JSON ({error})") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"{config}: expected an object, got {type(told).__name__}")
-    named = (told.get("architectures") or ["AutoModel"])[0]
-    architecture = getattr(transformers, str(named), None)
-    if architecture is None or not hasattr(architecture, "from_pretrained"):
-        raise ValueError(f"architectures: expected a model of transformers in {config}, got {named}")
-    options = {"dtype": settings.dtype, "use_safetensors": True, "local_files_only": True}
-    try:
-        return architecture.from_pretrained(directory, **options).eval().to(settings.device)
-    except SafetensorError as error:
-        raise ValueError(f"{directory}: expected safetensors that can be read ({error})") from None
 
 
 def shared_copy(model: Any) -> Any:

@@ -26,7 +26,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders bert, gpt2, llama and t5: random weights as transformers saves them, each with a tokenizer."""
+    """Folders bert, gpt2, llama, olmo2 and t5: random weights as transformers saves them, each with a tokenizer."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("checkpoints")
     tokenizer = train_tokenizer(default_text().lines[:500], VOCAB)
@@ -38,6 +38,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gpt2": transformers.GPT2LMHeadModel(gpt2),
         "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared, num_key_value_heads=1)),
     }
+    olmo2 = transformers.Olmo2Config(**shared, num_key_value_heads=1, initializer_range=0.3)
+    models["olmo2"] = transformers.Olmo2ForCausalLM(olmo2)  # none of the families of reference models
     t5 = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
     models["t5"] = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCAB, **t5))
     for name, model in models.items():

@@ -66,6 +66,19 @@ def test_a_model_with_an_encoder_answers(checkpoints: Path, tmp_path: Path) -> N
     assert result.exit_code == 2 and "expected one of family bert, got GPT or Seq2Seq" in result.stderr
 
 
+def test_a_model_of_another_family_runs_as_transformers_has_it(checkpoints: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    result = generate("--model", checkpoints / "olmo2", PROMPT, "--json", tmp_path / "found.json")
+    assert result.exit_code == 0, result.output
+    (request,) = json.loads((tmp_path / "found.json").read_text())["requests"]
+    (output,) = request["outputs"]
+    model, ids = transformers.Olmo2ForCausalLM.from_pretrained(checkpoints / "olmo2"), request["prompt_tokens"]
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=None)[0, len(ids) :]
+    assert output["tokens"] == expected.tolist()
+    result = generate("--model", checkpoints / "olmo2", PROMPT, "--batch-invariant")
+    assert result.exit_code == 2 and "batch_invariant: expected False with a model of transformers" in result.stderr
+
+
 def test_prompts_from_arguments_file_and_stdin(checkpoints: Path, tmp_path: Path) -> None:
     lines = ["first prompt", "second", "third one"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n\n")

@@ -100,9 +100,8 @@ def test_steps_over_pages(forced: Lane, name: str) -> None:
 
 
 def pool(model: GPT | Seq2Seq) -> PagedKVCache:
-    layers, heads_kv, head_dim = model.cache_shape
-    weight = model.head.weight
-    return PagedKVCache(layers, 40, 4, heads_kv, head_dim, dtype=weight.dtype, device=weight.device)
+    layers, heads_kv, head_dim, _, dtype, device = model.cache_shape
+    return PagedKVCache(layers, 40, 4, heads_kv, head_dim, dtype=dtype, device=device)
 
 
 def step(model: GPT | Seq2Seq, cache: Any, seqs: list[Any], last: int) -> Tensor:

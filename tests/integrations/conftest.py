@@ -83,6 +83,14 @@ MODELS = {
             sliding_window=5, layer_types=["compressed_sparse_attention"] * 2,
         ),
     ),
+    "deepseek_v3": (  # keeps what keys and values are made of
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _LLAMA | dict(
+            num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=48, first_k_dense_replace=1,
+        ),
+    ),
     "git": (
         "GitForCausalLM",
         "GitConfig",

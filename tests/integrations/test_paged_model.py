@@ -1,0 +1,148 @@
+"""Decoders of transformers in the engine: the tokens and logits that transformers computes, from pages."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from duplex_attn import PagedKVCache
+from duplex_attn.generate import Engine, SamplingParams, cache_for
+from duplex_attn.integrations.paged_model import PagedModel
+from torch import Tensor
+
+DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder")
+PROMPTS = [[random.Random(n).randrange(3, 97) for _ in range(length)] for n, length in enumerate((23, 1, 14, 9))]
+NEW = 12
+
+
+def continued(model: Any, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_engine_generates_what_transformers_does(build, name: str) -> None:
+    expected = [continued(build(name), prompt) for prompt in PROMPTS]
+    engine = Engine(PagedModel(build(name)), max_sequences=4, token_budget=10)  # a prompt takes three steps
+    requests = engine.generate(PROMPTS, SamplingParams(max_tokens=NEW))
+    assert [request.tokens for request in requests] == expected
+    requests = engine.generate([PROMPTS[0]], SamplingParams(max_tokens=NEW, n=3, speculate=2))
+    assert [output.tokens for output in requests[0].outputs] == [expected[0]] * 3
+    assert engine.stats().cache.hit_tokens > 0
+
+
+def steps(model: PagedModel, cache: PagedKVCache, texts: list[list[int]], counts: list[int], **options: Any) -> Tensor:
+    """The logits of all tokens of texts, of which steps take so many each."""
+    seqs = [cache.add(text, **options) for text in texts]
+    found: list[list[Tensor]] = [[] for _ in texts]
+    while any(seq.committed < seq.length for seq in seqs):
+        taken = [min(count, seq.length - seq.committed) for seq, count in zip(seqs, counts, strict=True)]
+        batch = cache.batch(seqs, taken)
+        parts = [text[seq.committed :][:n] for text, seq, n in zip(texts, seqs, taken, strict=True)]
+        ids = torch.tensor([token for part in parts for token in part])
+        logits = model.step(ids, cache, batch, torch.arange(len(ids))).split(taken)
+        for one, part in zip(found, logits, strict=True):
+            one.append(part)
+        cache.commit_batch(batch)
+    return torch.cat([row for one in found for row in one])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.inference_mode()
+def test_logits_are_those_of_each_text_alone(build, name: str) -> None:
+    plain, model = build(name), PagedModel(build(name))
+    found = steps(model, cache_for(model, 40, 4), PROMPTS, [7, 1, 5, 9])
+    expected = torch.cat([plain(torch.tensor([text]), use_cache=False).logits[0] for text in PROMPTS])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_bidirectional_prefix(build) -> None:
+    plain, model, text, prefix = build("llama"), PagedModel(build("llama")), PROMPTS[0], 9
+    found = steps(model, cache_for(model, 20, 4), [text], [prefix], bidirectional_prefix=prefix)
+    seen = torch.ones(len(text), len(text)).tril().bool()
+    seen[:, :prefix] = True
+    mask = torch.zeros(1, 1, len(text), len(text)).masked_fill(~seen, torch.finfo(torch.float32).min)
+    expected = plain(torch.tensor([text]), attention_mask=mask, use_cache=False).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_quantised_pages_hold_the_same_text_in_a_quarter(build) -> None:
+    model = PagedModel(build("llama"))
+    whole, bytes_ = cache_for(model, 20, 4), cache_for(model, 20, 4, quantization="int8")
+    found = [steps(model, cache, PROMPTS[:2], [8, 8]) for cache in (whole, bytes_)]
+    assert 0 < (found[1] - found[0]).norm() / found[0].norm() < 0.05
+    assert bytes_.k_pages.nbytes * 4 == whole.k_pages.nbytes
+
+
+def test_half_precision(build) -> None:
+    model = PagedModel(build("llama").bfloat16())
+    assert model.cache_shape.dtype == torch.bfloat16
+    (request,) = Engine(model).generate(PROMPTS[:1], SamplingParams(max_tokens=NEW))
+    assert len(request.tokens) == NEW
+
+
+def test_a_text_is_as_long_as_its_positions(build) -> None:
+    model = PagedModel(build("gpt2"))
+    (request,) = Engine(model).generate([[5] * 60], SamplingParams(max_tokens=20))
+    assert len(request.tokens) == 4 and request.outputs[0].finish_reason == "length"
+    with pytest.raises(ValueError, match=r"prompt: expected 1 to 63 tokens, got 64"):
+        Engine(model).submit([5] * 64)
+    cache = cache_for(model, 20, 4)
+    with pytest.raises(ValueError, match=r"ids: expected at most 64 tokens, got 65"):
+        steps(model, cache, [[5] * 65], [65])
+
+
+@pytest.mark.parametrize("rope_type, most", [("longrope", 16), ("dynamic", 16), ("yarn", 64)])
+def test_a_rotation_that_changes_with_the_longest_text_is_not_reached(build, rope_type: str, most: int) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4} if rope_type == "longrope" else {}
+    rope = {"rope_type": rope_type, "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4, **factors}
+    assert PagedModel(build("llama", rope_parameters=rope)).max_length == most
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("t5", "a decoder alone, got T5ForConditionalGeneration, which has an encoder"),
+        ("bloom", "one that takes position_ids, got BloomForCausalLM"),
+        ("deepseek_v3", "AttentionInterface as the cache gave them, got linear"),
+        ("git", "AttentionInterface as the cache gave them, got .transpose"),
+        ("bert_both_ways", "that of a causal model, or a window, over pages"),
+        ("deepseek_v4", "a state of keys and values alone, got DeepseekV4ForCausalLM, which has another"),
+    ],
+)
+def test_models_it_does_not_serve(build, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PagedModel(build(name))
+
+
+def test_a_model_that_counts_places_itself_is_found_out(build) -> None:
+    model = build("gpt2")
+    forward = model.transformer.forward
+    model.transformer.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(
+        ValueError, match=r"the same logits over pages as without, got GPT2LMHeadModel, whose differ by \d"
+    ):
+        PagedModel(model)
+
+
+def test_bad_input(build) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a model of transformers, got Linear"):
+        PagedModel(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"model: expected eval mode"):
+        PagedModel(build("llama").train())
+    with pytest.raises(TypeError, match=r"model: expected one that generates \(GPT, Seq2Seq, or PagedModel"):
+        Engine(build("llama"))
+    model = PagedModel(build("llama"))
+    cache = PagedKVCache(2, 8, 4, 4, 8)
+    with pytest.raises(ValueError, match=r"cache: expected the model's layers, heads_kv and head_dim \(2, 2, 8\)"):
+        Engine(model, cache=cache)
+    with pytest.raises(ValueError, match=r"batch_invariant: expected False with a model of transformers"):
+        Engine(model, batch_invariant=True)
+    cache = cache_for(model, 8, 4)
+    batch = cache.batch([cache.add([5, 6, 7])])
+    with pytest.raises(ValueError, match=r"ids: expected the batch's 3 new tokens, got \(2,\)"):
+        model.step(torch.tensor([5, 6]), cache, batch)
