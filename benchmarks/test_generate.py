@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from duplex_attn.checkpoint import from_tensors
 from duplex_attn.generate import Engine, SamplingParams, cache_for
 from duplex_attn.modules import GPT, GPTConfig, Seq2Seq
+from duplex_attn.modules.language_model import LanguageModel
 from duplex_attn.profile.timing import Spread, once
 from duplex_attn.profile.workloads import SIZES, Settings, tokenised
 from duplex_attn.text import default_text
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from .bar import OURS, Bar, Bench, faster
 from .roof import roof
+from .test_model_cache import llama
 
 PROMPTS, LONGEST = 32, 256  # prompts, and tokens of one at most
 LIMITS = {"mixed": (16, 256), "equal": (64, 64)}  # new tokens of each
@@ -33,7 +36,7 @@ class Contest:
 
     group: str
     peer: Callable[[bool], Any]  # tiny or not, on the CPU
-    ours: type[nn.Module]
+    ours: Callable[[Any], LanguageModel]
     left: bool  # padding of a batch
     targets: dict[str, float]
 
@@ -79,9 +82,22 @@ def t5(tiny: bool) -> Any:
     return transformers.T5ForConditionalGeneration(options).eval()
 
 
+def reference(kind: type[nn.Module]) -> Callable[[Any], LanguageModel]:
+    """The same weights in a model of ours."""
+    return lambda theirs: from_tensors(theirs.config.to_dict(), theirs.state_dict(), kind)
+
+
+def as_it_is(theirs: Any) -> LanguageModel:
+    """transformers' own model over pages."""
+    from duplex_attn.integrations.paged_model import PagedModel
+
+    return PagedModel(copy.deepcopy(theirs))
+
+
 CONTESTS = {
-    "gpt2": Contest("generate", gpt2, GPT, True, {"mixed": 2.0, "equal": 1.35}),
-    "t5": Contest("generate, T5-base", t5, Seq2Seq, False, {"mixed": 1.5, "equal": 1.35}),
+    "gpt2": Contest("generate", gpt2, reference(GPT), True, {"mixed": 2.0, "equal": 1.35}),
+    "t5": Contest("generate, T5-base", t5, reference(Seq2Seq), False, {"mixed": 1.5, "equal": 1.35}),
+    "llama": Contest("generate, a Llama of transformers", llama, as_it_is, True, {"mixed": 1.8, "equal": 1.2}),
 }
 
 
@@ -93,7 +109,7 @@ def test_generate(bench: Bench, kind: str, limits: str) -> None:
     contest = CONTESTS[kind]
     count = 4 if bench.tiny else PROMPTS
     theirs = contest.peer(bench.tiny).to(bench.device)
-    model = from_tensors(theirs.config.to_dict(), theirs.state_dict(), contest.ours)
+    model = contest.ours(theirs)
     settings = Settings(default_text(), bench.device, torch.float32, "base", count, LONGEST, 0)
     tokens = tokenised(settings, None, model.vocab_size, LONGEST, special=False)
     prompts = [row[:length].tolist() for row, length in zip(tokens.ids, tokens.seqlens.tolist(), strict=True)]

@@ -304,7 +304,9 @@ def test_what_is_refused(small):
     engine.submit([5] * 20)
     with pytest.raises(ValueError, match="cache: expected pages for a prompt and a token, got 1 of 16 slots"):
         Engine(small, cache=cache_for(small, 1, 16), max_sequences=1).submit([5])
-    with pytest.raises(TypeError, match=r"model: expected one that generates \(GPT or Seq2Seq\), got Encoder"):
+    with pytest.raises(
+        TypeError, match=r"model: expected one that generates \(GPT, Seq2Seq, or PagedModel .*\), got Encoder"
+    ):
         Engine(small.encoder)
     with pytest.raises(ValueError, match="targets: expected shape"):
         small(ids, ids[0])
