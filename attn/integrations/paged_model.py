@@ -55,7 +55,7 @@ class PagedModel:
             wrong_value("model", "one that takes position_ids", name)
         self.model = model
         self.max_length = max_length(model.config.get_text_config())
-        self._cache = "cache" if "cache" in accepted else "past_key_values"  # of older versions
+        self.cache_argument = "cache" if "cache" in accepted else "past_key_values"  # of older versions
         self._picks_rows = "logits_to_keep" in accepted
 
         device = model.get_input_embeddings().weight.device
@@ -108,7 +108,7 @@ class PagedModel:
 
     def _logits(self, ids: Tensor, rows: Tensor, cache: Cache | None = None, positions: Tensor | None = None) -> Tensor:
         """(n, vocab_size) of rows (n,) of one row of tokens (T,)."""
-        options: dict[str, Any] = {} if cache is None else {self._cache: cache}
+        options: dict[str, Any] = {} if cache is None else {self.cache_argument: cache}
         if self._picks_rows:
             options["logits_to_keep"] = rows
         if positions is not None:

@@ -1,9 +1,10 @@
-"""A transformers model before and after `duplex_attn.swap`, as a workload: a decoder generates, an encoder encodes."""
+"""A transformers model before and after `duplex_attn.swap`, and over pages, as a workload: a decoder generates, an encoder encodes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from ..integrations.directory import load
 from ..text import Tokens
 from .workloads import CHECKED_LINES, Settings, Workload, spread, tokenised
+
+PAGE_SIZE = 16
+MakeCache = Callable[[int], dict[str, Any]]
 
 
 def swapped_workload(settings: Settings, directory: Path) -> tuple[Workload, list[str]]:
@@ -36,18 +40,27 @@ def swapped_workload(settings: Settings, directory: Path) -> tuple[Workload, lis
     left = generates and not config.is_encoder_decoder  # generate expects its prompts to end together
     batch = inputs(tokens, settings.device, left)
     few = Tokens(tokens.ids[:CHECKED_LINES], tokens.seqlens[:CHECKED_LINES])
+    make, refusal = paged(swapped, left)
+    pages = len(tokens.ids) * -(-(tokens.ids.shape[1] + new) // PAGE_SIZE)
 
-    def run(of: Any) -> Callable[[], object]:
+    def run(of: Any, cached: MakeCache | None = None) -> Callable[[], object]:
         if generates:
             length = {"max_new_tokens": new, "min_new_tokens": new}
-            return torch.inference_mode()(lambda: of.generate(**batch, **length, do_sample=False, pad_token_id=0))
+
+            def text() -> object:
+                cache = {} if cached is None else cached(pages)
+                return of.generate(**batch, **length, do_sample=False, pad_token_id=0, **cache)
+
+            return torch.inference_mode()(text)
         return torch.inference_mode()(lambda: of(**batch))
 
     @torch.inference_mode()
-    def outputs(of: Any, lines: Tokens) -> Tensor:
-        given = inputs(lines, settings.device)
+    def outputs(of: Any, lines: Tokens, cached: MakeCache | None = None) -> Tensor:
+        given = inputs(lines, settings.device, cached is not None)
         if config.is_encoder_decoder:
             return of(**given, decoder_input_ids=given["input_ids"][:, :1])[0]
+        if cached is not None:
+            given |= {"position_ids": (given["attention_mask"].cumsum(1) - 1).clamp(min=0), **cached(pages)}
         found = of(**given)[0]  # (B, S, ...), or one row a line
         kept = given["attention_mask"].bool()
         return found[kept] if found.shape[:2] == kept.shape else found
@@ -61,16 +74,37 @@ def swapped_workload(settings: Settings, directory: Path) -> tuple[Workload, lis
 
     before = config._attn_implementation
     count = f"{len(tokens.ids)} lines of {spread(tokens)} tokens"
+    systems: dict[str, tuple[str, Any, MakeCache | None]] = {
+        "before": ("before", model, None),
+        "after": ("after swap", swapped, None),
+    }
+    if make is not None:
+        systems["paged"] = "over pages", swapped, make
     workload = Workload(
         name=f"{type(model).__name__}{'.generate' if generates else ''}",
         detail=f"{directory.resolve().name}, {count}" + (f", {new} new tokens each" if generates else ""),
         tokens=len(tokens.ids) * new if generates else tokens.total,
-        systems={"before": "before", "after": "after swap"},
-        runs={"before": run(model), "after": run(swapped)},
-        checked={"before": lambda: outputs(model, few), "after": lambda: outputs(swapped, few)},
+        systems={key: name for key, (name, _, _) in systems.items()},
+        runs={key: run(of, cached) for key, (_, of, cached) in systems.items()},
+        checked={key: partial(outputs, of, few, cached) for key, (_, of, cached) in systems.items()},
         exact=exact,
     )
-    return workload, [f"before: attn_implementation={before!r}", *(f"swap: {x}" for x in str(report).splitlines())]
+    notes = [f"before: attn_implementation={before!r}", *(f"swap: {x}" for x in str(report).splitlines())]
+    return workload, notes + [f"not over pages: {refusal}"] * bool(refusal)
+
+
+def paged(model: Any, decoder: bool) -> tuple[MakeCache | None, str]:
+    """What makes the argument of a paged cache of so many pages for a decoder, or why there is none."""
+    if not decoder:
+        return None, ""
+    from ..integrations.paged_cache import PagedCache
+    from ..integrations.paged_model import PagedModel
+
+    try:
+        served = PagedModel(model)
+    except ValueError as error:
+        return None, str(error)
+    return lambda pages: {served.cache_argument: PagedCache(served, pages, PAGE_SIZE)}, ""
 
 
 def shared_copy(model: Any) -> Any:

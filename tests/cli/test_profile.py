@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -79,15 +80,35 @@ def test_checkpoints(text_file: Path, checkpoints: Path) -> None:
         assert max(measurement["difference"] for measurement in comparison["measurements"]) < 1e-4
 
 
-@pytest.mark.parametrize(("name", "workload"), [("bert", "BertModel"), ("gpt2", "GPT2LMHeadModel.generate")])
-def test_model_before_and_after_swap(text_file: Path, checkpoints: Path, name: str, workload: str) -> None:
+SWAPPED = ["before", "after swap"]
+
+
+@pytest.mark.parametrize(
+    ("name", "workload", "systems"),
+    [
+        ("bert", "BertModel", SWAPPED),
+        ("gpt2", "GPT2LMHeadModel.generate", [*SWAPPED, "over pages"]),
+        ("t5", "T5ForConditionalGeneration.generate", SWAPPED),
+    ],
+)
+def test_model_before_and_after_swap(
+    text_file: Path, checkpoints: Path, name: str, workload: str, systems: list[str]
+) -> None:
     result = profile(text_file, "--model", checkpoints / name, "--json", "-")
     found = json.loads(result.stdout)
     (comparison,) = found["comparisons"]
     assert comparison["workload"] == workload
-    assert [measurement["system"] for measurement in comparison["measurements"]] == ["before", "after swap"]
+    assert [measurement["system"] for measurement in comparison["measurements"]] == systems
     assert all(measurement["difference"] < 1e-4 for measurement in comparison["measurements"])
-    assert any("2 modules now run duplex_attn" in note for note in found["notes"])
+    assert any(re.search(r"\d modules now run duplex_attn", note) for note in found["notes"])
+
+
+def test_a_decoder_that_pages_do_not_serve(text_file: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duplex_attn.integrations.paged_model.CLOSE", -1.0)
+    result = profile(text_file, "--model", checkpoints / "gpt2", "--json", "-")
+    found = json.loads(result.stdout)
+    assert [measurement["system"] for measurement in found["comparisons"][0]["measurements"]] == SWAPPED
+    assert any(note.startswith("not over pages: model: expected the same logits") for note in found["notes"])
 
 
 def test_the_machines_own_text() -> None:
