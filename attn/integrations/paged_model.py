@@ -14,28 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..cache import PagedBatch, PagedKVCache
-from ..checks import MAX_HEAD_DIM, wrong_type, wrong_value
-from ..generate.engine import cache_for
-from ..modules.language_model import CacheShape, Opening
+from ..checks import wrong_type, wrong_value
+from ..modules.language_model import Opening
 from ..modules.paged_rows import PagedRows
 from ..modules.rows import Scores
-from .pages import CacheOfPages, windowed
-from .transformers import swap
-
-TRIED = 7, 5  # tokens of the texts that a model is tried with, in two steps of at most FIRST of each
-FIRST = 4
-CLOSE = 0.1  # difference of a text's logits, of their spread: more than 16 bits round, less than a wrong place makes
+from .paged_trial import by_itself, check_kind, hold, layers_of, swapped
+from .pages import CacheOfPages, over_pages, windowed
 
 
 class PagedModel:
     """A causal decoder of transformers, in eval mode, whose attention runs here from then on (`duplex_attn.swap`).
 
-    It is tried with a few tokens: its logits over pages have to be those of its own attention. Raises ValueError
-    for a model that has an encoder, another state than keys and values (Mamba), layers of unlike keys, masks that are no
-    spans, scores with a bias, attention that asks no interface, or places that do not follow position_ids.
+    It is tried with a few tokens: its logits over pages have to be those of its own attention. Raises ValueError for a model
+    that has an encoder, another state than keys and values (Mamba), layers of unlike keys, masks that are no spans, scores
+    with a bias, attention that asks no interface, or places that position_ids do not say; such a model is left as it was.
     """
 
     can_be_invariant = False  # products are the model's own
@@ -43,31 +38,21 @@ class PagedModel:
     def __init__(self, model: PreTrainedModel):
         if not isinstance(model, PreTrainedModel):
             wrong_type("model", "a model of transformers", type(model).__name__)
-        name = type(model).__name__
         if model.training:
             wrong_value("model", "eval mode (model.eval())", "training mode")
-        if model.config.is_encoder_decoder:
-            wrong_value("model", "a decoder alone", f"{name}, which has an encoder")
-        if model._is_stateful:
-            wrong_value("model", "a state of keys and values alone", f"{name}, which has another")
         accepted = inspect.signature(model.forward).parameters
-        if "position_ids" not in accepted:
-            wrong_value("model", "one that takes position_ids", name)
+        anything = any(parameter.kind == parameter.VAR_KEYWORD for parameter in accepted.values())
+        check_kind(model, "position_ids" in accepted or anything)
         self.model = model
-        self.max_length = max_length(model.config.get_text_config())
         self.cache_argument = "cache" if "cache" in accepted else "past_key_values"  # of older versions
         self._picks_rows = "logits_to_keep" in accepted
+        self.max_length = max_length(model.config.get_text_config(decoder=True))
 
-        device = model.get_input_embeddings().weight.device
-        texts = [torch.arange(n, 4 * n, 3, device=device) for n in TRIED]
-        with torch.inference_mode():
-            expected = [self._logits(ids, torch.arange(len(ids), device=device)) for ids in texts]
-            swap(model)
-            states = DynamicCache()
-            self._logits(texts[0], torch.zeros(1, dtype=torch.int64, device=device), states)
+        texts, expected = by_itself(self)
         self.vocab_size = expected[0].shape[1]
-        self.cache_shape, self.places = shape_of(states, name)
-        hold(self, texts, expected)
+        with swapped(model):
+            self.cache_shape, self.places = layers_of(self, texts[0])
+            hold(self, texts, expected)
 
     def modules(self) -> Iterable[nn.Module]:
         return self.model.modules()
@@ -97,24 +82,22 @@ class PagedModel:
             if not all(batch.new_tokens):
                 wrong_value("rows", "the rows wanted, where a sequence has no new token", None)
             rows = (batch.cu_seqlens_q[1:] - 1).clamp(min=0)
-        return self.run(ids, cache, batch, rows)[0]
+        positions = batch.positions.clamp(min=0)  # -1: a row of a buffer that no token is in
+        return self.logits(ids, rows, positions, StepCache(PagedRows.of(cache, batch, False), self.places))
 
     @torch.inference_mode()
-    def run(self, ids: Tensor, cache: PagedKVCache, batch: PagedBatch, rows: Tensor) -> tuple[Tensor, set[int]]:
-        """Logits of rows (n,), and the layers of the cache that were attended to."""
-        step = StepCache(PagedRows.of(cache, batch, False), self.places)
-        positions = batch.positions.clamp(min=0).long()  # -1: a row of a buffer that no token is in
-        return self._logits(ids, rows.long(), step, positions), step.attended
-
-    def _logits(self, ids: Tensor, rows: Tensor, cache: Cache | None = None, positions: Tensor | None = None) -> Tensor:
-        """(n, vocab_size) of rows (n,) of one row of tokens (T,)."""
+    def logits(
+        self, ids: Tensor, rows: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """(n, vocab_size) of rows (n,), or of all, of one row of tokens (T,)."""
         options: dict[str, Any] = {} if cache is None else {self.cache_argument: cache}
-        if self._picks_rows:
-            options["logits_to_keep"] = rows
+        if self._picks_rows and rows is not None:
+            options["logits_to_keep"] = rows.long()
         if positions is not None:
-            options["position_ids"] = positions[None]
-        logits = self.model(ids[None], use_cache=cache is not None, return_dict=True, **options).logits[0]
-        return logits if self._picks_rows else logits.index_select(0, rows)
+            options["position_ids"] = positions[None].long()
+        with over_pages(cache is not None):
+            logits = self.model(ids[None], use_cache=cache is not None, return_dict=True, **options).logits[0]
+        return logits if self._picks_rows or rows is None else logits.index_select(0, rows)
 
 
 class StepCache(CacheOfPages):
@@ -123,12 +106,10 @@ class StepCache(CacheOfPages):
     def __init__(self, rows: PagedRows, places: dict[int, int]):
         super().__init__(places)
         self.rows = rows
-        self.attended: set[int] = set()
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scores: Scores, sink: Tensor | None
     ) -> Tensor:
-        self.attended.add(layer)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return self.rows.attend(layer, q, k, v, windowed(scores, mask), sink=sink)[None]
 
@@ -147,41 +128,3 @@ def max_length(config: Any) -> int | None:
             original = getattr(config, "original_max_position_embeddings", None) if original is None else original
             most = min((x for x in (original, most) if x is not None), default=None)
     return most
-
-
-def shape_of(states: DynamicCache, name: str) -> tuple[CacheShape, dict[int, int]]:
-    """Of the keys and values that a model of that name made, and where those of its layers lie among them."""
-    layers = {at: layer for at, layer in enumerate(states.layers) if layer.is_initialized}
-    shapes = {(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers.values()}
-    if len(shapes) != 1:
-        wrong_value("model", "layers whose keys and values are alike", f"{name} with {sorted(shapes)}")
-    ((heads_kv, head_dim, head_dim_v),) = shapes
-    if max(head_dim, head_dim_v) > MAX_HEAD_DIM:
-        wrong_value("model", f"a head_dim of at most {MAX_HEAD_DIM}", max(head_dim, head_dim_v))
-    keys = next(iter(layers.values())).keys
-    shape = CacheShape(len(layers), heads_kv, head_dim, head_dim_v, keys.dtype, keys.device)
-    return shape, {at: place for place, at in enumerate(layers)}
-
-
-def hold(model: PagedModel, texts: list[Tensor], expected: list[Tensor]) -> None:
-    """Holds the logits of texts in common steps to those of each by itself."""
-    name = type(model.model).__name__
-    cache = cache_for(model, num_pages=8, page_size=FIRST)
-    seqs = [cache.add(ids) for ids in texts]
-    found: list[list[Tensor]] = [[] for _ in texts]
-    for parts in ([ids[:FIRST] for ids in texts], [ids[FIRST:] for ids in texts]):
-        counts = [len(part) for part in parts]
-        batch = cache.batch(seqs, counts)
-        ids = torch.cat(parts)
-        logits, attended = model.run(ids, cache, batch, torch.arange(len(ids), device=ids.device))
-        if len(attended) < model.cache_shape.layers:
-            wrong_value("model", "attention that asks AttentionInterface", f"{name}, whose computes it itself")
-        cache.commit_batch(batch)
-        for one, part in zip(found, logits.split(counts), strict=True):
-            one.append(part)
-    for one, wanted in zip(found, expected, strict=True):
-        wanted = wanted.double()
-        spread = (wanted - wanted.mean(1, keepdim=True)).norm()
-        difference = float((torch.cat(one) - wanted).norm() / spread)
-        if not difference <= CLOSE:
-            wrong_value("model", "the same logits over pages as without", f"{name}, whose differ by {difference:.0%}")

@@ -7,7 +7,9 @@ A layer hands its new keys and values to a cache and attends to what it gets bac
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -15,6 +17,28 @@ from transformers import Cache
 
 from ..mask import Mask
 from ..modules.rows import Scores
+
+# What layers do to each token's states by itself between the cache and attention; those in pages had it done before.
+# (DeepSeek makes keys and values of what it keeps of them, JetMoe repeats heads.)
+TOKENWISE = {"linear", "view", "transpose", "split", "expand", "repeat", "new_empty", "copy_", "to", "contiguous"}
+
+
+_over_pages = ContextVar("over_pages", default=False)
+
+
+@contextmanager
+def over_pages(yes: bool = True) -> Iterator[None]:
+    """A forward in which no attention may be asked for keys that are no `PagedStates`: those of tokens before would be missing."""
+    token = _over_pages.set(yes)
+    try:
+        yield
+    finally:
+        _over_pages.reset(token)
+
+
+def check_not_over_pages() -> None:
+    if _over_pages.get():
+        raise ValueError("keys: expected those that the cache gave, for others lie in pages, got a layer's own")
 
 
 class CacheOfPages(Cache):
@@ -59,7 +83,10 @@ class CacheOfPages(Cache):
 
 
 class PagedStates:
-    """The new keys, or values, of a layer (B, Hkv, S, D), which go into pages: no tensor, for those before lie there."""
+    """The new keys, or values, of a layer (B, Hkv, S, D), which go into pages: no tensor, for those before lie there.
+
+    What is done to each token by itself is done to the new ones; anything else is refused.
+    """
 
     def __init__(self, new: Tensor, pages: CacheOfPages, layer: int):
         self.new, self.pages, self.layer = new, pages, layer
@@ -68,11 +95,26 @@ class PagedStates:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        refuse(f".{name}")
+        if name not in TOKENWISE:
+            refuse(f".{name}")
+        return lambda *args, **kwargs: self._done(getattr(Tensor, name), (self, *args), kwargs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._done(Tensor.__getitem__, (self, index), {})
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        refuse(getattr(function, "__name__", str(function)))
+        name = getattr(function, "__name__", str(function))
+        if name not in TOKENWISE or not isinstance(args[0], cls):
+            refuse(name)
+        return args[0]._done(function, args, kwargs or {})
+
+    def _done(self, function: Callable, args: Any, kwargs: Any) -> Any:
+        """The function of the new states, again on their way to the same pages."""
+        found = function(*(x.new if isinstance(x, PagedStates) else x for x in args), **kwargs)
+        several = isinstance(found, (tuple, list))
+        made = [PagedStates(x, self.pages, self.layer) for x in (found if several else [found])]
+        return made if several else made[0]
 
     def __repr__(self) -> str:
         return f"PagedStates(layer={self.layer}, new={tuple(self.shape)})"

@@ -27,7 +27,7 @@ from .. import functional
 from ..checks import MAX_HEAD_DIM
 from ..mask import Mask
 from ..modules.rows import Scores
-from .pages import PagedStates
+from .pages import PagedStates, check_not_over_pages
 from .span_mask import SpanMask, knows_eager_alone, span_mask
 
 NAME = "duplex_attn"
@@ -79,6 +79,9 @@ def attention(
         mask = Mask(right=0 if direction else None) if attention_mask is None else attention_mask
         scores = Scores(scale=scaling, softcap=softcap or 0.0)
         return key.pages.attend(key.layer, query, key.new, value.new, mask, scores, s_aux), None
+
+    if not torch.compiler.is_compiling():
+        check_not_over_pages()
 
     if isinstance(attention_mask, SpanMask):
         attention_mask, is_causal = _fitting(attention_mask, query.shape[2], key.shape[2]), False

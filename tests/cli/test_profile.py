@@ -104,11 +104,11 @@ def test_model_before_and_after_swap(
 
 
 def test_a_decoder_that_pages_do_not_serve(text_file: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duplex_attn.integrations.paged_model.CLOSE", -1.0)
+    monkeypatch.setattr("duplex_attn.integrations.paged_trial.EXACT", -1.0)
     result = profile(text_file, "--model", checkpoints / "gpt2", "--json", "-")
     found = json.loads(result.stdout)
     assert [measurement["system"] for measurement in found["comparisons"][0]["measurements"]] == SWAPPED
-    assert any(note.startswith("not over pages: model: expected the same logits") for note in found["notes"])
+    assert any(note.startswith("not over pages: model: expected position_ids") for note in found["notes"])
 
 
 def test_the_machines_own_text() -> None:

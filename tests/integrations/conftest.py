@@ -91,6 +91,19 @@ MODELS = {
             n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=48, first_k_dense_replace=1,
         ),
     ),
+    "jetmoe": (  # repeats heads behind the cache
+        "JetMoeForCausalLM",
+        "JetMoeConfig",
+        _LLAMA | dict(num_key_value_heads=2, kv_channels=8, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "roberta_decoder": ("RobertaForCausalLM", "RobertaConfig", _BERT | {"pad_token_id": 1, "is_decoder": True}),
+    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", _LLAMA | {"layer_types": ["conv", "full_attention"]}),
+    "gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", _GPT2),
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        _LLAMA | {"head_dim": 8, "global_head_dim": 16, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8},
+    ),
     "git": (
         "GitForCausalLM",
         "GitConfig",

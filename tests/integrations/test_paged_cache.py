@@ -14,7 +14,7 @@ from duplex_attn.integrations.paged_model import PagedModel
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder")
+DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder", "deepseek_v3")
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from duplex_attn import PagedKVCache
 from duplex_attn.generate import Engine, SamplingParams, cache_for
+from duplex_attn.integrations import paged_model, pages
 from duplex_attn.integrations.paged_model import PagedModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
-DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder")
+DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder", "deepseek_v3", "jetmoe")
 PROMPTS = [[random.Random(n).randrange(3, 97) for _ in range(length)] for n, length in enumerate((23, 1, 14, 9))]
 NEW = 12
 
@@ -107,26 +110,69 @@ def test_a_rotation_that_changes_with_the_longest_text_is_not_reached(build, rop
     "name, message",
     [
         ("t5", "a decoder alone, got T5ForConditionalGeneration, which has an encoder"),
-        ("bloom", "one that takes position_ids, got BloomForCausalLM"),
-        ("deepseek_v3", "AttentionInterface as the cache gave them, got linear"),
-        ("git", "AttentionInterface as the cache gave them, got .transpose"),
+        ("bloom", "AttentionInterface as the cache gave them, got .reshape"),
+        ("roberta_decoder", "position_ids that count from 0, got RobertaForCausalLM, whose own do not"),
+        ("lfm2", "a state of keys and values alone, got Lfm2ForCausalLM with LinearAttention"),
+        ("gpt", "a cache of keys and values, got OpenAIGPTLMHeadModel, which keeps none"),
+        ("gemma4", "layers whose heads_kv and head_dim are alike, got Gemma4ForCausalLM with "),
+        ("git", "AttentionInterface as the cache gave them, got matmul"),
         ("bert_both_ways", "that of a causal model, or a window, over pages"),
-        ("deepseek_v4", "a state of keys and values alone, got DeepseekV4ForCausalLM, which has another"),
+        ("deepseek_v4", "a state of keys and values alone, got DeepseekV4ForCausalLM with Deepseek"),
     ],
 )
 def test_models_it_does_not_serve(build, name: str, message: str) -> None:
+    model = build(name, "eager")
     with pytest.raises(ValueError, match=message):
-        PagedModel(build(name))
+        PagedModel(model)
+    assert {part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel)} == {
+        "eager"
+    }
 
 
-def test_a_model_that_counts_places_itself_is_found_out(build) -> None:
-    model = build("gpt2")
+OTHER_LOGITS = r"the same logits over pages as without, got \w+, whose differ by \d"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_counts_places_itself_is_found_out(build, dtype: torch.dtype) -> None:
+    model = build("gpt2").to(dtype)
     forward = model.transformer.forward
     model.transformer.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(
-        ValueError, match=r"the same logits over pages as without, got GPT2LMHeadModel, whose differ by \d"
-    ):
+    with pytest.raises(ValueError, match=OTHER_LOGITS):
         PagedModel(model)
+
+
+@pytest.mark.parametrize("never_said", [False, True])
+def test_slightly_other_scores_are_found_out(build, monkeypatch: pytest.MonkeyPatch, never_said: bool) -> None:
+    """never_said: with logits of tokens that a model leaves out, as Chameleon does those of images."""
+    model = build("gemma2")
+    if never_said:
+        head = model.lm_head.forward
+        model.lm_head.forward = lambda x: head(x).index_fill(-1, torch.tensor([3, 4]), torch.finfo(x.dtype).min)
+        model.config.final_logit_softcapping = None
+    PagedModel(model)
+    right = pages.windowed
+    monkeypatch.setattr(paged_model, "windowed", lambda scores, mask: replace(right(scores, mask), softcap=1.9))
+    with pytest.raises(ValueError, match=OTHER_LOGITS):
+        PagedModel(model)
+
+
+def test_a_layer_that_leaves_out_the_cache_is_found_out(build) -> None:
+    model = build("llama")
+    layer = model.model.layers[1].self_attn
+    forward = layer.forward
+    layer.forward = lambda *args, cache=None, past_key_values=None, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(ValueError, match=r"keys: expected those that the cache gave, for others lie in pages"):
+        PagedModel(model)
+
+
+def test_experts_of_16_bits_may_differ(build) -> None:
+    """A token that takes another expert for a rounding has other logits, and nothing is wrong."""
+    for seed in range(4):
+        model = build("gpt_oss", num_local_experts=4)
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        PagedModel(model.bfloat16())
 
 
 def test_bad_input(build) -> None:

@@ -324,7 +324,9 @@ def test_jagged_tensors_that_torch_takes_are_told_of_once(registered: None) -> N
     with pytest.warns(UserWarning) as warned:
         for _ in range(2):
             F.scaled_dot_product_attention(*(jagged([3, 5]).transpose(1, 2) for _ in range(3)))
-    assert len({str(w.message) for w in warned}) == 1
+    assert (
+        len({str(w.message) for w in warned if "torch's own" in str(w.message)}) == 1
+    )  # torch tells of jagged tensors too
 
 
 # In its place.
