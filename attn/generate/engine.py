@@ -8,10 +8,9 @@ from bisect import bisect_left
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..cache import CacheStats, PagedKVCache
@@ -23,6 +22,9 @@ from .request import Chunk, Request, Sample, State, finish_reason
 from .sampling import NO_TOKEN, TokenLogprob, choose, logprobs_of
 from .scheduler import Scheduler, Work
 from .verify import Accept, Reject, Replace, Verifier, Wait
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 POOL_BYTES = 1 << 30  # of a cache that the engine makes itself
 MAX_REJECTIONS = 1000  # of one sample: a verifier that takes nothing must come to an end

@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from dataclasses import dataclass, field
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from ..cache import Sequence as CachedSequence
 from ..modules.language_model import Opening
@@ -15,6 +14,9 @@ from .sampling import Draw, TokenLogprob, uniform
 from .speculate import Lookup
 from .text import GrowingText
 from .verify import Draft, Verifier
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

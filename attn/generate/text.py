@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CONTEXT = 8  # tokens of the prompt that a decoder may need to see, as for the space before a word
 UNFINISHED = "�"  # what a decoder gives for part of a character
@@ -25,7 +26,11 @@ class GrowingText:
         self._restart()
 
     def _restart(self) -> None:
-        self._stream = DecodeStream(self.prompt, skip_special_tokens=True)
+        self._stream: Any = None
+        if self.tokenizer is not None:
+            from tokenizers.decoders import DecodeStream
+
+            self._stream = DecodeStream(self.prompt, skip_special_tokens=True)
 
     def push(self, token: int) -> None:
         self._tokens.append(token)

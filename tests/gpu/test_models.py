@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from duplex_attn import PagedKVCache, functional
+from duplex_attn.generate import Engine, SamplingParams
 from duplex_attn.modules import GPT, Bert, BertConfig, GPTConfig, Seq2Seq, Seq2SeqConfig, paged_pairs, paged_rows, rows
 from duplex_attn.modules.disentangled import Disentangled
 from torch import Tensor, nn
@@ -127,9 +128,6 @@ def continued(model: GPT | Seq2Seq, prompt: list[int], after: list[int]) -> Tens
 @pytest.mark.parametrize("name", GENERATING)
 def test_the_engine(forced: Lane, name: str) -> None:
     """Each token is the likeliest after those before it, or close to it."""
-    pytest.importorskip("tokenizers", reason="the engine takes text, and a machine with a card may lack what reads it")
-    from duplex_attn.generate import Engine, SamplingParams
-
     exact = build(name)
     model = copy.deepcopy(exact).to(forced.device, widest(forced))
     assert isinstance(model, (GPT, Seq2Seq))
@@ -143,6 +141,35 @@ def test_the_engine(forced: Lane, name: str) -> None:
         near = 2e-2 if widest(forced) == torch.bfloat16 else 1e-5
         assert bool((logits.amax(1) - chosen <= near * logits.abs().amax(1)).all())
     engine.cache.check()
+
+
+@torch.inference_mode()
+def test_a_decoder_of_transformers(forced: Lane) -> None:
+    """It is tried as it is built; then steps, of which one cuts prompts."""
+    transformers = pytest.importorskip("transformers")
+    from duplex_attn.integrations.paged_model import PagedModel
+
+    torch.manual_seed(3)
+    shape = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": 6}
+    options = transformers.MistralConfig(**shape, **heads, attn_implementation="eager", initializer_range=0.2)
+    exact = transformers.MistralForCausalLM(options).eval().double()
+    plain = copy.deepcopy(exact).to(forced.device, widest(forced))
+    model = PagedModel(copy.deepcopy(plain))
+    ids, _ = batch(forced.device)
+    prompts = [row[:length] for row, length in zip(ids, SEQLENS, strict=True)]
+    cache = PagedKVCache(2, 40, 4, 1, 32, dtype=model.cache_shape.dtype, device=forced.device)
+    seqs, found = [cache.add(prompt) for prompt in prompts], []
+    for new in ([13, 1, 5, 7], [8, 0, 11, 0]):
+        made = cache.batch(seqs, new)
+        parts = [prompt[seq.committed :][:n] for prompt, seq, n in zip(prompts, seqs, new, strict=True)]
+        tokens = torch.cat(parts)
+        logits = model.step(tokens, cache, made, torch.arange(len(tokens), device=forced.device))
+        cache.commit_batch(made)
+        found.append(logits.split(new))
+    steps = torch.cat([part for text in zip(*found, strict=True) for part in text])
+    sides = [torch.cat([one(p[None].to(one.device)).logits[0] for p in prompts]) for one in (plain, exact)]
+    check(steps, *sides)
 
 
 def check(found: Tensor, plain: Tensor, truth: Tensor) -> None:
