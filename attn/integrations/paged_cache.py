@@ -9,7 +9,6 @@ and beams share the pages of what they have in common, as copies of a prompt's c
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ class PaddedRows:
 class PagedCache(CacheOfPages):
     """Keys and values of a batch of texts, in pages, for `generate(..., past_key_values=PagedCache(model))`.
 
-    model: as `PagedModel` takes it, or one of these; its attention runs here from then on. num_pages, page_size: of the pool,
+    model: as `PagedModel` takes it, or one of these, which is not tried anew; its attention runs here from then on. num_pages, page_size: of the pool,
         by default 1 GiB of 16 tokens each, of which memory counts as used when it is first written to. quantization: as of
         `PagedKVCache`.
     Prompts may be padded on the left. As with transformers' caches, texts go on where the cache is passed again, `crop`
@@ -96,12 +95,9 @@ class PagedCache(CacheOfPages):
 
     def _begin(self, batch: int, length: int, mask: Any) -> PaddedRows:
         """Takes slots for the new tokens of a forward."""
-        if not self._ended:
-            self._rewind()  # the one before did not come to its end
+        self._settle()
         columns, prompts = self.columns + length, not self.seqs
         starts = padding(mask, batch, columns)
-        if prompts and max(starts) >= length:
-            wrong_value("attention_mask", "a token in each row", f"{max(starts)} columns of padding in {length}")
         if not prompts and starts != self.starts:
             wrong_value("attention_mask", f"the rows and the padding that the cache has, {self.starts}", starts)
         self._ended = False
@@ -123,6 +119,11 @@ class PagedCache(CacheOfPages):
             index = tokens.flatten().nonzero()[:, 0].to(self.pool.device)
         return PaddedRows(PagedRows.of(self.pool, made, False), batch, length, index)
 
+    def _settle(self) -> None:
+        """Forgets a forward that was interrupted."""
+        if not self._ended:
+            self._rewind()
+
     def _rewind(self) -> None:
         """Gives back what a forward took that has not come to its end."""
         if not self.columns:
@@ -137,10 +138,6 @@ class PagedCache(CacheOfPages):
     @property
     def batch_size(self) -> int:
         return len(self.seqs) or -1
-
-    @property
-    def is_initialized(self) -> bool:
-        return bool(self.seqs)
 
     def reset(self) -> None:
         while self.seqs:
@@ -158,6 +155,7 @@ class PagedCache(CacheOfPages):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row n goes on from row beam_idx[n]."""
+        self._settle()
         rows, free = beam_idx.tolist(), set(self.seqs)
         taken = []
         for row in rows:
@@ -175,9 +173,15 @@ class PagedCache(CacheOfPages):
 
     def __deepcopy__(self, memo: Any) -> PagedCache:
         """The same texts, which share their pages with these: what is appended to either is its own."""
-        other = copy(self)
-        other.seqs, other.starts, other._rows = [self.pool.fork(seq) for seq in self.seqs], [*self.starts], None
+        self._settle()
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, seqs=[], starts=[*self.starts], _rows=None)
+        for seq in self.seqs:
+            other.seqs.append(self.pool.fork(seq))
         return other
+
+    def __copy__(self) -> PagedCache:
+        return self.__deepcopy__(None)
 
     def __del__(self) -> None:
         for seq in getattr(self, "seqs", ()):

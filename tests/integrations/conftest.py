@@ -91,6 +91,15 @@ MODELS = {
             n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=48, first_k_dense_replace=1,
         ),
     ),
+    "gemma3n": (  # the last layers have the keys of others
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        _LLAMA | dict(
+            num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3, num_kv_shared_layers=2, head_dim=8,
+            sliding_window=5, laurel_rank=8, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 6,
+            hidden_size_per_layer_input=8, vocab_size_per_layer_input=97,
+        ),
+    ),
     "jetmoe": (  # repeats heads behind the cache
         "JetMoeForCausalLM",
         "JetMoeConfig",

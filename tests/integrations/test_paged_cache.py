@@ -14,7 +14,7 @@ from duplex_attn.integrations.paged_model import PagedModel
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder", "deepseek_v3")
+DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder", "deepseek_v3", "gemma3n")
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
@@ -130,6 +130,31 @@ def test_rows_are_chosen_repeated_and_given_back(build) -> None:
     for one in (cache, turned, repeated):
         one.reset()
     assert cache.pool.stats().sequences == 0 and cache.get_seq_length() == 0
+
+
+def test_an_interrupted_forward_is_forgotten(build) -> None:
+    """By whatever comes next: a copy, a reordering, tokens taken back."""
+    model = build("llama")
+    ids, _ = prompts(False)
+    for then in (
+        copy.deepcopy,
+        copy.copy,
+        lambda cache: cache.reorder_cache(torch.arange(3)),
+        lambda cache: cache.crop(-1),
+        lambda cache: cache.crop(0),
+    ):
+        cache = PagedCache(model, num_pages=40, page_size=4)
+        with torch.no_grad():
+            model(ids, **{ARGUMENT: cache})
+            stop = model.model.layers[0].mlp.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                model(ids[:, :1], **{ARGUMENT: cache})
+            stop.remove()
+            made = then(cache)
+            kept = cache.columns
+            del made
+            model(ids[:, :1], **{ARGUMENT: cache})
+        assert cache.columns == kept + 1 and cache.pool.stats().sequences == 3
 
 
 def test_quantised(build) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from duplex_attn import PagedKVCache
 from duplex_attn.generate import Engine, SamplingParams, cache_for
-from duplex_attn.integrations import paged_model, pages
-from duplex_attn.integrations.paged_model import PagedModel
+from duplex_attn.integrations import paged_model, pages, transformers
+from duplex_attn.integrations.paged_model import PagedModel, StepCache
 from torch import Tensor
 from transformers import PreTrainedModel
 
-DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder", "deepseek_v3", "jetmoe")
+DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder", "deepseek_v3", "jetmoe", "gemma3n")
 PROMPTS = [[random.Random(n).randrange(3, 97) for _ in range(length)] for n, length in enumerate((23, 1, 14, 9))]
 NEW = 12
 
@@ -192,3 +193,33 @@ def test_bad_input(build) -> None:
     batch = cache.batch([cache.add([5, 6, 7])])
     with pytest.raises(ValueError, match=r"ids: expected the batch's 3 new tokens, got \(2,\)"):
         model.step(torch.tensor([5, 6]), cache, batch)
+    batch = cache.batch(batch.seqs, [0])
+    with pytest.raises(ValueError, match=r"rows: expected the rows wanted, where a sequence has no new token"):
+        model.step(torch.tensor([], dtype=torch.int64), cache, batch)
+    with pytest.raises(ValueError, match=r"model: expected a head_dim of at most 256, got 320"):
+        PagedModel(build("llama", head_dim=320))
+
+
+def test_scores_that_pages_do_not_have(build) -> None:
+    states = [pages.PagedStates(torch.ones(1, 2, 3, 8), pages.CacheOfPages({}), 0) for _ in range(2)]
+    layer, query = build("llama").model.layers[0].self_attn, torch.ones(1, 4, 3, 8)
+    with pytest.raises(ValueError, match=r"position_bias: expected None, got one; over pages scores have no bias"):
+        transformers.attention(layer, query, *states, None, position_bias=torch.zeros(1, 4, 3, 3))
+    layer.is_causal = False
+    step = StepCache(SimpleNamespace(attend=None), {})  # is not asked
+    states = [pages.PagedStates(x.new, step, 0) for x in states]
+    with pytest.raises(ValueError, match=r"attention_mask: expected that of a causal model"):
+        transformers.attention(layer, query, *states, None)
+
+
+@torch.inference_mode()
+def test_a_model_that_computes_all_logits(build) -> None:
+    plain, model = build("llama"), build("llama")
+    forward = model.forward
+
+    def without_rows(input_ids, position_ids=None, past_key_values=None, use_cache=None, return_dict=None):
+        return forward(input_ids, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+    model.forward = without_rows
+    requests = Engine(PagedModel(model)).generate(PROMPTS, SamplingParams(max_tokens=NEW))
+    assert [request.tokens for request in requests] == [continued(plain, prompt) for prompt in PROMPTS]
