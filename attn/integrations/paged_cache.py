@@ -49,9 +49,10 @@ class PaddedRows:
 class PagedCache(CacheOfPages):
     """Keys and values of a batch of texts, in pages, for `generate(..., past_key_values=PagedCache(model))`.
 
-    model: as `PagedModel` takes it, or one of these, which is not tried anew; its attention runs here from then on. num_pages, page_size: of the pool,
-        by default 1 GiB of 16 tokens each, of which memory counts as used when it is first written to. quantization: as of
-        `PagedKVCache`.
+    model: as `PagedModel` takes it, or one of these, which is not tried anew; its attention runs here from then on.
+    num_pages, page_size: of the pool, by default 1 GiB in pages of 16 tokens; on a CPU memory counts as used when it is first
+        written to.
+    quantization: as of `PagedKVCache`.
     Prompts may be padded on the left. As with transformers' caches, texts go on where the cache is passed again, `crop`
     takes tokens back and `reset` all; `copy.deepcopy` shares the pages. Raises OutOfPages where the pool is full, and
     ValueError for other padding than on the left, or than before; it holds what it held then.

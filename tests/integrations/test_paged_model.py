@@ -115,7 +115,10 @@ def test_a_rotation_that_changes_with_the_longest_text_is_not_reached(build, rop
         ("roberta_decoder", "position_ids that count from 0, got RobertaForCausalLM, whose own do not"),
         ("lfm2", "a state of keys and values alone, got Lfm2ForCausalLM with LinearAttention"),
         ("gpt", "a cache of keys and values, got OpenAIGPTLMHeadModel, which keeps none"),
-        ("gemma4", "layers whose heads_kv and head_dim are alike, got Gemma4ForCausalLM with "),
+        (
+            "gemma4",
+            r"keys that are alike in all layers \(heads_kv, head_dims, dtype, device\), got Gemma4ForCausalLM with ",
+        ),
         ("git", "AttentionInterface as the cache gave them, got matmul"),
         ("bert_both_ways", "that of a causal model, or a window, over pages"),
         ("deepseek_v4", "a state of keys and values alone, got DeepseekV4ForCausalLM with Deepseek"),
