@@ -50,7 +50,7 @@ class PagedCache(CacheOfPages):
     """Keys and values of a batch of texts, in pages, for `generate(..., past_key_values=PagedCache(model))`.
 
     model: as `PagedModel` takes it, or one of these, which is not tried anew; its attention runs here from then on.
-    num_pages, page_size: of the pool, by default 1 GiB in pages of 16 tokens; on a CPU memory counts as used when it is first
+    num_pages, page_size: of the pool, by default 1 GiB of the model's dtype in pages of 16 tokens; on a CPU memory counts as used when it is first
         written to.
     quantization: as of `PagedKVCache`.
     Prompts may be padded on the left. As with transformers' caches, texts go on where the cache is passed again, `crop`
@@ -85,6 +85,10 @@ class PagedCache(CacheOfPages):
         scores = windowed(scores, mask)
         rows = self._rows
         if rows is None:
+            if layer:
+                raise RuntimeError(
+                    "cache: expected none of its methods in the middle of a forward, got a copy or a change"
+                )
             rows = self._rows = self._begin(query.shape[0], query.shape[2], mask)
         q, k, v = map(rows.pack, (query, key, value))
         out = rows.paged.attend(layer, q, k, v, scores, sink=sink)
@@ -126,7 +130,8 @@ class PagedCache(CacheOfPages):
             self._rewind()
 
     def _rewind(self) -> None:
-        """Gives back what a forward took that has not come to its end."""
+        """Gives back what a forward took that has not come to its end, and never will."""
+        self._rows = None
         if not self.columns:
             self.reset()
         for seq, start in zip(self.seqs, self.starts, strict=True):
@@ -143,10 +148,11 @@ class PagedCache(CacheOfPages):
     def reset(self) -> None:
         while self.seqs:
             self.pool.free(self.seqs.pop())
-        self.starts, self.columns, self._ended = [], 0, True
+        self.starts, self.columns, self._rows, self._ended = [], 0, None, True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last -n columns of each text back; of n > 0, as older versions have it, keeps n."""
+        self._settle()
         keep = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
         if keep <= max(self.starts, default=-1):
             wrong_value("tokens_to_remove", "a token of each text to be left", tokens_to_remove)
@@ -158,6 +164,8 @@ class PagedCache(CacheOfPages):
         """Row n goes on from row beam_idx[n]."""
         self._settle()
         rows, free = beam_idx.tolist(), set(self.seqs)
+        if not all(0 <= row < len(self.seqs) for row in rows):
+            wrong_value("beam_idx", f"rows from 0 to {len(self.seqs) - 1}", rows)
         taken = []
         for row in rows:
             seq = self.seqs[row]
@@ -167,7 +175,8 @@ class PagedCache(CacheOfPages):
             self.pool.free(seq)
         self.seqs, self.starts = taken, [self.starts[row] for row in rows]
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(len(self.seqs)).repeat_interleave(repeats))

@@ -35,7 +35,14 @@ def check_kind(model: PreTrainedModel, takes_positions: bool) -> None:
         wrong_value("model", "a decoder alone", f"{name}, which has an encoder")
     if not takes_positions:
         wrong_value("model", "one that takes position_ids", name)
-    kept = {type(layer).__name__ for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
+    if model.get_output_embeddings() is None:
+        wrong_value("model", "one that predicts tokens", f"{name}, which has no head for them")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(
+        config, "attn_temperature_tuning", None
+    ):  # Llama 4: it asks its cache for places, and the packed row has several
+        wrong_value("model", "scores that follow position_ids", f"{name} with attn_temperature_tuning")
+    kept = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     if kept - ATTENTION:
         wrong_value("model", "a state of keys and values alone", f"{name} with {', '.join(sorted(kept - ATTENTION))}")
 
@@ -43,7 +50,8 @@ def check_kind(model: PreTrainedModel, takes_positions: bool) -> None:
 def by_itself(paged: PagedModel) -> tuple[list[Tensor], list[Tensor]]:
     """Texts (n,), and the logits (n, vocab_size) that the model's own attention has of each, without a cache."""
     device = next(paged.model.parameters()).device
-    texts = [torch.arange(n, 4 * n, 3, device=device) for n in TEXTS]
+    vocab_size = paged.model.config.get_text_config(decoder=True).vocab_size
+    texts = [torch.arange(n, 4 * n, 3, device=device) % vocab_size for n in TEXTS]
     expected = [paged.logits(ids) for ids in texts]
     for ids, wanted in zip(texts, expected, strict=True):
         counted = paged.logits(ids, positions=torch.arange(len(ids), device=device))
@@ -57,8 +65,8 @@ def swapped(model: nn.Module) -> Iterator[None]:
     """The model's attention runs here; where what follows raises, as it did before."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     previous = [part.config._attn_implementation for part in parts]
-    swap(model)
     try:
+        swap(model)
         yield
     except BaseException:
         for part, implementation in zip(parts, previous, strict=True):

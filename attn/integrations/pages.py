@@ -100,6 +100,8 @@ class PagedStates:
         return lambda *args, **kwargs: self._done(getattr(Tensor, name), (self, *args), kwargs)
 
     def __getitem__(self, index: Any) -> Any:
+        if not (isinstance(index, tuple) and len(index) == 2 and index[0] is Ellipsis):  # of head_dim alone
+            refuse(f"[{index}]")
         return self._done(Tensor.__getitem__, (self, index), {})
 
     @classmethod

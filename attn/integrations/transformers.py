@@ -75,6 +75,8 @@ def attention(
     if isinstance(key, PagedStates):
         if position_bias is not None:
             raise ValueError("position_bias: expected None, got one; over pages scores have no bias")
+        if dropout and module.training:
+            raise ValueError("dropout: expected eval mode over pages, got training mode")
         direction = _is_causal(module) if is_causal is None else is_causal
         mask = Mask(right=0 if direction else None) if attention_mask is None else attention_mask
         scores = Scores(scale=scaling, softcap=softcap or 0.0)

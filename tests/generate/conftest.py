@@ -21,7 +21,7 @@ CONFIGS = {
         scale=0.2, softcap=3.0, logit_softcap=20.0, embedding_scale=2.5,
     ),
 }  # fmt: skip
-PROMPTS = [[random.Random(n).randrange(VOCAB) for _ in range(length)] for n, length in enumerate((23, 1, 40, 9, 17))]
+PROMPTS = [random.Random(n).choices(range(VOCAB), k=length) for n, length in enumerate((23, 1, 40, 9, 17))]
 
 MakeEngine = Callable[..., Engine]
 

@@ -13,7 +13,7 @@ from duplex_attn.modules.paged_rows import PagedRows
 from torch import Tensor
 
 EXACT = {"atol": 2e-5, "rtol": 2e-5}
-LINES = [[random.Random(n).randrange(300) for _ in range(length)] for n, length in enumerate((23, 1, 40, 9))]
+LINES = [random.Random(n).choices(range(300), k=length) for n, length in enumerate((23, 1, 40, 9))]
 
 
 def cache_for(model: GPT, **options: object) -> da.PagedKVCache:
@@ -48,7 +48,7 @@ def test_chunks_and_decoding_in_one_batch(model: GPT) -> None:
     encoding, chunked, decoding = cache.add(LINES[3], 9), cache.add(LINES[2]), cache.add(LINES[0])
     step(model, cache, [chunked, decoding], [11, 22])
     logits = step(model, cache, [encoding, chunked, decoding], [9, 13, 1])
-    whole = [(LINES[3], da.full()), (LINES[2][:24], da.causal()), (LINES[0], da.causal())]
+    whole = [(LINES[3], da.prefix_lm(9)), (LINES[2][:24], da.causal()), (LINES[0], da.causal())]
     expected = [model(torch.tensor([line]), mask=mask)[0, -1] for line, mask in whole]
     torch.testing.assert_close(logits, torch.stack(expected), **EXACT)
 

@@ -157,6 +157,37 @@ def test_an_interrupted_forward_is_forgotten(build) -> None:
         assert cache.columns == kept + 1 and cache.pool.stats().sequences == 3
 
 
+@pytest.mark.parametrize("then", ["__deepcopy__", "reset", "crop"])
+def test_nothing_is_done_to_a_cache_in_the_middle_of_a_forward(build, then: str) -> None:
+    model = build("llama")
+    cache = PagedCache(model, num_pages=40, page_size=4)
+    ids, _ = prompts(False)
+    with torch.no_grad():
+        model(ids, **{ARGUMENT: cache})
+        does = {"__deepcopy__": copy.deepcopy, "reset": PagedCache.reset, "crop": lambda cache: cache.crop(-1)}[then]
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: does(cache) and None)
+        with pytest.raises(RuntimeError, match=r"none of its methods in the middle of a forward"):
+            model(ids[:, :1], **{ARGUMENT: cache})
+        hook.remove()
+        assert cache.columns == {"__deepcopy__": 14, "reset": 0, "crop": 13}[then]
+        assert (
+            [seq.length for seq in cache.seqs] == [cache.columns] * cache.batch_size if cache.seqs else then == "reset"
+        )
+
+
+def test_rows_that_are_not_there(build) -> None:
+    model = build("llama")
+    cache = PagedCache(model, num_pages=40, page_size=4)
+    with torch.no_grad():
+        model(prompts(False)[0], **{ARGUMENT: cache})
+    with pytest.raises(ValueError, match=r"beam_idx: expected rows from 0 to 2, got \[0, 0, 7\]"):
+        cache.reorder_cache(torch.tensor([0, 0, 7]))
+    assert cache.pool.stats().sequences == 3
+    kept = [cache.seqs[0], cache.seqs[2]]
+    cache.batch_select_indices(torch.tensor([True, False, True]))
+    assert cache.seqs == kept and cache.pool.stats().sequences == 2
+
+
 def test_quantised(build) -> None:
     model = build("llama")
     cache = PagedCache(model, num_pages=40, page_size=4, quantization="int8")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder", "deepseek_v3", "jetmoe", "gemma3n")
-PROMPTS = [[random.Random(n).randrange(3, 97) for _ in range(length)] for n, length in enumerate((23, 1, 14, 9))]
+PROMPTS = [random.Random(n).choices(range(3, 97), k=length) for n, length in enumerate((23, 1, 14, 9))]
 NEW = 12
 
 
@@ -203,7 +203,35 @@ def test_bad_input(build) -> None:
         PagedModel(build("llama", head_dim=320))
 
 
+def test_models_without_words(build) -> None:
+    model = build("llama")
+    with pytest.raises(
+        ValueError, match=r"model: expected one that predicts tokens, got LlamaModel, which has no head"
+    ):
+        PagedModel(model.model)
+    model.config.attn_temperature_tuning = True
+    with pytest.raises(
+        ValueError, match=r"model: expected scores that follow position_ids, got LlamaForCausalLM with attn"
+    ):
+        PagedModel(model)
+
+
+def test_few_words(build) -> None:
+    assert PagedModel(build("llama", vocab_size=11)).vocab_size == 11
+
+
+def test_states_of_some_tokens_are_refused() -> None:
+    states = pages.PagedStates(torch.ones(1, 2, 1, 8), StepCache(SimpleNamespace(attend=None), {}), 0)
+    assert states[..., :3].shape == (1, 2, 1, 3)
+    with pytest.raises(ValueError, match=r"as the cache gave them, got \["):
+        states[:, :, -5:]
+
+
 def test_scores_that_pages_do_not_have(build) -> None:
+    training = build("llama", attention_dropout=0.1).train().model.layers[0].self_attn
+    states = [pages.PagedStates(torch.ones(1, 2, 3, 8), pages.CacheOfPages({}), 0) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"dropout: expected eval mode over pages, got training mode"):
+        transformers.attention(training, torch.ones(1, 4, 3, 8), *states, None, dropout=0.1)
     states = [pages.PagedStates(torch.ones(1, 2, 3, 8), pages.CacheOfPages({}), 0) for _ in range(2)]
     layer, query = build("llama").model.layers[0].self_attn, torch.ones(1, 4, 3, 8)
     with pytest.raises(ValueError, match=r"position_bias: expected None, got one; over pages scores have no bias"):
