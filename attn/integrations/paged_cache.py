@@ -50,8 +50,8 @@ class PagedCache(CacheOfPages):
     """Keys and values of a batch of texts, in pages, for `generate(..., past_key_values=PagedCache(model))`.
 
     model: as `PagedModel` takes it, or one of these, which is not tried anew; its attention runs here from then on.
-    num_pages, page_size: of the pool, by default 1 GiB of the model's dtype in pages of 16 tokens; on a CPU memory counts as used when it is first
-        written to.
+    num_pages, page_size: of the pool, by default 1 GiB of the model's dtype in pages of 16 tokens; on a CPU memory counts as used
+        when it is first written to.
     quantization: as of `PagedKVCache`.
     Prompts may be padded on the left. As with transformers' caches, texts go on where the cache is passed again, `crop`
     takes tokens back and `reset` all; `copy.deepcopy` shares the pages. Raises OutOfPages where the pool is full, and

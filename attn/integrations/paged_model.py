@@ -19,9 +19,9 @@ from transformers import Cache, PreTrainedModel
 from ..cache import PagedBatch, PagedKVCache
 from ..checks import wrong_type, wrong_value
 from ..modules.language_model import Opening
-from ..modules.paged_rows import PagedRows
+from ..modules.paged_rows import PagedRows, rows_wanted
 from ..modules.rows import Scores
-from .paged_trial import by_itself, check_kind, hold, layers_of, swapped
+from .paged_trial import by_itself, check_kind, check_logits, layers_of, swapped
 from .pages import CacheOfPages, over_pages, windowed
 
 
@@ -52,7 +52,7 @@ class PagedModel:
         self.vocab_size = expected[0].shape[1]
         with swapped(model):
             self.cache_shape, self.places = layers_of(self, texts[0])
-            hold(self, texts, expected)
+            check_logits(self, texts, expected)
 
     def modules(self) -> Iterable[nn.Module]:
         return self.model.modules()
@@ -74,14 +74,9 @@ class PagedModel:
         """As of `GPT`, without batch_invariant."""
         if batch_invariant:
             wrong_value("batch_invariant", "False with a model of transformers", True)
-        if ids.shape != batch.positions.shape:
-            wrong_value("ids", f"the batch's {len(batch.positions)} new tokens", tuple(ids.shape))
+        rows = rows_wanted(ids, batch, rows)
         if self.max_length is not None and batch.max_seqlen_k > self.max_length:
             wrong_value("ids", f"at most {self.max_length} tokens", batch.max_seqlen_k)
-        if rows is None:
-            if not all(batch.new_tokens):
-                wrong_value("rows", "the rows wanted, where a sequence has no new token", None)
-            rows = (batch.cu_seqlens_q[1:] - 1).clamp(min=0)
         positions = batch.positions.clamp(min=0)  # -1: a row of a buffer that no token is in
         return self.logits(ids, rows, positions, StepCache(PagedRows.of(cache, batch, False), self.places))
 
@@ -112,9 +107,6 @@ class StepCache(CacheOfPages):
     ) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return self.rows.attend(layer, q, k, v, windowed(scores, mask), sink=sink)[None]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
 
 
 def max_length(config: Any) -> int | None:

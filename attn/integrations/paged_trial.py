@@ -38,9 +38,8 @@ def check_kind(model: PreTrainedModel, takes_positions: bool) -> None:
     if model.get_output_embeddings() is None:
         wrong_value("model", "one that predicts tokens", f"{name}, which has no head for them")
     config = model.config.get_text_config(decoder=True)
-    if getattr(
-        config, "attn_temperature_tuning", None
-    ):  # Llama 4: it asks its cache for places, and the packed row has several
+    if getattr(config, "attn_temperature_tuning", None):
+        # Llama 4: it asks its cache where the row begins, and a row of several texts begins nowhere.
         wrong_value("model", "scores that follow position_ids", f"{name} with attn_temperature_tuning")
     kept = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     if kept - ATTENTION:
@@ -91,9 +90,6 @@ class Shapes(CacheOfPages):
         batch, heads, length, _ = query.shape
         return query.new_zeros(batch, length, heads, value.shape[3])
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
 
 def layers_of(paged: PagedModel, ids: Tensor) -> tuple[CacheShape, dict[int, int]]:
     """What a model's keys and values are like, and where those of its layers lie among the layers of the pages."""
@@ -116,7 +112,7 @@ def layers_of(paged: PagedModel, ids: Tensor) -> tuple[CacheShape, dict[int, int
     return shape, {layer: place for place, layer in enumerate(sorted(seen.states))}
 
 
-def hold(paged: PagedModel, texts: list[Tensor], expected: list[Tensor]) -> None:
+def check_logits(paged: PagedModel, texts: list[Tensor], expected: list[Tensor]) -> None:
     """Holds the logits of texts that share steps over pages to those of each by itself."""
     model = paged.model
     cache = cache_for(paged, num_pages=8, page_size=FIRST)

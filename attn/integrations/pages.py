@@ -69,6 +69,10 @@ class CacheOfPages(Cache):
     def __len__(self) -> int:
         return len(self.places)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before those of the forward, as masks count them."""
+        return 0
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 

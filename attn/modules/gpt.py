@@ -21,7 +21,7 @@ from ..checks import wrong_type, wrong_value
 from ..mask import Mask, causal
 from .kv_cache import KVCache
 from .language_model import CacheShape, Opening
-from .paged_rows import PagedRows
+from .paged_rows import PagedRows, rows_wanted
 from .parts import check_activation, gate, init_weights
 from .rope import Rope, Rotary, rope_of, rope_tables, rotate
 from .rope_scaling import RopeScaling, check_scaling
@@ -325,20 +325,15 @@ class GPT(nn.Module):
         batch_invariant: a token's logits do not depend in any bit on the other sequences, nor on how its own was cut
             into steps; slower. The mask is causal, bidirectional in the prefix that a sequence was added with.
         """
-        if ids.shape != batch.positions.shape:
-            raise ValueError(f"ids: expected the batch's {len(batch.positions)} new tokens, got {tuple(ids.shape)}")
+        rows = rows_wanted(ids, batch, rows)
         if batch.max_seqlen_k > self.max_length:
             name = "max_positions" if self.max_length == self.config.max_positions else "original_max_positions"
             raise ValueError(f"ids: expected at most {name} ({self.max_length}) tokens, got {batch.max_seqlen_k}")
-        if rows is None and not all(batch.new_tokens):
-            wrong_value("rows", "the rows wanted, where a sequence has no new token", None)
         paged = PagedRows.of(cache, batch, batch_invariant)
         x = self.embed(ids, batch.positions.clamp(min=0))  # -1: a row of a buffer that no token is in
         ropes = self.ropes(self.max_length, lambda rotary: rope_tables(rotary, ids))
         for layer in self.layers:
             x = cast(GPTLayer, layer).step(x, paged, ropes)
-        if rows is None:
-            rows = (batch.cu_seqlens_q[1:] - 1).clamp(min=0)  # buffers that hold no batch have rows too
         return paged.apply(lambda x: self.logits(self.norm(x)), x.index_select(0, rows))
 
     @torch.inference_mode()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import wrong_value
 from ..mask import Mask, causal, prefix_lm
 from ..paged.functional import paged_append, paged_attention
 from .rope import Rope
@@ -82,6 +83,18 @@ class PagedRows:
     def apply(self, f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         """f of rows (T, ...), row by row the same."""
         return in_blocks(f, *xs) if self.batch_invariant else f(*xs)
+
+
+def rows_wanted(ids: Tensor, batch: PagedBatch, rows: Tensor | None) -> Tensor:
+    """The rows whose logits a step is asked for, by default the last of each sequence. Raises ValueError where there is none, or
+    ids are not the batch's tokens."""
+    if ids.shape != batch.positions.shape:
+        wrong_value("ids", f"the batch's {len(batch.positions)} new tokens", tuple(ids.shape))
+    if rows is not None:
+        return rows
+    if not all(batch.new_tokens):
+        wrong_value("rows", "the rows wanted, where a sequence has no new token", None)
+    return (batch.cu_seqlens_q[1:] - 1).clamp(min=0)  # buffers that hold no batch have rows too
 
 
 def in_blocks(f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
