@@ -53,14 +53,24 @@ struct PagedKeys {
   // What no query sees may lie in pages that are no longer this sequence's: it is 0 here.
   bool seen(int64_t j) const { return j < prefix || (begin <= j && j < end); }
 
+  bool all_seen(int64_t j, int count) const { return j + count <= prefix || (begin <= j && j + count <= end); }
+
+  // Calls act(n, rows, row of key j0 + n) for the runs of keys in [0, count) that lie in neighbouring slots.
+  template <class Act>
+  void each_run(const View& view, int64_t j0, int count, const Act& act) const {
+    int64_t page = j0 / pages.page_size, slot = j0 % pages.page_size;
+    for (int n = 0, rows; n < count; n += rows, ++page, slot = 0) {
+      rows = int(clamp(pages.page_size - slot, 0, count - n));
+      act(n, rows, view.at<S>(table[page], slot, kv));
+    }
+  }
+
   // Calls act(n, row of key j0 + n) for n in [0, count).
   template <class Act>
   void each_row(const View& view, int64_t j0, int count, const Act& act) const {
-    int64_t page = j0 / pages.page_size, slot = j0 % pages.page_size;
-    for (int n = 0; n < count; ++n) {
-      act(n, view.at<S>(table[page], slot, kv));
-      if (++slot == pages.page_size) slot = 0, ++page;
-    }
+    each_run(view, j0, count, [&](int n, int rows, const S* from) {
+      for (int r = 0; r < rows; ++r) act(n + r, from + r * view.row);
+    });
   }
 
   // A row as the queries' type, converted to place n of `stage` where it is quantised.
@@ -78,18 +88,31 @@ struct PagedKeys {
     }
   }
   int kv_heads() const { return int(heads); }
-  void pack_keys(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
-    const int dim = int(p.head_dim);
-    each_row(pages.k, j0, count, [&](int n, const S* from) {
-      for (int64_t h = 0; h < heads; ++h)
-        Pack<P>::rows(to + (h * PACKED + n) * units, units, converted(from + h * pages.k.head, j0 + n, 0, dim), 0, 1, 1,
-                      dim);
+  // Rows as stored, zeros from `count` on.
+  void pack_rows(typename P::unit* to, int64_t units, const View& view, int dim, int64_t j0, int count,
+                 int padded) const {
+    each_run(view, j0, count, [&](int n, int rows, const S* from) {
+      for (int64_t h = 0; h < heads; ++h) {
+        typename P::unit* at = to + (h * PACKED + n) * units;
+        const S* of_head = from + h * view.head;
+        if constexpr (!SCALED)
+          if (all_seen(j0 + n, rows)) {
+            Pack<P>::rows(at, units, of_head, view.row, rows, rows, dim);
+            continue;
+          }
+        for (int r = 0; r < rows; ++r)
+          Pack<P>::rows(at + r * units, units, converted(of_head + r * view.row, j0 + n + r, 0, dim), 0, 1, 1, dim);
+      }
     });
     for (int64_t h = 0; h < heads; ++h)
       memset(to + (h * PACKED + count) * units, 0, (padded - count) * units * sizeof(*to));
   }
+  void pack_keys(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
+    pack_rows(to, units, pages.k, int(p.head_dim), j0, count, padded);
+  }
   void pack_values(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
     const int dim = int(p.head_dim_v);
+    if constexpr (P::STEP == 1) return pack_rows(to, units, pages.v, dim, j0, count, padded);
     const S* last = nullptr;
     const auto pack = [&](int n, const S* const* from, int rows) {
       for (int64_t h = 0; h < heads; ++h) {
@@ -99,8 +122,8 @@ struct PagedKeys {
       }
     };
     each_row(pages.v, j0, count, [&](int n, const S* from) {
-      const S* const both[2] = {P::STEP == 2 && n % 2 ? last : from, from};
-      if (P::STEP == 1 || n % 2 || n == count - 1) pack(n / P::STEP * P::STEP, both, n % P::STEP + 1);
+      const S* const both[2] = {n % 2 ? last : from, from};
+      if (n % 2 || n == count - 1) pack(n / 2 * 2, both, n % 2 + 1);
       last = from;
     });
     const int packed = (count + P::STEP - 1) / P::STEP;
