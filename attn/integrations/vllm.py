@@ -1,0 +1,275 @@
+"""vLLM on these kernels: an attention backend named DUPLEX_ATTN, over vLLM's own pages.
+
+    LLM(model, attention_backend="DUPLEX_ATTN")        vllm serve MODEL --attention-backend DUPLEX_ATTN
+
+vLLM finds `register` by itself, as a plugin of the installed package, in each of its processes. Decoders (causal, windows, a
+direction for each request), encoders and cross attention, pages of 16 bits, float32 or float8. Written for vLLM 0.32, whose
+interface for backends is no stable contract.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm import envs
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from ..functional import varlen_attention
+from ..mask import Mask
+from ..paged.functional import paged_append, paged_attention, plan
+
+NAME = "DUPLEX_ATTN"
+
+
+def register() -> None:
+    """Makes the backend known to vLLM under its name; nothing uses it that does not ask for it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    if NAME in AttentionBackendEnum.__members__:
+        return
+    register_backend(NAME, f"{__name__}.DuplexBackend")
+    copyreg.pickle(AttentionBackendEnum, _pickled)
+    _choose_on_cpu(CpuPlatform, AttentionBackendEnum[NAME])
+
+
+def _pickled(backend: Any) -> Any:
+    """vLLM sends its configuration to new processes, which read it before they load plugins."""
+    return (_named, (NAME,)) if backend.name == NAME else (AttentionBackendEnum, (backend.value,))
+
+
+def _named(name: str) -> Any:
+    register()
+    return AttentionBackendEnum[name]
+
+
+def _choose_on_cpu(platform: Any, ours: Any) -> None:
+    """vLLM's platform for CPUs takes its own backend whatever is asked for; now it takes this one if that is asked for."""
+    chosen = platform.get_attn_backend_cls.__func__
+
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is not ours:
+            return chosen(cls, selected_backend, attn_selector_config, num_heads)
+        reasons = DuplexBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        if reasons:
+            raise ValueError(f"attention_backend: {NAME} can't serve this model: {', '.join(reasons)}")
+        return ours.get_path()
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+@dataclass
+class DuplexMetadata(AttentionMetadata):
+    """What every layer of a step reads."""
+
+    num_actual_tokens: int
+    max_query_len: int
+    cu_seqlens_q: Tensor  # (B + 1,)
+    max_seq_len: int
+    seqlens_k: Tensor  # (B,)
+    block_table: Tensor  # (B, max_pages)
+    page_size: int
+    causal: bool
+    prefix: Tensor | int  # (B,): requests of which every token sees every other one, where each has its own direction
+    plans: dict[tuple[int | None, int | None], Tensor | None] = field(default_factory=dict)  # by left and right
+
+    def mask(self, left: int | None) -> Mask:
+        """The span of a layer that sees `left` tokens back, None: all of them."""
+        if self.causal:
+            if left is not None and isinstance(self.prefix, Tensor):
+                raise NotImplementedError(f"{NAME}: a direction for each request in layers with a window")
+            return Mask(self.prefix, left, 0)
+        return Mask(0, left, left)
+
+    def plan(self, mask: Mask) -> Tensor | None:
+        if self.seqlens_k.device.type != "cpu":
+            return None
+        key = (mask.left, mask.right)
+        if key not in self.plans:
+            self.plans[key] = plan(
+                self.block_table, self.seqlens_k, self.page_size, mask,
+                cu_seqlens_q=self.cu_seqlens_q, batch_invariant=envs.VLLM_BATCH_INVARIANT,
+            )  # fmt: skip
+        return self.plans[key]
+
+
+class DuplexMetadataBuilder(AttentionMetadataBuilder[DuplexMetadata]):
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> DuplexMetadata:
+        common = common_attn_metadata
+        prefix: Tensor | int = 0
+        if isinstance(common.causal, Tensor):
+            prefix = torch.where(common.causal.bool(), 0, common.seq_lens).int()
+        return DuplexMetadata(
+            common.num_actual_tokens, common.max_query_len, common.query_start_loc, common.max_seq_len, common.seq_lens,
+            common.block_table_tensor, self.kv_cache_spec.block_size, common.causal is not False, prefix,
+        )  # fmt: skip
+
+
+class DuplexBackend(AttentionBackend):
+    """What vLLM asks of a backend before it takes it."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
+    forward_includes_kv_cache_update: bool = False
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[DuplexImpl]:
+        return DuplexImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[DuplexMetadataBuilder]:
+        return DuplexMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return 1 <= head_size <= 256
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type in list(AttentionType)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or capability.major >= 8
+
+
+class DuplexImpl(AttentionImpl[DuplexMetadata]):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads or num_heads, head_size
+        self.kv_cache_dtype, self.kv_sharing_target_layer_name = kv_cache_dtype, kv_sharing_target_layer_name
+        self.scale, self.softcap = float(scale), float(logits_soft_cap or 0)
+        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        self.left = None if sliding_window is None else sliding_window - 1  # vLLM counts the query itself
+        self.in_pages = attn_type not in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
+        self.sink = sinks
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Writes key and value (tokens, Hkv, D) into the slots of the pool that slot_mapping (tokens,) names; -1: none."""
+        if not self.in_pages:
+            return
+        k_pages, v_pages, scales = self.pages(layer, kv_cache)
+        tokens = len(slot_mapping)
+        paged_append(
+            key[:tokens], value[:tokens], k_pages, v_pages,
+            _whole_pool(len(k_pages), k_pages.shape[1], kv_cache.device).expand(tokens, -1), slot_mapping.int(), **scales,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: DuplexMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of query (tokens, Hq, D) into output (tokens, Hq, D); the keys of encoders are not in pages."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(f"{NAME}: quantised outputs")
+        if attn_metadata is None:  # while vLLM measures memory
+            return output.zero_()
+        step, tokens = attn_metadata, attn_metadata.num_actual_tokens
+        terms: dict[str, Any] = {
+            "scale": self.scale, "softcap": self.softcap, "sink": self.sink, "alibi_slopes": self.alibi_slopes,
+            "batch_invariant": envs.VLLM_BATCH_INVARIANT,
+        }  # fmt: skip
+        if self.in_pages:
+            k_pages, v_pages, scales = self.pages(layer, kv_cache)
+            mask = step.mask(self.left)
+            paged_attention(
+                query[:tokens], k_pages, v_pages, step.block_table, step.seqlens_k, mask, cu_seqlens_q=step.cu_seqlens_q,
+                max_seqlen_q=step.max_query_len, plan=step.plan(mask), out=output[:tokens], **scales, **terms,
+            )  # fmt: skip
+        else:
+            cu, longest = step.cu_seqlens_q, step.max_query_len
+            output[:tokens] = varlen_attention(
+                query[:tokens],
+                key[:tokens],
+                value[:tokens],
+                cu,
+                cu,
+                longest,
+                longest,
+                Mask(0, self.left, self.left),
+                **terms,
+            )
+        return output
+
+    def pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Keys and values, (pages, page_size, Hkv, D) each, of vLLM's (pages, Hkv, page_size, 2D); scales of float8."""
+        scales: dict[str, Any] = {}
+        if self.kv_cache_dtype.startswith("fp8"):
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+            scales = {"k_scales": layer._k_scale.view(1, 1, 1), "v_scales": layer._v_scale.view(1, 1, 1)}
+        k_pages, v_pages = kv_cache.transpose(1, 2).split(self.head_size, -1)
+        return k_pages, v_pages, scales
+
+
+@functools.lru_cache(maxsize=8)
+def _whole_pool(pages: int, page_size: int, device: torch.device) -> Tensor:
+    """The block table of a text as long as the pool, whose positions are slots."""
+    if pages * page_size > 2**31 - 1:
+        raise NotImplementedError(f"{NAME}: a pool of {pages} pages of {page_size}, past 2^31 tokens")
+    return torch.arange(pages, dtype=torch.int32, device=device)[None]
