@@ -51,13 +51,15 @@ def test_step(bench: Bench, dtype: str, beams: bool, bar: float) -> None:
     length = CHECKED if bench.tiny else LENGTH
     ids = torch.randint(exact.config.vocab_size, (TEXTS, length + 1), device=bench.device)
     order = torch.tensor([1, 0, 3, 3], device=bench.device)
+    paged = PagedCache(ours)
+    argument = paged.model.cache_argument
 
     def filled(model: Any, cache: Any, tokens: Tensor) -> Any:
-        model(tokens, past_key_values=cache, logits_to_keep=1)
+        model(tokens, **{argument: cache}, logits_to_keep=1)
         return cache
 
     def logits(model: Any, cache: Any, token: Tensor) -> Tensor:
-        return model(token, past_key_values=cache).logits[:, 0]
+        return model(token, **{argument: cache}).logits[:, 0]
 
     def step(model: Any, cache: Any) -> None:
         logits(model, cache, ids[:, length:])
@@ -65,7 +67,6 @@ def test_step(bench: Bench, dtype: str, beams: bool, bar: float) -> None:
             cache.reorder_cache(order)
         cache.crop(-1)
 
-    paged = PagedCache(ours)
     few, after = ids[:2, :CHECKED], ids[:2, CHECKED - 1 : CHECKED]
     found = logits(ours, filled(ours, copy.deepcopy(paged), few), after)
     plain = logits(theirs, filled(theirs, transformers.DynamicCache(), few), after)

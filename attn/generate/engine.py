@@ -173,6 +173,8 @@ class Engine:
                 self._steps_now = False
 
     def _step(self) -> bool:
+        if next(iter(self.model.modules())).training:  # since the engine was made
+            wrong_value("model", "eval mode (model.eval())", "training mode, in which dropout changes tokens")
         work = self._scheduler.plan()
         if not work:
             return False

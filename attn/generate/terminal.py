@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 
 from ..checkpoint import load_checkpoint
 from ..checkpoint.families import FAMILIES
-from ..checkpoint.files import read_config
+from ..checkpoint.files import read_config, read_json
 from ..integrations.directory import load
 from ..modules import GPT, Seq2Seq
 from ..modules.language_model import LanguageModel
@@ -56,22 +55,36 @@ def load_model(directory: Path | None, size: str, dtype: torch.dtype, device: to
 
 def of_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     """As a reference model, or, of a kind that there is none of, as transformers has it."""
-    if read_config(directory).get("model_type") in FAMILIES or importlib.util.find_spec("transformers") is None:
+    config, file = read_config(directory), directory / "config.json"
+    kind = config.get("model_type")
+    if not isinstance(kind, str | None):
+        raise ValueError(f"model_type: expected a name in {file}, got {kind!r}")
+    family = FAMILIES.get(kind or "")
+    generates = family is not None and not {GPT, Seq2Seq}.isdisjoint(family.models)
+    if generates or importlib.util.find_spec("transformers") is None:
         made: LanguageModel = load_checkpoint(directory, (GPT, Seq2Seq), dtype=dtype, device=device)
         return made
-    model = load(directory, dtype, device)
+    if not config.get("architectures"):
+        raise ValueError(f"architectures: expected the class of a decoder in {file}, got none")
+    model = load(directory, dtype, device, whole=True)
     from ..integrations.paged_model import PagedModel
 
-    return PagedModel(model)
+    try:
+        return PagedModel(model)
+    except ValueError as error:
+        raise ValueError(f"{file}: expected a model that generates ({error})") from error
 
 
 def eos_of(directory: Path) -> tuple[int, ...]:
     """What ends a text, as the checkpoint says: generation_config.json before config.json."""
     for name in ("generation_config.json", "config.json"):
         file = directory / name
-        eos = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        eos = read_json(file).get("eos_token_id") if file.exists() else None
         if eos is not None:
-            return (eos,) if isinstance(eos, int) else tuple(eos)
+            ids = [eos] if isinstance(eos, int) else eos
+            if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+                raise ValueError(f"eos_token_id: expected an id, or a list of ids, in {file}, got {eos!r}")
+            return tuple(ids)
     return ()
 
 

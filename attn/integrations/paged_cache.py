@@ -1,7 +1,7 @@
 """A paged cache for transformers' own `generate`.
 
     cache = PagedCache(model)  # quantization="int8" stores a quarter of float32
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 
 A dynamic cache copies all keys and values to put a token behind them, and to reorder beams. Here a token goes into its slot,
 and beams share the pages of what they have in common, as copies of a prompt's cache do (`copy.deepcopy`).
@@ -10,14 +10,15 @@ and beams share the pages of what they have in common, as copies of a prompt's c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from ..cache import Sequence
-from ..checks import wrong_value
+from ..checks import wrong_type, wrong_value
 from ..generate.engine import cache_for
 from ..modules.paged_rows import PagedRows
 from ..modules.rows import Scores
@@ -47,7 +48,8 @@ class PaddedRows:
 
 
 class PagedCache(CacheOfPages):
-    """Keys and values of a batch of texts, in pages, for `generate(..., past_key_values=PagedCache(model))`.
+    """Keys and values of a batch of texts, in pages, for `generate(..., cache=PagedCache(model))`; `past_key_values` is the
+    argument's name before transformers 5.24 (`PagedModel.cache_argument` has it).
 
     model: as `PagedModel` takes it, or one of these, which is not tried anew; its attention runs here from then on.
     num_pages, page_size: of the pool, by default 1 GiB of the model's dtype in pages of 16 tokens; on a CPU memory counts as used
@@ -55,7 +57,8 @@ class PagedCache(CacheOfPages):
     quantization: as of `PagedKVCache`.
     Prompts may be padded on the left. As with transformers' caches, texts go on where the cache is passed again, `crop`
     takes tokens back and `reset` all; `copy.deepcopy` shares the pages. Raises OutOfPages where the pool is full, and
-    ValueError for other padding than on the left, or than before; it holds what it held then.
+    ValueError for other padding than on the left, or than before; it holds what it held then. A model that has lost layers since
+    is refused too.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class PagedCache(CacheOfPages):
     ):
         model = model if isinstance(model, PagedModel) else PagedModel(model)
         super().__init__(model.places)
+        self.model = model
+        self._numbers = model.layer_numbers() & self.places.keys()
         self.pool = cache_for(model, num_pages, page_size, quantization=quantization)
         self.seqs: list[Sequence] = []
         self.starts: list[int] = []  # columns of padding before each text
@@ -75,9 +80,12 @@ class PagedCache(CacheOfPages):
         self._ended = True
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        states = super().update(key_states, value_states, layer_idx)
         if self.places[layer_idx] == 0:
             self._rows = None  # another forward begins
-        return super().update(key_states, value_states, layer_idx)
+        elif self._ended:
+            self._refuse()
+        return states
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scores: Scores, sink: Tensor | None
@@ -86,9 +94,7 @@ class PagedCache(CacheOfPages):
         rows = self._rows
         if rows is None:
             if layer:
-                raise RuntimeError(
-                    "cache: expected none of its methods in the middle of a forward, got a copy or a change"
-                )
+                self._refuse()
             rows = self._rows = self._begin(query.shape[0], query.shape[2], mask)
         q, k, v = map(rows.pack, (query, key, value))
         out = rows.paged.attend(layer, q, k, v, scores, sink=sink)
@@ -102,6 +108,8 @@ class PagedCache(CacheOfPages):
         """Takes slots for the new tokens of a forward."""
         self._settle()
         columns, prompts = self.columns + length, not self.seqs
+        if prompts:
+            self._check_layers()
         starts = padding(mask, batch, columns)
         if not prompts and starts != self.starts:
             wrong_value("attention_mask", f"the rows and the padding that the cache has, {self.starts}", starts)
@@ -128,6 +136,17 @@ class PagedCache(CacheOfPages):
         """Forgets a forward that was interrupted."""
         if not self._ended:
             self._rewind()
+            self._check_layers()  # or it ended before the last layer, and would be forgotten each time
+
+    def _check_layers(self) -> None:
+        missing = self._numbers - self.model.layer_numbers()
+        if missing:
+            wrong_value("model", "the layers that it had when its cache was made", f"one without {sorted(missing)}")
+
+    def _refuse(self) -> NoReturn:
+        """A layer that no forward over this cache has come to."""
+        self._check_layers()
+        raise RuntimeError("cache: expected none of its methods in the middle of a forward, got a copy or a change")
 
     def _rewind(self) -> None:
         """Gives back what a forward took that has not come to its end, and never will."""
@@ -151,13 +170,13 @@ class PagedCache(CacheOfPages):
         self.starts, self.columns, self._rows, self._ended = [], 0, None, True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last -n columns of each text back; of n > 0, as older versions have it, keeps n."""
+        """Takes the last -n columns of each text back, at most all; of n > 0, keeps n where transformers' own caches do."""
         self._settle()
-        keep = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
-        if keep <= max(self.starts, default=-1):
-            wrong_value("tokens_to_remove", "a token of each text to be left", tokens_to_remove)
+        if tokens_to_remove > 0:
+            DynamicLayer().crop(tokens_to_remove)  # raises ValueError in newer versions
+        keep = tokens_to_remove if tokens_to_remove > 0 else max(self.columns + tokens_to_remove, 0)
         if keep < self.columns:
-            self.columns = keep
+            self.columns, self.starts = keep, [min(start, keep) for start in self.starts]
             self._rewind()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -180,6 +199,14 @@ class PagedCache(CacheOfPages):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(len(self.seqs)).repeat_interleave(repeats))
+
+    def __repr__(self) -> str:
+        stats = self.pool.stats()
+        pages = f"pages={stats.pages_used} of {stats.pages_total}, page_size={self.pool.page_size}"
+        return f"PagedCache(texts={len(self.seqs)}, columns={self.columns}, {pages})"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        wrong_type("cache", "its tokens to be pickled, for others may share its pages", "a PagedCache")
 
     def __deepcopy__(self, memo: Any) -> PagedCache:
         """The same texts, which share their pages with these: what is appended to either is its own."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from ..cache import PagedBatch, PagedKVCache
 from ..checks import wrong_type, wrong_value
@@ -23,6 +23,11 @@ from ..modules.paged_rows import PagedRows, rows_wanted
 from ..modules.rows import Scores
 from .paged_trial import by_itself, check_kind, check_logits, layers_of, swapped
 from .pages import CacheOfPages, over_pages, windowed
+
+CACHE_NAMES = "cache", "past_key_values"  # of forward's argument, since transformers 5.24 and before
+CACHE = next(
+    name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
 
 
 class PagedModel:
@@ -44,7 +49,7 @@ class PagedModel:
         anything = any(parameter.kind == parameter.VAR_KEYWORD for parameter in accepted.values())
         check_kind(model, "position_ids" in accepted or anything)
         self.model = model
-        self.cache_argument = "cache" if "cache" in accepted else "past_key_values"  # of older versions
+        self.cache_argument = next((name for name in CACHE_NAMES if name in accepted), CACHE)
         self._picks_rows = "logits_to_keep" in accepted
         self.max_length = max_length(model.config.get_text_config(decoder=True))
 
@@ -56,6 +61,11 @@ class PagedModel:
 
     def modules(self) -> Iterable[nn.Module]:
         return self.model.modules()
+
+    def layer_numbers(self) -> set[int]:
+        """Of the layers that the model has now, as they say which to their cache."""
+        numbers = (vars(module).get("layer_idx") for module in self.model.modules())
+        return {number for number in numbers if isinstance(number, int)}
 
     def most_pages(self, page_size: int) -> int | None:
         return None if self.max_length is None else -(-self.max_length // page_size)

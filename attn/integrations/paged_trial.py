@@ -52,6 +52,8 @@ def by_itself(paged: PagedModel) -> tuple[list[Tensor], list[Tensor]]:
     vocab_size = paged.model.config.get_text_config(decoder=True).vocab_size
     texts = [torch.arange(n, 4 * n, 3, device=device) % vocab_size for n in TEXTS]
     expected = [paged.logits(ids) for ids in texts]
+    if any(logits.isnan().any() for logits in expected):
+        wrong_value("model", "logits that are numbers", f"{type(paged.model).__name__}, which has NaN")
     for ids, wanted in zip(texts, expected, strict=True):
         counted = paged.logits(ids, positions=torch.arange(len(ids), device=device))
         if not difference(counted, wanted).median() <= EXACT:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 from transformers import Cache
 
+from ..checks import wrong_value
 from ..mask import Mask
 from ..modules.rows import Scores
 
@@ -63,6 +64,8 @@ class CacheOfPages(Cache):
         """
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx not in self.places:
+            wrong_value("layer_idx", f"one of the {len(self.places)} layers that the cache was made for", layer_idx)
         place = self.places[layer_idx]
         return PagedStates(key_states, self, place), PagedStates(value_states, self, place)
 

@@ -73,7 +73,9 @@ def test_output_that_turns_out_unwritable(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert result.exit_code == 2 and "--json: expected a file that can be written" in result.stderr
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"architectures": ["logging"]}', '{"architectures": [3]}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"architectures": ["logging"]}', '{"architectures": [3]}', '{"architectures": 3}']
+)
 def test_a_config_that_is_none(tmp_path: Path, text_file: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     assert "config.json" in refused(text_file, "--model", tmp_path)

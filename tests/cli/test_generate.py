@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_a_model_with_an_encoder_answers(checkpoints: Path, tmp_path: Path) -> N
     result = generate(*arguments, "--bidirectional")
     assert result.exit_code == 2 and "bidirectional_prefix: expected 0" in result.stderr
     result = generate("--model", checkpoints / "bert", PROMPT)
-    assert result.exit_code == 2 and "expected one of family bert, got GPT or Seq2Seq" in result.stderr
+    assert result.exit_code == 2 and "bert/config.json: expected a model that generates" in result.stderr
 
 
 def test_a_model_of_another_family_runs_as_transformers_has_it(checkpoints: Path, tmp_path: Path) -> None:
@@ -77,6 +78,60 @@ def test_a_model_of_another_family_runs_as_transformers_has_it(checkpoints: Path
     assert output["tokens"] == expected.tolist()
     result = generate("--model", checkpoints / "olmo2", PROMPT, "--batch-invariant")
     assert result.exit_code == 2 and "batch_invariant: expected False with a model of transformers" in result.stderr
+
+
+ODD: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": ["olmo2"]}, "model_type: expected a name in {file}, got ['olmo2']"),
+    ({"architectures": None}, "architectures: expected the class of a decoder in {file}, got none"),
+    (
+        {"architectures": "Olmo2ForCausalLM"},
+        "architectures: expected a list of names in {file}, got 'Olmo2ForCausalLM'",
+    ),
+    (
+        {"architectures": ["BertTokenizer"]},
+        "architectures: expected a model of transformers in {file}, got BertTokenizer",
+    ),
+    ({"architectures": ["Olmo2Model"]}, "{file}: expected a model that generates (model: expected one that predicts"),
+    (
+        {"architectures": ["LlamaForCausalLM"]},
+        "expected all weights of LlamaForCausalLM, which {file} names, missing model.",
+    ),
+    ({"num_hidden_layers": 3}, "expected all weights of Olmo2ForCausalLM, which {file} names, missing model.layers.2"),
+    ({"hidden_size": "many"}, "{file}: expected a model that transformers can load from there ("),
+    ({"num_attention_heads": 0}, "{file}: expected a model that transformers can load from there (ZeroDivisionError"),
+]
+
+
+@pytest.mark.parametrize("changes, message", ODD, ids=lambda value: str(value)[:40])
+def test_an_odd_config(checkpoints: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    shutil.copytree(checkpoints / "olmo2", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    result = generate("--model", tmp_path, PROMPT)
+    assert result.exit_code == 2 and message.format(file=file) in result.stderr, (result.output, result.exception)
+
+
+@pytest.mark.parametrize(
+    "text, message", [("[1]", "expected an object, got list"), ('{"eos_token_id": "x"}', "got 'x'")]
+)
+def test_an_odd_generation_config(checkpoints: Path, tmp_path: Path, text: str, message: str) -> None:
+    shutil.copytree(checkpoints / "gpt2", tmp_path, dirs_exist_ok=True)
+    config, file = tmp_path / "config.json", tmp_path / "generation_config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"decoder_start_token_id": 0})
+    )  # or it is read for that
+    file.write_text(text)
+    result = generate("--model", tmp_path, PROMPT)
+    assert result.exit_code == 2 and str(file) in result.stderr and message in result.stderr
+
+
+def test_a_config_without_a_model_type(checkpoints: Path, tmp_path: Path) -> None:
+    """Its architectures say enough."""
+    shutil.copytree(checkpoints / "olmo2", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({name: x for name, x in json.loads(file.read_text()).items() if name != "model_type"}))
+    found = [generate("--model", folder, PROMPT) for folder in (checkpoints / "olmo2", tmp_path)]
+    assert found[0].exit_code == 0 and found[0].stdout == found[1].stdout
 
 
 def test_prompts_from_arguments_file_and_stdin(checkpoints: Path, tmp_path: Path) -> None:

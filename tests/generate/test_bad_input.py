@@ -135,6 +135,11 @@ def test_engines(small: GPT) -> None:
 def test_a_model_that_trains(small: GPT) -> None:
     with pytest.raises(ValueError, match=r"model: expected eval mode \(model.eval\(\)\), got training mode"):
         Engine(GPT(small.config), cache=cache_for(small, 8, 4))
+    model = GPT(small.config).eval()
+    engine = Engine(model, cache=cache_for(small, 8, 4))
+    model.train()
+    with pytest.raises(ValueError, match=r"model: expected eval mode \(model.eval\(\)\), got training mode"):
+        engine.generate([[5]])
 
 
 @pytest.mark.parametrize(

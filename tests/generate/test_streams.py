@@ -276,7 +276,7 @@ def test_logits_that_are_no_numbers(engine: MakeEngine, small: GPT, params: Samp
     step = small.step
 
     class Model:
-        config, word = small.config, small.word
+        config, word, modules = small.config, small.word, small.modules
 
         def step(self, ids: Any, cache: Any, batch: Any, *options: Any) -> torch.Tensor:
             logits = step(ids, cache, batch, *options)

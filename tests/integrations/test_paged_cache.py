@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
+import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from duplex_attn.cache import OutOfPages
 from duplex_attn.integrations.paged_cache import PagedCache
 from duplex_attn.integrations.paged_model import PagedModel
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert_decoder", "deepseek_v3", "gemma3n")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -125,8 +128,6 @@ def test_rows_are_chosen_repeated_and_given_back(build) -> None:
     torch.testing.assert_close(logits([1], cache), expected[[1]])
     cache.crop(-1)
     torch.testing.assert_close(logits([1], cache), expected[[1]])
-    cache.crop(14)  # as older versions have it
-    torch.testing.assert_close(logits([1], cache), expected[[1]])
     for one in (cache, turned, repeated):
         one.reset()
     assert cache.pool.stats().sequences == 0 and cache.get_seq_length() == 0
@@ -236,6 +237,89 @@ def test_what_is_refused(build) -> None:
             model(ids[:, :1], **{ARGUMENT: cache})
         with pytest.raises(ValueError, match=r"the rows and the padding that the cache has"):
             model(ids[:2, :1], **{ARGUMENT: cache})
-        with pytest.raises(ValueError, match=r"tokens_to_remove: expected a token of each text to be left, got -6"):
-            cache.crop(-6)
         assert cache.columns == 14
+
+
+def test_crop_is_that_of_a_dynamic_cache(build) -> None:
+    """Into the padding, to nothing, and with numbers that this version of transformers refuses."""
+    ids, mask = prompts(True)
+    plain, paged = build("llama"), build("llama")
+    served = PagedModel(paged)
+
+    @torch.no_grad()
+    def after(model: Any, cache: Any, tokens: int) -> Tensor | None:
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **{ARGUMENT: cache})
+        try:
+            cache.crop(tokens)
+        except ValueError:
+            return None
+        whole = torch.cat((mask[:, : cache.get_seq_length()], mask.new_ones(3, 2)), 1)
+        places = (whole.cumsum(1) - 1).clamp(min=0)[:, -2:]
+        return model(ids[:, :2], attention_mask=whole, position_ids=places, **{ARGUMENT: cache}).logits
+
+    for tokens in (0, -1, -5, -6, -13, -14, -20, 4, 14, 20):
+        cache = PagedCache(served, num_pages=40, page_size=4)
+        expected, found = after(plain, DynamicCache(), tokens), after(paged, cache, tokens)
+        assert (found is None) == (expected is None), tokens
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert cache.pool.stats().pages_used == sum(-(-seq.length // 4) for seq in cache.seqs)
+    cache.crop(-20)
+    assert cache.get_seq_length() == 0 and cache.batch_size == -1 and cache.pool.stats().pages_used == 0
+    cache.crop(-1)
+    assert torch.equal(generate(paged, ids, mask, cache), generate(plain, ids, mask))
+
+
+@pytest.mark.parametrize("kept", [slice(1), slice(1, None)])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_model_that_has_lost_layers_is_refused(build, kept: slice, used: bool) -> None:
+    model = build("llama")
+    cache = PagedCache(model, num_pages=40, page_size=4)
+    ids = prompts(False)[0]
+    lost = r"model: expected the layers that it had when its cache was made, got one without \[\d\]"
+    with torch.no_grad():
+        if used:
+            model(ids, **{ARGUMENT: cache})
+        model.model.layers = model.model.layers[kept]
+        with pytest.raises(ValueError, match=lost):
+            for _ in range(1 + used):  # whether a forward was cut short is known when the next begins
+                model(ids[:, :1], **{ARGUMENT: cache})
+        assert cache.columns == 14 * used == (cache.seqs[0].length if used else 0)
+
+
+def test_a_model_of_more_layers_is_refused(build) -> None:
+    cache = PagedCache(build("llama"), num_pages=40, page_size=4)
+    other = PagedModel(build("llama", num_hidden_layers=3)).model
+    with torch.no_grad(), pytest.raises(ValueError, match=r"layer_idx: expected one of the 2 layers .*, got 2"):
+        other(prompts(False)[0], **{ARGUMENT: cache})
+
+
+@pytest.mark.parametrize("name", (*DECODERS, "jetmoe"))
+def test_layers_say_their_number(build, name: str) -> None:
+    model = PagedModel(build(name))
+    assert model.places.keys() <= model.layer_numbers()
+
+
+def test_a_cache_is_printed_and_not_pickled(build) -> None:
+    model = build("llama")
+    cache = PagedCache(model, num_pages=40, page_size=4)
+    assert repr(cache) == "PagedCache(texts=0, columns=0, pages=0 of 40, page_size=4)"
+    with torch.no_grad():
+        model(prompts(False)[0], **{ARGUMENT: cache})
+    assert repr(cache) == "PagedCache(texts=3, columns=14, pages=12 of 40, page_size=4)"
+    for write in (pickle.dumps, lambda cache: torch.save(cache, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"cache: expected its tokens to be pickled"):
+            write(cache)
+
+
+def test_the_argument_has_the_name_that_transformers_gives_it(build) -> None:
+    """Of a model too whose forward names none."""
+    model = build("llama")
+    forward = model.forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        served = PagedModel(model)
+        cache = PagedCache(served, num_pages=40, page_size=4)
+        model.generate(prompts(False)[0], max_new_tokens=2, **{served.cache_argument: cache})
+        model.forward = lambda input_ids, **options: forward(input_ids, **options)
+        assert PagedModel(model).cache_argument == served.cache_argument == ARGUMENT

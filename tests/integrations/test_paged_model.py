@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from duplex_attn import PagedKVCache
+from duplex_attn import PagedKVCache, causal
 from duplex_attn.generate import Engine, SamplingParams, cache_for
 from duplex_attn.integrations import paged_model, pages, transformers
 from duplex_attn.integrations.paged_model import PagedModel, StepCache
@@ -74,6 +74,30 @@ def test_a_bidirectional_prefix(build) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_prompt_that_sees_all_of_itself(build) -> None:
+    plain, model, prompt = build("llama"), PagedModel(build("llama")), PROMPTS[0]
+    engine = Engine(model, max_sequences=1, token_budget=4)
+    (request,) = engine.generate([prompt], SamplingParams(max_tokens=1, logprobs=0), bidirectional_prefix=len(prompt))
+    mask = torch.zeros(1, 1, len(prompt), len(prompt))
+    with torch.inference_mode():
+        both_ways = plain(torch.tensor([prompt]), attention_mask=mask, use_cache=False).logits[0, -1].log_softmax(-1)
+    assert request.outputs[0].logprobs[0].logprob == pytest.approx(float(both_ways.max()), abs=1e-4)
+
+
+def test_training_mode_is_refused_until_it_ends(build) -> None:
+    model = build("llama")
+    engine = Engine(PagedModel(model))
+    request = engine.submit(PROMPTS[0], SamplingParams(max_tokens=NEW))
+    engine.step()
+    model.train()
+    with pytest.raises(ValueError, match=r"model: expected eval mode \(model.eval\(\)\), got training mode"):
+        engine.step()
+    model.eval()
+    while engine.step():
+        pass
+    assert request.tokens == continued(build("llama"), PROMPTS[0])
+
+
 def test_quantised_pages_hold_the_same_text_in_a_quarter(build) -> None:
     model = PagedModel(build("llama"))
     whole, bytes_ = cache_for(model, 20, 4), cache_for(model, 20, 4, quantization="int8")
@@ -105,6 +129,15 @@ def test_a_rotation_that_changes_with_the_longest_text_is_not_reached(build, rop
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4} if rope_type == "longrope" else {}
     rope = {"rope_type": rope_type, "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4, **factors}
     assert PagedModel(build("llama", rope_parameters=rope)).max_length == most
+    of_kinds = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
+    config = SimpleNamespace(max_position_embeddings=64, rope_parameters=of_kinds)
+    assert paged_model.max_length(config) == most
+
+
+def test_pages_of_a_text_at_most(build) -> None:
+    model = PagedModel(build("llama"))
+    assert [model.most_pages(size) for size in (1, 10, 16, 100)] == [64, 7, 4, 1]
+    assert cache_for(model, page_size=10, max_sequences=3).num_pages == 21
 
 
 @pytest.mark.parametrize(
@@ -142,6 +175,30 @@ def test_a_model_that_counts_places_itself_is_found_out(build, dtype: torch.dtyp
     forward = model.transformer.forward
     model.transformer.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
     with pytest.raises(ValueError, match=OTHER_LOGITS):
+        PagedModel(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["over pages", "with positions", "always"])
+def test_nan_is_found_out(build, monkeypatch: pytest.MonkeyPatch, where: str, dtype: torch.dtype) -> None:
+    """In one row."""
+    model = build("llama").to(dtype)
+    forward = model.forward
+
+    def spoilt(input_ids: Tensor, position_ids: Tensor | None = None, **options: Any) -> Any:
+        found = forward(input_ids, position_ids=position_ids, **options)
+        over_pages = options.get("use_cache")
+        if where == "always" or {"over pages": over_pages, "with positions": position_ids is not None}[where]:
+            found.logits[0, -1, 5] = torch.nan
+        return found
+
+    model.forward = spoilt
+    message = {
+        "over pages": "the same logits over pages as without, got LlamaForCausalLM, whose differ by nan",
+        "with positions": "position_ids that count from 0",
+        "always": "logits that are numbers, got LlamaForCausalLM, which has NaN",
+    }
+    with pytest.raises(ValueError, match=message[where]):
         PagedModel(model)
 
 
@@ -236,11 +293,14 @@ def test_scores_that_pages_do_not_have(build) -> None:
     layer, query = build("llama").model.layers[0].self_attn, torch.ones(1, 4, 3, 8)
     with pytest.raises(ValueError, match=r"position_bias: expected None, got one; over pages scores have no bias"):
         transformers.attention(layer, query, *states, None, position_bias=torch.zeros(1, 4, 3, 3))
-    layer.is_causal = False
     step = StepCache(SimpleNamespace(attend=None), {})  # is not asked
     states = [pages.PagedStates(x.new, step, 0) for x in states]
-    with pytest.raises(ValueError, match=r"attention_mask: expected that of a causal model"):
-        transformers.attention(layer, query, *states, None)
+    for module, argument in ((False, None), (True, False)):
+        layer.is_causal = module
+        with pytest.raises(ValueError, match=r"attention_mask: expected that of a causal model"):
+            transformers.attention(layer, query, *states, None, is_causal=argument)
+    layer.is_causal, step.attend = False, lambda layer, query, key, value, mask, scores, sink: mask
+    assert transformers.attention(layer, query, *states, None, is_causal=True)[0] == causal()
 
 
 @torch.inference_mode()
@@ -249,7 +309,9 @@ def test_a_model_that_computes_all_logits(build) -> None:
     forward = model.forward
 
     def without_rows(input_ids, position_ids=None, past_key_values=None, use_cache=None, return_dict=None):
-        return forward(input_ids, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
+        return forward(
+            input_ids, position_ids=position_ids, use_cache=use_cache, **{paged_model.CACHE: past_key_values}
+        )
 
     model.forward = without_rows
     requests = Engine(PagedModel(model)).generate(PROMPTS, SamplingParams(max_tokens=NEW))
