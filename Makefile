@@ -45,7 +45,7 @@ bench: $(STAMPS)/dev
 	@$(BIN)/pytest benchmarks -v --benchmark-quiet
 
 bench-vllm: $(VLLM)/duplex-attn
-	@$(VLLM)/bin/python -m pytest benchmarks/test_vllm.py -v --benchmark-quiet
+	@$(VLLM)/bin/python -m pytest benchmarks/test_vllm.py -v --benchmark-quiet --part vLLM
 
 # On a machine with a card: in its environment as it is, offline. STAGE=bench for one stage; ARGS=--help tells the rest.
 gpu:

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tiny", action="store_true", help="shapes that cost nothing: tries the machinery, measures nothing"
     )
     group.addoption("--results", type=Path, help="the file to write; by default benchmarks/results/<device>.json")
+    group.addoption("--part", default="", help="what of it this is, in a file of its own: <device>-<part>.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,12 +47,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     bars = config.stash[BARS]
     if not bars:
         return
-    name = device_name(config)
+    name, part = device_name(config), config.getoption("--part")
     path = config.getoption("--results")
     if path is None and not config.getoption("--tiny"):
-        path = results.device_file(name)
+        path = results.device_file(f"{name} {part}")
     if path is not None:
-        results.write(bars, name, path)
+        results.write(bars, name, path, part)
     roof = ", ".join(f"{key} {value:,.0f}" for key, value in bars[-1].roof.items())
     terminal = Console(width=None if terminalreporter.isatty else 150, highlight=False)
     terminal.print(results.table(bars, f"{name}, torch {torch.__version__}"))

@@ -99,7 +99,7 @@ def performance() -> Iterator[str]:
     yield "## Processors"
     for name, one in processors.items():
         yield ""
-        yield f"### {one['device']}"
+        yield f"### {one['device']}" + (f", {one['part']}" if "part" in one else "")
         yield ""
         yield f"Commit {one['commit'][:12]}, {one['measured_at']}, torch {one['machine']['torch']}."
         yield ""

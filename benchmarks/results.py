@@ -21,10 +21,11 @@ SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
 
 
-def as_json(bars: Sequence[Bar], device: str) -> dict[str, Any]:
+def as_json(bars: Sequence[Bar], device: str, part: str = "") -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "device": device,
+        **({"part": part} if part else {}),
         "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
@@ -87,9 +88,9 @@ def device_file(name: str) -> Path:
     return FOLDER / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
-def write(bars: Sequence[Bar], device: str, path: Path) -> None:
+def write(bars: Sequence[Bar], device: str, path: Path, part: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(bars, device), indent=1) + "\n")
+    path.write_text(json.dumps(as_json(bars, device, part), indent=1) + "\n")
 
 
 def commit() -> str | None:

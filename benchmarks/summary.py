@@ -1,4 +1,5 @@
-"""Prints results files as the README shows them, a column each: one row a bar, or a sweep's worst and best. Reads the files alone.
+"""The bars of results files as tables: each bar of one machine, or a row a kind of workload with a column a machine, as the README
+has it. Reads the files alone.
 
 python benchmarks/summary.py benchmarks/results/<device>.json ...
 """
@@ -10,40 +11,58 @@ import sys
 from pathlib import Path
 from typing import Any
 
+Json = dict[str, Any]
 
-def table(*machines: dict[str, Any]) -> str:
-    found = [rows(one) for one in machines]
-    lines = [
-        f"| workload | bar | {' | '.join(one['device'] for one in machines)} |",
-        "|---" * (2 + len(machines)) + "|",
-    ]
-    for key in dict.fromkeys(key for one in found for key in one):
-        lines.append(f"| {' | '.join([*key, *(one.get(key, '-') for one in found)])} |")
+
+def table(results: Json) -> str:
+    """One row a bar, or a sweep's worst and best."""
+    lines = [f"| workload | bar | {results['device']} |", "|---|---|---|"]
+    for (group, _), bars in kinds([results]).items():
+        if bars[0]["sweep"]:
+            lines.append(f"| {group}, {len(bars)} shapes | {targets(bars)} | {measured(bars)} |")
+        else:
+            lines += [f"| {group}: {bar['name']} | {targets([bar])} | {measured([bar])} |" for bar in bars]
     return "\n".join(lines)
 
 
-def rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
-    """Workload and bar -> what was measured."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for bar in results["bars"]:
-        groups.setdefault(bar["group"], []).append(bar)
-    found = {}
-    for group, bars in groups.items():
-        if bars[0]["sweep"]:
-            values = [bar["measured"]["median"] for bar in bars]
-            met = sum(bar["target"]["met"] for bar in bars)
-            span = f"{number(min(values))} to {number(max(values))}, {met} met"
-            found[f"{group}, {len(bars)} shapes", target(bars[0])] = span
-            continue
-        for bar in bars:
-            measured = number(bar["measured"]["median"])
-            found[f"{group}: {bar['name']}", target(bar)] = measured + ("" if bar["target"]["met"] else ", missed")
+def overview(files: list[Json]) -> str:
+    """One row a kind of workload. Files of one device are one column."""
+    devices: dict[str, list[Json]] = {}
+    for one in files:
+        devices.setdefault(one["device"], []).append(one)
+    columns = [kinds(of_device) for of_device in devices.values()]
+    lines = [f"| workload | bars | {' | '.join(devices)} |", "|---" * (2 + len(devices)) + "|"]
+    for kind in dict.fromkeys(kind for column in columns for kind in column):
+        bars = next(column[kind] for column in columns if kind in column)
+        name = f"{kind[0]}: {bars[0]['name']}" if len(bars) == 1 else f"{kind[0]}, {len(bars)} bars"
+        cells = [measured(column[kind]) if kind in column else "-" for column in columns]
+        lines.append(f"| {' | '.join((name, targets(bars), *cells))} |")
+    return "\n".join(lines)
+
+
+def kinds(files: list[Json]) -> dict[tuple[str, str], list[Json]]:
+    """Group and unit -> bars."""
+    found: dict[tuple[str, str], list[Json]] = {}
+    for bar in (bar for one in files for bar in one["bars"]):
+        found.setdefault((bar["group"], bar["target"]["unit"]), []).append(bar)
     return found
 
 
-def target(bar: dict[str, Any]) -> str:
-    aim = bar["target"]
-    return f"{'at least' if aim['at_least'] else 'at most'} {aim['value']:g} {aim['unit']}"
+def targets(bars: list[Json]) -> str:
+    aim = bars[0]["target"]
+    values = between([bar["target"]["value"] for bar in bars], "{:g}".format)
+    return f"{'at least' if aim['at_least'] else 'at most'} {values} {aim['unit']}"
+
+
+def measured(bars: list[Json]) -> str:
+    missed = sum(not bar["target"]["met"] for bar in bars)
+    values = between([bar["measured"]["median"] for bar in bars], number)
+    return values + (", missed" if missed == len(bars) == 1 else f", {missed} missed" if missed else "")
+
+
+def between(values: list[float], written: Any) -> str:
+    low, high = written(min(values)), written(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def number(value: float) -> str:
@@ -51,4 +70,4 @@ def number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table(*(json.loads(Path(path).read_text()) for path in sys.argv[1:])))
+    print(overview([json.loads(Path(path).read_text()) for path in sys.argv[1:]]))

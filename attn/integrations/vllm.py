@@ -10,7 +10,6 @@ interface for backends is no stable contract.
 from __future__ import annotations
 
 import copyreg
-import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -83,29 +82,32 @@ class DuplexMetadata(AttentionMetadata):
     max_seq_len: int
     seqlens_k: Tensor  # (B,)
     block_table: Tensor  # (B, max_pages)
+    slots: Tensor  # (tokens,): of the pool, where each token's key and value go; -1: nowhere
     page_size: int
     causal: bool
     prefix: Tensor | int  # (B,): requests of which every token sees every other one, where each has its own direction
-    plans: dict[tuple[int | None, int | None], Tensor | None] = field(default_factory=dict)  # by left and right
+    spans: dict[int | None, tuple[Mask, Tensor | None]] = field(default_factory=dict)
 
-    def mask(self, left: int | None) -> Mask:
-        """The span of a layer that sees `left` tokens back, None: all of them."""
-        if self.causal:
-            if left is not None and isinstance(self.prefix, Tensor):
-                raise NotImplementedError(f"{NAME}: a direction for each request in layers with a window")
-            return Mask(self.prefix, left, 0)
-        return Mask(0, left, left)
+    def span(self, left: int | None) -> tuple[Mask, Tensor | None]:
+        """The mask and the plan of layers that see `left` tokens back, None: all of them."""
+        if left not in self.spans:
+            mask = self._mask(left)
+            planned = self.seqlens_k.device.type == "cpu"
+            self.spans[left] = mask, self._plan(mask) if planned else None
+        return self.spans[left]
 
-    def plan(self, mask: Mask) -> Tensor | None:
-        if self.seqlens_k.device.type != "cpu":
-            return None
-        key = (mask.left, mask.right)
-        if key not in self.plans:
-            self.plans[key] = plan(
-                self.block_table, self.seqlens_k, self.page_size, mask,
-                cu_seqlens_q=self.cu_seqlens_q, batch_invariant=envs.VLLM_BATCH_INVARIANT,
-            )  # fmt: skip
-        return self.plans[key]
+    def _mask(self, left: int | None) -> Mask:
+        if not self.causal:
+            return Mask(0, left, left)
+        if left is not None and isinstance(self.prefix, Tensor):
+            raise NotImplementedError(f"{NAME}: a direction for each request in layers with a window")
+        return Mask(self.prefix, left, 0)
+
+    def _plan(self, mask: Mask) -> Tensor | None:
+        return plan(
+            self.block_table, self.seqlens_k, self.page_size, mask,
+            cu_seqlens_q=self.cu_seqlens_q, batch_invariant=envs.VLLM_BATCH_INVARIANT,
+        )  # fmt: skip
 
 
 class DuplexMetadataBuilder(AttentionMetadataBuilder[DuplexMetadata]):
@@ -121,7 +123,8 @@ class DuplexMetadataBuilder(AttentionMetadataBuilder[DuplexMetadata]):
             prefix = torch.where(common.causal.bool(), 0, common.seq_lens).int()
         return DuplexMetadata(
             common.num_actual_tokens, common.max_query_len, common.query_start_loc, common.max_seq_len, common.seq_lens,
-            common.block_table_tensor, self.kv_cache_spec.block_size, common.causal is not False, prefix,
+            common.block_table_tensor, common.slot_mapping.int(), self.kv_cache_spec.block_size, common.causal is not False,
+            prefix,
         )  # fmt: skip
 
 
@@ -130,7 +133,6 @@ class DuplexBackend(AttentionBackend):
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
-    forward_includes_kv_cache_update: bool = False
 
     @staticmethod
     def get_name() -> str:
@@ -199,77 +201,84 @@ class DuplexImpl(AttentionImpl[DuplexMetadata]):
         self.left = None if sliding_window is None else sliding_window - 1  # vLLM counts the query itself
         self.in_pages = attn_type not in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
         self.sink = sinks
-
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Writes key and value (tokens, Hkv, D) into the slots of the pool that slot_mapping (tokens,) names; -1: none."""
-        if not self.in_pages:
-            return
-        k_pages, v_pages, scales = self.pages(layer, kv_cache)
-        tokens = len(slot_mapping)
-        paged_append(
-            key[:tokens], value[:tokens], k_pages, v_pages,
-            _whole_pool(len(k_pages), k_pages.shape[1], kv_cache.device).expand(tokens, -1), slot_mapping.int(), **scales,
-        )  # fmt: skip
+        self.terms: dict[str, Any] = {
+            "scale": self.scale, "softcap": self.softcap, "alibi_slopes": self.alibi_slopes,
+            "batch_invariant": envs.VLLM_BATCH_INVARIANT,
+        }  # fmt: skip
+        self._pool: tuple[Tensor, Pool] | None = None
 
     def forward(
         self,
         layer: Any,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         kv_cache: Tensor,
         attn_metadata: DuplexMetadata | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attention of query (tokens, Hq, D) into output (tokens, Hq, D); the keys of encoders are not in pages."""
+        """Writes key and value (tokens, Hkv, D) into their slots, then attention of query (tokens, Hq, D) into output.
+
+        Layers that have another one's keys, and cross attention behind its first step, write nothing; encoders have no pages.
+        """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(f"{NAME}: quantised outputs")
         if attn_metadata is None:  # while vLLM measures memory
             return output.zero_()
         step, tokens = attn_metadata, attn_metadata.num_actual_tokens
-        terms: dict[str, Any] = {
-            "scale": self.scale, "softcap": self.softcap, "sink": self.sink, "alibi_slopes": self.alibi_slopes,
-            "batch_invariant": envs.VLLM_BATCH_INVARIANT,
-        }  # fmt: skip
-        if self.in_pages:
-            k_pages, v_pages, scales = self.pages(layer, kv_cache)
-            mask = step.mask(self.left)
-            paged_attention(
-                query[:tokens], k_pages, v_pages, step.block_table, step.seqlens_k, mask, cu_seqlens_q=step.cu_seqlens_q,
-                max_seqlen_q=step.max_query_len, plan=step.plan(mask), out=output[:tokens], **scales, **terms,
-            )  # fmt: skip
-        else:
-            cu, longest = step.cu_seqlens_q, step.max_query_len
-            output[:tokens] = varlen_attention(
-                query[:tokens],
-                key[:tokens],
-                value[:tokens],
-                cu,
-                cu,
-                longest,
-                longest,
-                Mask(0, self.left, self.left),
-                **terms,
+        if not self.in_pages:
+            assert key is not None and value is not None
+            rows = query[:tokens], key[:tokens], value[:tokens]
+            lengths = (step.cu_seqlens_q,) * 2, (step.max_query_len,) * 2
+            mask = Mask(0, self.left, self.left)
+            output[:tokens] = varlen_attention(*rows, *lengths[0], *lengths[1], mask, sink=self.sink, **self.terms)
+            return output
+        pool = self.pool(layer, kv_cache)
+        if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
+            new = len(step.slots)
+            paged_append(
+                key[:new],
+                value[:new],
+                pool.k_pages,
+                pool.v_pages,
+                pool.table.expand(new, -1),
+                step.slots,
+                **pool.scales,
             )
+        mask, planned = step.span(self.left)
+        paged_attention(
+            query[:tokens], pool.k_pages, pool.v_pages, step.block_table, step.seqlens_k, mask, cu_seqlens_q=step.cu_seqlens_q,
+            max_seqlen_q=step.max_query_len, plan=planned, out=output[:tokens], sink=self.sink, **pool.scales, **self.terms,
+        )  # fmt: skip
         return output
 
-    def pages(self, layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Keys and values, (pages, page_size, Hkv, D) each, of vLLM's (pages, Hkv, page_size, 2D); scales of float8."""
+    def pool(self, layer: Any, kv_cache: Tensor) -> Pool:
+        """What of a layer's cache is the same in every step."""
+        if self._pool is None or self._pool[0] is not kv_cache:
+            self._pool = kv_cache, Pool.of(kv_cache, self.head_size, self.kv_cache_dtype, layer)
+        return self._pool[1]
+
+
+@dataclass
+class Pool:
+    """vLLM's cache of one layer (pages, Hkv, page_size, 2D) as paged calls have it."""
+
+    k_pages: Tensor  # (pages, page_size, Hkv, D)
+    v_pages: Tensor
+    scales: dict[str, Any]  # of float8
+    table: Tensor  # (1, pages): of a text as long as the pool, whose positions are slots
+
+    @classmethod
+    def of(cls, kv_cache: Tensor, head_dim: int, dtype: str, layer: Any) -> Pool:
         scales: dict[str, Any] = {}
-        if self.kv_cache_dtype.startswith("fp8"):
+        if dtype.startswith("fp8"):
             kv_cache = kv_cache.view(torch.float8_e4m3fn)
             scales = {"k_scales": layer._k_scale.view(1, 1, 1), "v_scales": layer._v_scale.view(1, 1, 1)}
-        k_pages, v_pages = kv_cache.transpose(1, 2).split(self.head_size, -1)
-        return k_pages, v_pages, scales
-
-
-@functools.lru_cache(maxsize=8)
-def _whole_pool(pages: int, page_size: int, device: torch.device) -> Tensor:
-    """The block table of a text as long as the pool, whose positions are slots."""
-    if pages * page_size > 2**31 - 1:
-        raise NotImplementedError(f"{NAME}: a pool of {pages} pages of {page_size}, past 2^31 tokens")
-    return torch.arange(pages, dtype=torch.int32, device=device)[None]
+        k_pages, v_pages = kv_cache.transpose(1, 2).split(head_dim, -1)
+        pages, page_size = k_pages.shape[:2]
+        if pages * page_size >= 2**31:
+            raise NotImplementedError(f"{NAME}: a pool of {pages} pages of {page_size}, past 2^31 tokens")
+        table = torch.arange(pages, dtype=torch.int32, device=kv_cache.device)[None]
+        return cls(k_pages, v_pages, scales, table)

@@ -84,14 +84,11 @@ class Step:
         spec = SimpleNamespace(block_size=PAGE_SIZE)
         return DuplexMetadataBuilder(spec, [], None, torch.device("cpu")).build(0, common)
 
-    def run(self, impl: DuplexImpl, causal: Any, layer: Any = None) -> Tensor:
-        impl.do_kv_cache_update(layer, self.k, self.v, self.cache, torch.tensor(self.slots))
-        return self.attend(impl, causal, layer)
-
-    def attend(self, impl: DuplexImpl, causal: Any, layer: Any = None) -> Tensor:
+    def run(self, impl: DuplexImpl, causal: Any, layer: Any = None, write: bool = True) -> Tensor:
         padded = torch.cat([self.q, torch.full_like(self.q[:3], float("nan"))])  # as CUDA graphs pad
         out = torch.full_like(padded, 7.0)
-        found = impl.forward(layer, padded, padded, padded, self.cache, self.metadata(causal), out)
+        k, v = (self.k, self.v) if write else (None, None)
+        found = impl.forward(layer, padded, k, v, self.cache, self.metadata(causal), out)
         assert found is out
         assert (out[len(self.q) :] == 7).all()
         return out[: len(self.q)]
@@ -123,9 +120,18 @@ def test_pages_with_tokens_outermost() -> None:
 
 def test_layers_share_a_plan_by_their_windows() -> None:
     metadata = Step(torch.float32).metadata(True)
-    whole, window = metadata.mask(None), metadata.mask(6)
-    assert metadata.plan(whole) is metadata.plan(metadata.mask(None))
-    assert metadata.plan(window) is not metadata.plan(whole)
+    assert metadata.span(None)[1] is metadata.span(None)[1]
+    assert metadata.span(6)[1] is not metadata.span(None)[1]
+
+
+def test_pages_written_before_are_read() -> None:
+    step, impl = Step(torch.float32), layer_of()
+    expected, before = step.run(impl, True), step.cache.clone()
+    assert torch.equal(step.run(impl, True, write=False), expected)
+    step.k += 1
+    shares = layer_of(kv_sharing_target_layer_name="another layer")
+    assert torch.equal(step.run(shares, True), expected)
+    assert torch.equal(step.cache.nan_to_num(9), before.nan_to_num(9))
 
 
 def test_float8_pages_and_their_scales() -> None:
@@ -140,15 +146,16 @@ def test_a_slot_of_minus_one_is_skipped() -> None:
     step, impl = Step(torch.float32), layer_of()
     step.run(impl, True)
     before = step.cache.clone()
-    impl.do_kv_cache_update(None, step.k + 1, step.v + 1, step.cache, torch.tensor([-1, step.slots[1], -1]))
+    kept = step.slots[1]
+    step.slots, step.k, step.v = [-1, kept, -1], step.k + 1, step.v + 1
+    step.run(impl, True)
     changed = (step.cache != before).any(-1).any(1) & ~before.isnan().any(-1).any(1)
-    assert changed.nonzero().tolist() == [[step.slots[1] // PAGE_SIZE, step.slots[1] % PAGE_SIZE]]
+    assert changed.nonzero().tolist() == [[kept // PAGE_SIZE, kept % PAGE_SIZE]]
 
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_encoders_have_no_pages(window: int | None) -> None:
     step, impl = Step(torch.float32), layer_of(attn_type=ENCODER, sliding_window=window)
-    impl.do_kv_cache_update(None, step.q, step.q, torch.empty(0), torch.tensor([]))
     k, v = (made(len(step.q) + 2, HEADS_KV, HEAD_DIM, seed=n) for n in (1, 2))
     out = torch.full_like(step.q, float("nan"))
     impl.forward(None, step.q, k, v, torch.empty(0), step.metadata(False), out)
