@@ -112,7 +112,7 @@ def test_step(bench: Bench, dtype: str, name: str) -> None:
     check = outputs([(found[cu[b] : cu[b + 1], h], sample(b, h)) for b in (0, len(lens) - 1) for h in (0, heads - 1)])
     assert check.passes(ours=True), str(check)
     vllm()
-    bench.compare("a layer of vLLM", f"{dtype} {name}", faster(1.0), duplex, {"CPU_ATTN": vllm}, dtype=kind)
+    bench.compare("vLLM, a layer", f"{dtype} {name}", faster(1.0), duplex, {"CPU_ATTN": vllm}, dtype=kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,6 +144,6 @@ def test_engine(bench: Bench, dtype: str, tmp_path: Path) -> None:
     same = [a == b for a, b in zip(ours(), theirs(), strict=True)]
     assert dtype == "bf16" or all(same)
     bench.compare(
-        "vLLM with it", f"{dtype} {len(prompts)} prompts of 64 to 512", faster(1.0), ours, {"CPU_ATTN": theirs},
+        "vLLM, an engine", f"{dtype} {len(prompts)} prompts of 64 to 512", faster(1.0), ours, {"CPU_ATTN": theirs},
         dtype=DTYPES[dtype],
     )  # fmt: skip

@@ -10,6 +10,7 @@ interface for backends is no stable contract.
 from __future__ import annotations
 
 import copyreg
+import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -82,11 +83,16 @@ class DuplexMetadata(AttentionMetadata):
     max_seq_len: int
     seqlens_k: Tensor  # (B,)
     block_table: Tensor  # (B, max_pages)
-    slots: Tensor  # (tokens,): of the pool, where each token's key and value go; -1: nowhere
+    slot_mapping: Tensor  # (tokens,): of the pool, where each token's key and value go; -1: nowhere
     page_size: int
     causal: bool
     prefix: Tensor | int  # (B,): requests of which every token sees every other one, where each has its own direction
     spans: dict[int | None, tuple[Mask, Tensor | None]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def slots(self) -> Tensor:
+        """As paged calls have them; vLLM's cross attention exchanges slot_mapping after `build`."""
+        return self.slot_mapping.int()
 
     def span(self, left: int | None) -> tuple[Mask, Tensor | None]:
         """The mask and the plan of layers that see `left` tokens back, None: all of them."""
@@ -123,7 +129,7 @@ class DuplexMetadataBuilder(AttentionMetadataBuilder[DuplexMetadata]):
             prefix = torch.where(common.causal.bool(), 0, common.seq_lens).int()
         return DuplexMetadata(
             common.num_actual_tokens, common.max_query_len, common.query_start_loc, common.max_seq_len, common.seq_lens,
-            common.block_table_tensor, common.slot_mapping.int(), self.kv_cache_spec.block_size, common.causal is not False,
+            common.block_table_tensor, common.slot_mapping, self.kv_cache_spec.block_size, common.causal is not False,
             prefix,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch import Tensor
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 pytest.importorskip("vllm")
 
-from duplex_attn.integrations.vllm import NAME, DuplexBackend, DuplexImpl, DuplexMetadataBuilder, register
+from duplex_attn.integrations.vllm import NAME, DuplexBackend, DuplexImpl, DuplexMetadataBuilder, Pool, register
+from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
 from ..oracle import Call, answer, assert_accurate, floors, plain_answer
@@ -134,12 +136,29 @@ def test_pages_written_before_are_read() -> None:
     assert torch.equal(step.cache.nan_to_num(9), before.nan_to_num(9))
 
 
-def test_float8_pages_and_their_scales() -> None:
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3"])
+def test_float8_pages_and_their_scales(name: str) -> None:
     step = Step(torch.bfloat16, stored=torch.float8_e4m3fn)
     scales = SimpleNamespace(_k_scale=torch.tensor([0.02]), _v_scale=torch.tensor(0.5))
-    out = step.run(layer_of(kv_cache_dtype="fp8"), True, scales)
+    out = step.run(layer_of(kv_cache_dtype=name), True, scales)
     k, v = ((x / s).to(torch.float8_e4m3fn).to(x.dtype) * s for x, s in ((step.k, 0.02), (step.v, 0.5)))
     step.check(out, k.bfloat16(), v.bfloat16(), scale=0.2, right=0)
+
+
+def test_a_layer_whose_pool_is_exchanged() -> None:
+    impl = layer_of()
+    for _ in range(2):
+        step = Step(torch.float32)
+        step.check(step.run(impl, True), scale=0.2, right=0)
+        assert not step.cache.isnan().all()
+
+
+def test_batch_invariant_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    step = Step(torch.float32)
+    step.check(step.run(layer_of(), True), scale=0.2, right=0)  # a plan of one kind and a call of the other are refused
+    plan = step.metadata(True).span(None)[1]
+    assert plan is None or plan[0, 6] > 0  # keys of a part, whatever the batch
 
 
 def test_a_slot_of_minus_one_is_skipped() -> None:
@@ -155,14 +174,35 @@ def test_a_slot_of_minus_one_is_skipped() -> None:
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_encoders_have_no_pages(window: int | None) -> None:
-    step, impl = Step(torch.float32), layer_of(attn_type=ENCODER, sliding_window=window)
+    step, impl = Step(torch.float32), layer_of(attn_type=ENCODER, sliding_window=window, sinks=SINKS)
     k, v = (made(len(step.q) + 2, HEADS_KV, HEAD_DIM, seed=n) for n in (1, 2))
     out = torch.full_like(step.q, float("nan"))
     impl.forward(None, step.q, k, v, torch.empty(0), step.metadata(False), out)
     side = None if window is None else window - 1
-    call = Call(step.q, k, v, starts(LENS_Q), starts(LENS_Q), left=side, right=side, scale=0.2)
+    call = Call(step.q, k, v, starts(LENS_Q), starts(LENS_Q), left=side, right=side, scale=0.2, sink=SINKS)
     exact = answer(call, torch.float64)
     assert_accurate({"out": out}, exact, plain_answer(call, exact), floors(call, exact))
+
+
+def test_cross_attention_writes_the_encoders_keys_in_its_first_step() -> None:
+    """Through what vLLM puts around a backend for it, which has slots of its own."""
+    backend = create_cross_attention_backend(DuplexBackend)
+    step = Step(torch.float32)
+    spec = SimpleNamespace(block_size=PAGE_SIZE)
+    builder = backend.get_builder_cls()(spec, [], None, torch.device("cpu"))
+    impl = backend.get_impl_cls()(HEADS, HEAD_DIM, 0.2, HEADS_KV, attn_type=AttentionType.ENCODER_DECODER)
+    layer = SimpleNamespace(kv_sharing_target_layer_name=None)
+    for computed in (0, 3):  # tokens of each text so far
+        common = CommonAttentionMetadata(
+            query_start_loc=starts(LENS_Q), query_start_loc_cpu=starts(LENS_Q), seq_lens=int32(LENS_Q) + computed,
+            seq_lens_cpu_upper_bound=int32(LENS_Q) + computed, num_reqs=len(LENS_Q), num_actual_tokens=len(step.q),
+            max_query_len=max(LENS_Q), max_seq_len=max(LENS_Q) + computed, block_table_tensor=step.table,
+            slot_mapping=torch.arange(len(step.q)), encoder_seq_lens=int32(LENS_K), encoder_seq_lens_cpu=np.array(LENS_K),
+        )  # fmt: skip
+        k, v = (step.k, step.v) if computed == 0 else (None, None)
+        out = torch.full_like(step.q, float("nan"))
+        impl.forward(layer, step.q, k, v, step.cache, builder.build(0, common), out)
+        step.check(out, scale=0.2)
 
 
 def test_while_memory_is_measured_there_is_no_metadata() -> None:
@@ -176,6 +216,8 @@ def test_what_it_refuses() -> None:
         step.run(layer_of(sliding_window=7), LAYERS["a direction for each"][1])
     with pytest.raises(NotImplementedError, match="quantised outputs"):
         layer_of().forward(None, step.q, step.k, step.v, step.cache, step.metadata(True), step.q, torch.ones(1))
+    with pytest.raises(NotImplementedError, match=r"past 2\^31 tokens"):
+        Pool.of(torch.empty(2**27, 1, 16, 2, device="meta"), 1, "auto", None)
     assert not DuplexBackend.supports_head_size(512)
     assert DuplexBackend.supports_head_size(40)
     assert not DuplexBackend.supports_compute_capability(SimpleNamespace(major=7))
