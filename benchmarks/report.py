@@ -66,7 +66,7 @@ def is_a_commit(name: str | None) -> bool:
 
 def files() -> tuple[dict[str, Results], dict[str, dict[str, Any]]]:
     """Results of cards, and of processors, by the names of their files."""
-    found = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    found = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.stem)}
     cards = {path.stem: read(path) for path, one in found.items() if is_of_a_card(one)}
     return cards, {path.stem: one for path, one in found.items() if not is_of_a_card(one)}
 

@@ -26,9 +26,9 @@ def table(results: Json) -> str:
 
 
 def overview(files: list[Json]) -> str:
-    """One row a kind of workload. Files of one device are one column."""
+    """One row a kind of workload. Files of one device are one column, parts behind the rest."""
     devices: dict[str, list[Json]] = {}
-    for one in files:
+    for one in sorted(files, key=lambda one: "part" in one):
         devices.setdefault(one["device"], []).append(one)
     columns = [kinds(of_device) for of_device in devices.values()]
     lines = [f"| workload | bars | {' | '.join(devices)} |", "|---" * (2 + len(devices)) + "|"]
