@@ -112,6 +112,7 @@ def test_step(bench: Bench, dtype: str, name: str) -> None:
     check = outputs([(found[cu[b] : cu[b + 1], h], sample(b, h)) for b in (0, len(lens) - 1) for h in (0, heads - 1)])
     assert check.passes(ours=True), str(check)
     vllm()
+    torch.testing.assert_close(expected, found, atol=0.03 if dtype == "bf16" else 1e-5, rtol=0)
     bench.compare("vLLM, a layer", f"{dtype} {name}", faster(1.0), duplex, {"CPU_ATTN": vllm}, dtype=kind)
 
 
@@ -141,8 +142,8 @@ def test_engine(bench: Bench, dtype: str, tmp_path: Path) -> None:
         return run
 
     ours, theirs = made(NAME), made(None)
-    same = [a == b for a, b in zip(ours(), theirs(), strict=True)]
-    assert dtype == "bf16" or all(same)
+    written = list(zip(ours(), theirs(), strict=True))
+    assert all(a == b if dtype == "fp32" else a[0] == b[0] for a, b in written)
     bench.compare(
         "vLLM, an engine", f"{dtype} {len(prompts)} prompts of 64 to 512", faster(1.0), ours, {"CPU_ATTN": theirs},
         dtype=DTYPES[dtype],

@@ -2,19 +2,22 @@
 
     LLM(model, attention_backend="DUPLEX_ATTN")        vllm serve MODEL --attention-backend DUPLEX_ATTN
 
-vLLM finds `register` by itself, as a plugin of the installed package, in each of its processes. Decoders (causal, windows, a
-direction for each request), encoders and cross attention, pages of 16 bits, float32 or float8. Written for vLLM 0.32, whose
-interface for backends is no stable contract.
+vLLM finds `plugin` by itself, that of the installed package, in each of its processes. Decoders (causal, windows, a direction for
+each request), encoders and cross attention, pages of the model's dtype or float8. Slopes take from a score by the distance, also
+ahead of a query. Written for vLLM 0.32, whose interface for backends is no stable contract; with CUDA graphs of the layers between
+attention, not of attention.
 """
 
 from __future__ import annotations
 
 import copyreg
 import functools
+import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import vllm
 from torch import Tensor
 from vllm import envs
 from vllm.v1.attention.backend import (
@@ -33,6 +36,15 @@ from ..mask import Mask
 from ..paged.functional import paged_append, paged_attention, plan
 
 NAME = "DUPLEX_ATTN"
+_log = logging.getLogger(__name__)
+
+
+def plugin() -> None:
+    """What vLLM calls in each of its processes, and must come through even where it is another version than this is for."""
+    try:
+        register()
+    except Exception as error:
+        _log.warning("%s: not available in vLLM %s, as it is written for 0.32 (%r)", NAME, vllm.__version__, error)
 
 
 def register() -> None:
@@ -41,9 +53,9 @@ def register() -> None:
 
     if NAME in AttentionBackendEnum.__members__:
         return
-    register_backend(NAME, f"{__name__}.DuplexBackend")
+    _choose_on_cpu(CpuPlatform)
     copyreg.pickle(AttentionBackendEnum, _pickled)
-    _choose_on_cpu(CpuPlatform, AttentionBackendEnum[NAME])
+    register_backend(NAME, f"{__name__}.DuplexBackend")
 
 
 def _pickled(backend: Any) -> Any:
@@ -56,19 +68,19 @@ def _named(name: str) -> Any:
     return AttentionBackendEnum[name]
 
 
-def _choose_on_cpu(platform: Any, ours: Any) -> None:
+def _choose_on_cpu(platform: Any) -> None:
     """vLLM's platform for CPUs takes its own backend whatever is asked for; now it takes this one if that is asked for."""
     chosen = platform.get_attn_backend_cls.__func__
 
     def get_attn_backend_cls(
         cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        if selected_backend is not ours:
+        if getattr(selected_backend, "name", None) != NAME:
             return chosen(cls, selected_backend, attn_selector_config, num_heads)
         reasons = DuplexBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
         if reasons:
             raise ValueError(f"attention_backend: {NAME} can't serve this model: {', '.join(reasons)}")
-        return ours.get_path()
+        return selected_backend.get_path()
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
@@ -80,13 +92,12 @@ class DuplexMetadata(AttentionMetadata):
     num_actual_tokens: int
     max_query_len: int
     cu_seqlens_q: Tensor  # (B + 1,)
-    max_seq_len: int
     seqlens_k: Tensor  # (B,)
     block_table: Tensor  # (B, max_pages)
     slot_mapping: Tensor  # (tokens,): of the pool, where each token's key and value go; -1: nowhere
     page_size: int
     causal: bool
-    prefix: Tensor | int  # (B,): requests of which every token sees every other one, where each has its own direction
+    prefix: Tensor | int  # (B,): keys that every token of a request sees, where each has its own direction; 0: causal
     spans: dict[int | None, tuple[Mask, Tensor | None]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -128,7 +139,7 @@ class DuplexMetadataBuilder(AttentionMetadataBuilder[DuplexMetadata]):
         if isinstance(common.causal, Tensor):
             prefix = torch.where(common.causal.bool(), 0, common.seq_lens).int()
         return DuplexMetadata(
-            common.num_actual_tokens, common.max_query_len, common.query_start_loc, common.max_seq_len, common.seq_lens,
+            common.num_actual_tokens, common.max_query_len, common.query_start_loc, common.seq_lens,
             common.block_table_tensor, common.slot_mapping, self.kv_cache_spec.block_size, common.causal is not False,
             prefix,
         )  # fmt: skip
@@ -154,7 +165,7 @@ class DuplexBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(1)]
+        return [16, 32, 64, 128, 256]  # vLLM cuts larger blocks into these
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -182,7 +193,15 @@ class DuplexBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        return capability is None or capability.major >= 8
+        return capability is None or (torch.version.cuda is not None and capability.major >= 8)
+
+    @classmethod
+    def supports_combination(
+        cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: Any, *others: Any, **more: Any
+    ) -> str | None:
+        if kv_cache_dtype in ("float16", "bfloat16") and getattr(torch, kv_cache_dtype) != dtype:
+            return f"pages of {kv_cache_dtype} for a model of {dtype}"
+        return None
 
 
 class DuplexImpl(AttentionImpl[DuplexMetadata]):
@@ -236,23 +255,18 @@ class DuplexImpl(AttentionImpl[DuplexMetadata]):
         step, tokens = attn_metadata, attn_metadata.num_actual_tokens
         if not self.in_pages:
             assert key is not None and value is not None
-            rows = query[:tokens], key[:tokens], value[:tokens]
-            lengths = (step.cu_seqlens_q,) * 2, (step.max_query_len,) * 2
-            mask = Mask(0, self.left, self.left)
-            output[:tokens] = varlen_attention(*rows, *lengths[0], *lengths[1], mask, sink=self.sink, **self.terms)
+            cu, longest, mask = step.cu_seqlens_q, step.max_query_len, Mask(0, self.left, self.left)
+            output[:tokens] = varlen_attention(
+                query[:tokens], key[:tokens], value[:tokens], cu, cu, longest, longest, mask, sink=self.sink, **self.terms
+            )  # fmt: skip
             return output
         pool = self.pool(layer, kv_cache)
         if key is not None and value is not None and self.kv_sharing_target_layer_name is None:
-            new = len(step.slots)
+            slots = step.slots[: len(key)]
+            new = len(slots)
             paged_append(
-                key[:new],
-                value[:new],
-                pool.k_pages,
-                pool.v_pages,
-                pool.table.expand(new, -1),
-                step.slots,
-                **pool.scales,
-            )
+                key[:new], value[:new], pool.k_pages, pool.v_pages, pool.table.expand(new, -1), slots, **pool.scales
+            )  # fmt: skip
         mask, planned = step.span(self.left)
         paged_attention(
             query[:tokens], pool.k_pages, pool.v_pages, step.block_table, step.seqlens_k, mask, cu_seqlens_q=step.cu_seqlens_q,
@@ -261,7 +275,7 @@ class DuplexImpl(AttentionImpl[DuplexMetadata]):
         return output
 
     def pool(self, layer: Any, kv_cache: Tensor) -> Pool:
-        """What of a layer's cache is the same in every step."""
+        """What of a layer's cache is the same in every step; scales are read where they lie, and changed there."""
         if self._pool is None or self._pool[0] is not kv_cache:
             self._pool = kv_cache, Pool.of(kv_cache, self.head_size, self.kv_cache_dtype, layer)
         return self._pool[1]

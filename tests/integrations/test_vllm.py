@@ -18,7 +18,9 @@ from torch import Tensor
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 pytest.importorskip("vllm")
 
+from duplex_attn.integrations import vllm as integration
 from duplex_attn.integrations.vllm import NAME, DuplexBackend, DuplexImpl, DuplexMetadataBuilder, Pool, register
+from duplex_attn.paged.call import MAX_PAGE_SIZE
 from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
@@ -43,6 +45,7 @@ LAYERS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     ),
     "softcap": ({"logits_soft_cap": 2.0}, True, {"softcap": 2.0, "right": 0}),
     "alibi": ({"alibi_slopes": SLOPES}, True, {"alibi_slopes": torch.tensor(SLOPES), "right": 0}),
+    "alibi both ways": ({"alibi_slopes": SLOPES}, False, {"alibi_slopes": torch.tensor(SLOPES)}),
     "sink": ({"sinks": SINKS}, True, {"sink": SINKS, "right": 0}),
 }
 
@@ -77,10 +80,10 @@ class Step:
         cache = cache.view(torch.uint8) if stored else cache
         self.cache = cache if heads_first else cache.transpose(1, 2)
 
-    def metadata(self, causal: Any, rows: int = 0) -> Any:
+    def metadata(self, causal: Any) -> Any:
         common = CommonAttentionMetadata(
             query_start_loc=starts(LENS_Q), query_start_loc_cpu=starts(LENS_Q), seq_lens=int32(LENS_K), num_reqs=len(LENS_Q),
-            num_actual_tokens=rows or len(self.q), max_query_len=max(LENS_Q), max_seq_len=max(LENS_K), causal=causal,
+            num_actual_tokens=len(self.q), max_query_len=max(LENS_Q), max_seq_len=max(LENS_K), causal=causal,
             block_table_tensor=self.table, slot_mapping=torch.tensor(self.slots),
         )  # fmt: skip
         spec = SimpleNamespace(block_size=PAGE_SIZE)
@@ -143,6 +146,12 @@ def test_float8_pages_and_their_scales(name: str) -> None:
     out = step.run(layer_of(kv_cache_dtype=name), True, scales)
     k, v = ((x / s).to(torch.float8_e4m3fn).to(x.dtype) * s for x, s in ((step.k, 0.02), (step.v, 0.5)))
     step.check(out, k.bfloat16(), v.bfloat16(), scale=0.2, right=0)
+
+
+def test_slots_that_are_padded_further_than_keys() -> None:
+    step, impl = Step(torch.float32), layer_of()
+    step.slots += [-1] * 4
+    step.check(step.run(impl, True), scale=0.2, right=0)
 
 
 def test_a_layer_whose_pool_is_exchanged() -> None:
@@ -218,6 +227,14 @@ def test_what_it_refuses() -> None:
         layer_of().forward(None, step.q, step.k, step.v, step.cache, step.metadata(True), step.q, torch.ones(1))
     with pytest.raises(NotImplementedError, match=r"past 2\^31 tokens"):
         Pool.of(torch.empty(2**27, 1, 16, 2, device="meta"), 1, "auto", None)
+    assert max(DuplexBackend.get_supported_kernel_block_sizes()) <= MAX_PAGE_SIZE
+    for dtype, stored, served in (
+        (torch.float32, "bfloat16", False),
+        (torch.bfloat16, "float16", False),
+        (torch.bfloat16, "bfloat16", True),
+        (torch.float32, "auto", True),
+    ):
+        assert (DuplexBackend.supports_combination(64, dtype, stored, 16) is None) is served
     assert not DuplexBackend.supports_head_size(512)
     assert DuplexBackend.supports_head_size(40)
     assert not DuplexBackend.supports_compute_capability(SimpleNamespace(major=7))
@@ -317,9 +334,12 @@ def test_prompts_in_chunks_shared_prefixes_and_compiled_models(tmp_path: Path, s
 
 
 @pytest.mark.slow
-def test_a_head_dim_that_vllm_lacks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_head_dim_that_vllm_lacks(processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2: the engine has one of its own, which must find the plugin."""
     import transformers
 
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(processes - 1))
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**(SIZES | {"head_dim": 40, "num_key_value_heads": 2}))
     model = transformers.Qwen3ForCausalLM(config).eval()
@@ -333,11 +353,15 @@ def test_a_head_dim_that_vllm_lacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_engine_in_a_process_of_its_own_finds_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_blocks_and_a_draft_model(tmp_path: Path, steps: list[int]) -> None:
     folder = decoder("llama", tmp_path)
     expected = tokens_of(engine(folder, enforce_eager=True))
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    assert tokens_of(engine(folder, enforce_eager=True, attention_backend=NAME)) == expected
+    assert tokens_of(engine(folder, enforce_eager=True, attention_backend=NAME, block_size=512)) == expected
+    drafts = {"method": "draft_model", "model": folder, "num_speculative_tokens": 3, "max_model_len": 512}
+    steps.clear()
+    found = tokens_of(engine(folder, enforce_eager=True, attention_backend=NAME, speculative_config=drafts))
+    assert found == expected
+    assert 4 * len(prompts()) in steps  # a token and three drafts of each text
 
 
 @pytest.mark.slow
@@ -377,5 +401,28 @@ def test_a_model_it_cannot_serve_is_refused(tmp_path: Path) -> None:
 
 
 def test_registering_twice_is_once() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
     register()
+    before = CpuPlatform.get_attn_backend_cls.__func__
     register()
+    assert CpuPlatform.get_attn_backend_cls.__func__ is before
+
+
+def test_what_vllm_loads_comes_through_in_another_version(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    def other(name: str, path: str) -> None:
+        raise TypeError("no names")
+
+    register()
+    monkeypatch.delitem(AttentionBackendEnum._member_map_, NAME)
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", CpuPlatform.get_attn_backend_cls)
+    monkeypatch.setattr(integration, "register_backend", other)
+    integration.plugin()
+    assert "not available in vLLM" in caplog.text and "no names" in caplog.text
+    with pytest.raises(TypeError, match="no names"):  # also the second time
+        register()

@@ -53,6 +53,7 @@ struct PagedKeys {
   // What no query sees may lie in pages that are no longer this sequence's: it is 0 here.
   bool seen(int64_t j) const { return j < prefix || (begin <= j && j < end); }
 
+  // False also for keys that only prefix and window together cover.
   bool all_seen(int64_t j, int count) const { return j + count <= prefix || (begin <= j && j + count <= end); }
 
   // Calls act(n, rows, row of key j0 + n) for the runs of keys in [0, count) that lie in neighbouring slots.
