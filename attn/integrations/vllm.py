@@ -1,6 +1,6 @@
 """vLLM on these kernels: an attention backend named DUPLEX_ATTN, over vLLM's own pages.
 
-    LLM(model, attention_backend="DUPLEX_ATTN")        vllm serve MODEL --attention-backend DUPLEX_ATTN
+    LLM(model, attention_backend="DUPLEX_ATTN")        python -m vllm.entrypoints.openai.api_server --attention-backend DUPLEX_ATTN ...
 
 vLLM finds `plugin` by itself, that of the installed package, in each of its processes. Decoders (causal, windows, a direction for
 each request), encoders and cross attention, pages of the model's dtype or float8. Slopes take from a score by the distance, also
