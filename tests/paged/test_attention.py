@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from duplex_attn import Mask, paged_attention
 from duplex_attn.paged import functional
 
 from ..lanes import Lane
@@ -240,3 +241,22 @@ def test_tables_that_do_not_lie_side_by_side(lane: Lane, monkeypatch: pytest.Mon
 def column(x: torch.Tensor) -> torch.Tensor:
     """x between numbers that are not its own."""
     return torch.stack([x, x + 1], -1)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_that_no_row_of_a_prompt_sees_may_be_anything(dtype: torch.dtype) -> None:
+    """They lie behind the window, in one run of slots with keys that are seen."""
+    rows, keys, left = 40, 300, 50
+    q, k, v = (torch.randn(n, 2, 64).to(dtype) for n in (rows, keys, keys))
+    lengths, cu = (torch.tensor(x, dtype=torch.int32) for x in ([keys], [0, rows]))
+    first = keys - rows - left
+
+    def run(mask: Mask, begin: int, end: int, filled: float) -> torch.Tensor:
+        pages = [torch.full((1, 256, 2, 64), filled, dtype=dtype).repeat(2, 1, 1, 1) for _ in "kv"]
+        for page, x in zip(pages, (k, v), strict=True):
+            page.flatten(0, 1)[begin:end] = x[begin:end]
+        both = torch.tensor([[0, 1]], dtype=torch.int32)
+        return paged_attention(q, *pages, both, lengths, mask, cu_seqlens_q=cu, max_seqlen_q=rows, backend="cpu")
+
+    window = Mask(0, left, 0)
+    assert torch.equal(run(window, first, keys, float("nan")), run(window, first, keys, 0.0))
