@@ -3,7 +3,7 @@
 // below a rounding of bfloat16: error at most 2^-24 of the largest of a query, 2^-16 of the largest weight of a block.
 #pragma once
 
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/rows.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 
@@ -46,10 +46,10 @@ inline float pack_whole(uint8_t* to, int64_t width, const bf16* from, int64_t di
   return is_nan ? __builtin_nanf("") : 1 / per_unit;
 }
 
-// scores[(h * queries_a_kv + q) * stride + n] = <q, k_n> for H kv heads, Q queries of each and 16 / (H * Q) keys.
-template <int H, int Q, class Fold>
+// scores[(h * queries_a_kv + q) * BLOCK + n] = <q, k_n> for H kv heads, Q queries of each and 16 / (H * Q) keys.
+template <int H, int Q>
 void dot_bytes(const uint8_t* queries, const float* units, int64_t queries_a_kv, int64_t width, int64_t dims,
-               const int8_t* const* rows, int64_t head_stride, float* scores, int64_t stride, const Fold& fold) {
+               const int8_t* const* rows, int64_t head_stride, float* scores) {
   constexpr int GROUP = LANES / (H * Q);
   const __m512i ones = _mm512_set1_epi8(1);
   vfloat sum[LANES];
@@ -75,12 +75,12 @@ void dot_bytes(const uint8_t* queries, const float* units, int64_t queries_a_kv,
         sum[(h * Q + q) * GROUP + g] = (as_floats(high) * 65536.0f + as_floats(low)) * units[h * queries_a_kv + q];
       }
     }
-  fold(sum);
+  fold_all<LANES / 2>(sum);
   alignas(64) float products[LANES];
   store(products, sum[0]);
   for (int h = 0; h < H; ++h)
     for (int q = 0; q < Q; ++q)
-      memcpy(scores + (h * queries_a_kv + q) * stride, products + (h * Q + q) * GROUP, GROUP * sizeof(float));
+      memcpy(scores + (h * queries_a_kv + q) * BLOCK, products + (h * Q + q) * GROUP, GROUP * sizeof(float));
 }
 
 // A row of 64 weights in its own place: their high bytes, their low bytes, their unit. round(w / unit) + 2^15.
@@ -123,8 +123,8 @@ inline int64_t place_of_byte(int64_t x) { return x / 64 * 64 + x % 16 / 4 * 16 +
 
 // out[q * width + x] = factor[q] * out + sum over ROWS keys, from key n of the weights on, of weights[q] * v[x].
 template <int ROWS, int Q>
-void add_values(const float* weights, int64_t weights_stride, int n, const int8_t* const* rows, int64_t offset,
-                int64_t width, int64_t dims, float* out, const float* factor) {
+void add_values(const float* weights, int n, const int8_t* const* rows, int64_t offset, int64_t width, int64_t dims,
+                float* out, const float* factor) {
   const __m512i ones = _mm512_set1_epi8(1);
   const auto half = [&]<int HALF>(int64_t x) {
     __m512i all[2] = {}, high[Q][2] = {}, low[Q][2] = {};
@@ -136,7 +136,7 @@ void add_values(const float* weights, int64_t weights_stride, int n, const int8_
       for (int q = 0; q < Q; ++q) {
         const auto four = [&](int place) {
           int bytes;
-          memcpy(&bytes, weights + q * weights_stride + place + (n + r) / 4, 4);
+          memcpy(&bytes, weights + q * BLOCK + place + (n + r) / 4, 4);
           return _mm512_set1_epi32(bytes);
         };
         const __m512i of_high = four(HIGH), of_low = four(LOW);
@@ -152,13 +152,72 @@ void add_values(const float* weights, int64_t weights_stride, int n, const int8_
         const __m512i signed_high = _mm512_sub_epi32(high[q][w], _mm512_slli_epi32(all[w], 7));
         const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(signed_high, 8), low[q][w]);
         float* at = out + q * width + x + (2 * HALF + w) * LANES;
-        store(at, load<vfloat>(at) * factor[q] + as_floats(whole) * weights[q * weights_stride + UNIT]);
+        store(at, load<vfloat>(at) * factor[q] + as_floats(whole) * weights[q * BLOCK + UNIT]);
       }
   };
   for (int64_t x = 0; x < width; x += 64) {
     half.template operator()<0>(x);
     half.template operator()<1>(x);
   }
+}
+
+// Asks for one head of a row, whose products do not ask for themselves.
+inline void ask_for_head(const int8_t* row, int64_t dims) {
+  for (int64_t x = 0; x < dims; x += LINE) __builtin_prefetch(row + x, 0, 2);
+}
+
+// Scores of every query with a block of keys, four of all heads at a time; past the last key they are junk.
+inline void dot_block_of_bytes(const uint8_t* queries, const float* units, int64_t heads, int64_t count, int64_t dims,
+                               const int8_t* const* rows, const int8_t* const* soon, int64_t head_stride, int keys,
+                               float* scores) {
+  const int64_t width = round_up(dims, 64);
+  const auto some = [&]<int H, int Q>(int64_t kv, int64_t m, int n) {
+    constexpr int GROUP = LANES / (H * Q);
+    const int8_t* at[GROUP];
+    for (int g = 0; g < GROUP; ++g) at[g] = rows[n + g] + kv * head_stride;
+    const int64_t first = kv * count + m;
+    dot_bytes<H, Q>(queries + first * 3 * width, units + first, count, width, dims, at, head_stride,
+                    scores + first * BLOCK + n);
+  };
+  constexpr int FEW = 4;
+  for (int n0 = 0; n0 < keys; n0 += FEW)
+    for (int64_t kv = 0, step; kv < heads; kv += step) {
+      // Queries of several heads fill a vector where those of one do not.
+      step = count == 1 && kv + 4 <= heads ? 4 : count == 2 && kv + 2 <= heads ? 2 : 1;
+      for (int64_t h = kv; h < kv + step; ++h)
+        for (int n = n0; n < n0 + FEW; ++n) ask_for_head(soon[n] + h * head_stride, dims);
+      if (step == 4) {
+        some.template operator()<4, 1>(kv, 0, n0);
+      } else if (step == 2) {
+        some.template operator()<2, 2>(kv, 0, n0);
+      } else {
+        in_fours(count, [&]<int Q>(int64_t m) {
+          constexpr int GROUP = LANES / Q;
+          if (GROUP <= FEW)
+            for (int n = n0; n < n0 + FEW; n += GROUP) some.template operator()<1, Q>(kv, m, n);
+          else if (n0 % GROUP == 0)
+            some.template operator()<1, Q>(kv, m, n0);
+        });
+      }
+    }
+}
+
+// Adds a block of values to the sums of every query, which its factor scales before.
+inline void add_block_of_bytes(const float* weights, int64_t heads, int64_t count, const int8_t* const* rows,
+                               const int8_t* const* soon, int64_t head_stride, int keys, int64_t dims, float* out,
+                               const float* factor) {
+  constexpr int FEW = 8;
+  const int64_t width = round_up(dims, 64);
+  for (int n = 0; n < keys; n += FEW)
+    for (int64_t kv = 0; kv < heads; ++kv) {
+      for (int r = n; r < n + FEW; ++r) ask_for_head(soon[r] + kv * head_stride, dims);
+      in_fours(count, [&]<int Q>(int64_t m) {
+        static constexpr float ones[4] = {1, 1, 1, 1};
+        const int64_t at = kv * count + m;
+        add_values<FEW, Q>(weights + at * BLOCK, n, rows + n, kv * head_stride, width, dims, out + at * width,
+                           n == 0 ? factor + at : ones);
+      });
+    }
 }
 
 }  // namespace duplex::DUPLEX_ISA

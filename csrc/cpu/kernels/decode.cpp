@@ -6,6 +6,7 @@
 #include "cpu/kernels/bytes.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/keys.h"
+#include "cpu/kernels/rows.h"
 #include "cpu/kernels/score.h"
 #include "cpu/kernels/union.h"
 
@@ -13,14 +14,7 @@ namespace duplex::DUPLEX_ISA {
 namespace {
 
 constexpr int ROWS_AT_MOST = 12;  // from about there on the forward kernel's tiles of queries cost less
-constexpr int BLOCK = 64;         // keys
-constexpr int MOST_VALUES = 8;    // rows of values that are added up at once
-constexpr int LINE = 64;          // bytes that memory brings at once
-static_assert(BLOCK % (2 * LANES) == 0 && BLOCK % MOST_VALUES == 0);
-
-// Rows between what is computed and what is asked for: enough for memory, within L1.
-template <class S>
-constexpr int AHEAD = QUANTISED<S> ? 16 : 8;
+static_assert(BLOCK % (2 * LANES) == 0);
 
 // Whether stored numbers are multiplied as bytes.
 template <class P, class S>
@@ -30,105 +24,6 @@ template <>
 constexpr bool BYTES<BFloat16, int8_t> = true;
 static_assert(BLOCK == 64);
 #endif
-
-// Asks for what a head that comes soon has where SIZE bytes of one, from byte `at` on, are computed. One line between
-// two products overlaps with them; a burst fills the queue of misses, and the products wait behind it.
-template <int SIZE>
-inline void ask_for(const void* soon, int64_t at) {
-  if (SIZE >= LINE || at % LINE == 0) __builtin_prefetch((const char*)soon + at);
-}
-
-// Heads of rows that come soon, as many as are computed. Where several queries of a head are, those in the order of
-// memory, whatever that of the products, so that hardware prefetchers help; else those at the same places.
-template <class S>
-struct Ahead {
-  const S* const* rows;
-  int64_t count, heads, stride;
-  bool in_order;
-  int64_t row = 0, head = 0;
-
-  Ahead(const S* const* rows, int64_t count, int64_t heads, int64_t stride, int64_t queries)
-      : rows(rows), count(count), heads(heads), stride(stride), in_order(!QUANTISED<S> && queries > 1) {}
-
-  // For products of H heads from kv on, of ROWS rows from the n-th on.
-  template <int H, int ROWS>
-  void take(const S** to, int64_t n, int64_t kv) {
-    if (!in_order) {
-      for (int h = 0; h < H; ++h)
-        for (int r = 0; r < ROWS; ++r) to[h * ROWS + r] = rows[n + r] + (kv + h) * stride;
-      return;
-    }
-    for (int c = 0; c < H * ROWS; ++c) {
-      to[c] = rows[row] + head * stride;
-      if (++head < heads) continue;
-      head = 0;
-      if (row + 1 < count) ++row;
-    }
-  }
-};
-
-// A vector of the product's units from stored elements.
-template <class P, class S>
-struct Units {
-  static typename P::vector load(const S* from) { return widen(from); }
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Units<BFloat16, bf16> {
-  static vuint load(const bf16* from) { return DUPLEX_ISA::load<vuint>((const uint32_t*)from); }
-};
-inline vuint bf16_pairs(vfloat low, vfloat high) {
-  return (vuint)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-}
-// float8_e4m3fn as bfloat16, by magnitude: a table costs fewer instructions than the arithmetic and knows the NaN.
-struct Float8Table {
-  alignas(64) uint16_t bits[128];
-
-  constexpr Float8Table() : bits{} {
-    for (int code = 0; code < 128; ++code) {
-      int exponent = code >> 3, mantissa = code & 7;
-      if (exponent == 0) {  // mantissa * 2^-9: shifted until its leading bit is implied
-        if (mantissa == 0) continue;
-        for (exponent = 1; mantissa < 8; mantissa <<= 1) --exponent;
-        mantissa &= 7;
-      }
-      bits[code] = code == 127 ? 0x7fc0 : uint16_t((exponent - 7 + 127) << 7 | mantissa << 4);
-    }
-    bits[0] = 0;
-  }
-};
-constexpr Float8Table FLOAT8;
-
-template <>
-struct Units<BFloat16, f8> {
-  static vuint load(const f8* from) {
-    const __m512i codes = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
-    const auto part = [](int n) { return _mm512_load_si512(FLOAT8.bits + 32 * n); };
-    const __m512i low = _mm512_permutex2var_epi16(part(0), codes, part(1));
-    const __mmask32 is_high = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
-    const __m512i value = _mm512_mask_mov_epi16(low, is_high, _mm512_permutex2var_epi16(part(2), codes, part(3)));
-    return (vuint)_mm512_ternarylogic_epi32(value, codes, _mm512_set1_epi16(short(0x8000)),
-                                            0xf8);  // value | codes & sign
-  }
-};
-#endif
-
-// Halves the number of lanes that one sum is spread over: afterwards lanes with bit STRIDE hold b's.
-template <int STRIDE>
-inline vfloat fold(vfloat a, vfloat b) {
-  vint low, high;
-  for (int c = 0; c < LANES; ++c) {
-    low[c] = c & STRIDE ? LANES + c - STRIDE : c;
-    high[c] = c & STRIDE ? LANES + c : c + STRIDE;
-  }
-  return (vfloat)shuffle((vint)a, (vint)b, low) + (vfloat)shuffle((vint)a, (vint)b, high);
-}
-template <int STRIDE>
-inline void fold_all(vfloat* v) {
-#pragma GCC unroll 8
-  for (int n = 0; n < STRIDE; ++n) v[n] = fold<STRIDE>(v[n], v[n + STRIDE]);
-  if constexpr (STRIDE > 1) fold_all<STRIDE / 2>(v);
-}
 
 // Every lane becomes the largest, or the sum, of all; Q vectors at once hide each other's latency.
 template <int STRIDE, int Q, class Combine>
@@ -140,145 +35,23 @@ inline void across_lanes(vfloat (&v)[Q], const Combine& combine) {
   if constexpr (STRIDE > 1) across_lanes<STRIDE / 2>(v, combine);
 }
 
-// scores[(h * queries + q) * BLOCK + n] = <q, k_n> for H kv heads, Q queries of each and GROUP keys: LANES products,
-// each summed over a vector of its own until the end. Asks for as many heads at `soon`.
-template <class P, class S, int H, int Q>
-void dot_keys(const typename P::unit* queries, int64_t queries_a_kv, int64_t units, const S* const* rows,
-              const S* const* soon, int64_t head_stride, float* scores) {
-  constexpr int GROUP = LANES / (H * Q);
-  vfloat sum[LANES] = {};
-#pragma GCC unroll 4
-  for (int h = 0; h < H; ++h) {
-    const auto* query = queries + h * queries_a_kv * units;
-    for (int64_t x = 0; x < units; x += LANES) {
-      typename P::vector key[GROUP];
-#pragma GCC unroll 16
-      for (int g = 0; g < GROUP; ++g) {
-        key[g] = Units<P, S>::load(rows[g] + h * head_stride + x * P::STEP);
-        ask_for<LANES * P::STEP * sizeof(S)>(soon[h * GROUP + g], x * P::STEP * sizeof(S));
-      }
-#pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) {
-        const auto one = load<typename P::vector>(query + q * units + x);
-#pragma GCC unroll 16
-        for (int g = 0; g < GROUP; ++g) {
-          vfloat& to = sum[(h * Q + q) * GROUP + g];
-          to = P::multiply_add(to, one, key[g]);
-        }
-      }
-    }
-  }
-  fold_all<LANES / 2>(sum);
-  alignas(64) float products[LANES];
-  store(products, sum[0]);
-  for (int h = 0; h < H; ++h)
-    for (int q = 0; q < Q; ++q)
-      memcpy(scores + (h * queries_a_kv + q) * BLOCK, products + (h * Q + q) * GROUP, GROUP * sizeof(float));
-}
-
-// out[q * dims + x] = factor[q] * out + sum over ROWS keys of weights[q][n] * v_n[x]. Asks for as many heads at `soon`.
-template <class P, class S, int Q, int ROWS>
-struct Accumulate {
-  static void run(const typename P::unit* weights, const S* const* rows, const S* const* soon, int64_t offset,
-                  int64_t dims, float* out, const float* factor) {
-    constexpr int WIDE = 4;
-    int64_t x = 0;
-    for (; x + WIDE * LANES <= dims; x += WIDE * LANES) part<WIDE>(weights, rows, soon, offset, dims, out, factor, x);
-    for (; x < dims; x += LANES) part<1>(weights, rows, soon, offset, dims, out, factor, x);
-  }
-  template <int WIDE>
-  static void part(const float* weights, const S* const* rows, const S* const* soon, int64_t offset, int64_t dims,
-                   float* out, const float* factor, int64_t x) {
-    vfloat sum[Q][WIDE];
-#pragma GCC unroll 4
-    for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 4
-      for (int w = 0; w < WIDE; ++w) sum[q][w] = load<vfloat>(out + q * dims + x + w * LANES) * factor[q];
-    for (int n = 0; n < ROWS; ++n) {
-      const S* from = rows[n] + offset + x;
-      vfloat value[WIDE];
-#pragma GCC unroll 4
-      for (int w = 0; w < WIDE; ++w) {
-        value[w] = widen(from + w * LANES);
-        ask_for<LANES * sizeof(S)>(soon[n], (x + w * LANES) * sizeof(S));
-      }
-#pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) {
-        const vfloat weight = splat(weights[q * BLOCK + n]);
-#pragma GCC unroll 4
-        for (int w = 0; w < WIDE; ++w) sum[q][w] += weight * value[w];
-      }
-    }
-#pragma GCC unroll 4
-    for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 4
-      for (int w = 0; w < WIDE; ++w) store(out + q * dims + x + w * LANES, sum[q][w]);
-  }
-};
-
-#if defined(__AVX512BF16__)
-// Neighbouring keys are one unit: their rows are interleaved within 128 bits, which orders the accumulator as `place`
-// says.
-template <class S, int Q, int ROWS>
-struct Accumulate<BFloat16, S, Q, ROWS> {
-  static void run(const uint32_t* pairs, const S* const* rows, const S* const* soon, int64_t offset, int64_t dims,
-                  float* out, const float* factor) {
-    int64_t x = 0;
-    for (; x + 4 * LANES <= dims; x += 4 * LANES) part<2>(pairs, rows, soon, offset, dims, out, factor, x);
-    for (; x < dims; x += 2 * LANES) part<1>(pairs, rows, soon, offset, dims, out, factor, x);
-  }
-  template <int CHUNKS>
-  static void part(const uint32_t* pairs, const S* const* rows, const S* const* soon, int64_t offset, int64_t dims,
-                   float* out, const float* factor, int64_t x) {
-    constexpr int WIDE = 2 * CHUNKS;
-    vfloat sum[Q][WIDE];
-#pragma GCC unroll 4
-    for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 4
-      for (int w = 0; w < WIDE; ++w) sum[q][w] = load<vfloat>(out + q * dims + x + w * LANES) * factor[q];
-    for (int n = 0; n < ROWS; n += 2) {
-      vuint value[WIDE];
-#pragma GCC unroll 2
-      for (int c = 0; c < CHUNKS; ++c) {
-        const int64_t at = x + c * 2 * LANES;
-        const __m512i first = (__m512i)Units<BFloat16, S>::load(rows[n] + offset + at);
-        const __m512i second = (__m512i)Units<BFloat16, S>::load(rows[n + 1] + offset + at);
-        for (int r = n; r < n + 2; ++r) ask_for<2 * LANES * sizeof(S)>(soon[r], at * sizeof(S));
-        value[2 * c] = (vuint)_mm512_unpacklo_epi16(first, second);
-        value[2 * c + 1] = (vuint)_mm512_unpackhi_epi16(first, second);
-      }
-#pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) {
-        const vuint weight = BFloat16::splat_unit(pairs[q * BLOCK + n / 2]);
-#pragma GCC unroll 4
-        for (int w = 0; w < WIDE; ++w) sum[q][w] = BFloat16::multiply_add(sum[q][w], weight, value[w]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 4
-      for (int w = 0; w < WIDE; ++w) store(out + q * dims + x + w * LANES, sum[q][w]);
-  }
-};
-#endif
-
 // Where element x of the output lies in the accumulator.
 template <class P, class S>
 inline int64_t place(int64_t x) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
   if constexpr (BYTES<P, S>) return place_of_byte(x);
-  if constexpr (P::STEP == 2) return x / 32 * 32 + x % 8 / 4 * 16 + x % 32 / 8 * 4 + x % 4;
 #endif
-  return x;
+  return Values<P, S>::place(x);
 }
 
 template <class P>
 struct DecodeScratch {
   Carver carver;
-  typename P::unit* queries;            // [kv head][query][units]
-  float *units, *out;                   // [kv head][query] ([dims])
-  float *peak, *total, *factor;         // [kv head][query]
-  float *scores, *k_scales, *v_scales;  // [kv head][query][BLOCK], [kv head][BLOCK]
+  typename P::unit* queries;     // [kv head][query][units]
+  float *units, *out;            // [kv head][query] ([dims])
+  float *peak, *total, *factor;  // [kv head][query]
+  float *scores, *products;      // [kv head][query][BLOCK]
+  float *k_scales, *v_scales;    // [kv head][BLOCK]
 
   DecodeScratch(const Problem& p, int64_t queries_a_kv, void* base) : carver{(char*)base} {
     const int64_t count = p.heads_kv * queries_a_kv;
@@ -289,6 +62,7 @@ struct DecodeScratch {
     total = carver.take<float>(count);
     factor = carver.take<float>(count);
     scores = carver.take<float>(count * BLOCK);
+    products = carver.take<float>(count * BLOCK + LANES);
     k_scales = carver.take<float>(p.heads_kv * BLOCK);
     v_scales = carver.take<float>(p.heads_kv * BLOCK);
   }
@@ -401,66 +175,6 @@ void pack_query(typename P::unit* to, const E* from, int64_t dim) {
     widen_rows((float*)to, dim, from, 0, 1, 1, int(dim));
 }
 
-// Calls act.template operator()<Q>(m) for queries m to m + Q that together are all of `count`.
-template <class Act>
-inline void in_fours(int64_t count, const Act& act) {
-  int64_t m = 0;
-  for (; m + 4 <= count; m += 4) act.template operator()<4>(m);
-  for (; m + 2 <= count; m += 2) act.template operator()<2>(m);
-  for (; m < count; ++m) act.template operator()<1>(m);
-}
-
-// Asks for one head of a row of bytes, whose products do not ask for themselves.
-template <class S>
-inline void ask_for_head(const S* row, int64_t dim) {
-  for (int64_t x = 0; x < dim; x += int64_t(LINE / sizeof(S))) __builtin_prefetch(row + x, 0, 2);
-}
-
-// Products of a block: four rows at a time with all of their heads. Scores past the last key are junk.
-template <class P, class S>
-void dot_block(const typename P::unit* queries, const float* query_units, int64_t heads, int64_t count, int64_t units,
-               int64_t dims, const S* const* rows, const S* const* soon, int64_t head_stride, int keys, float* scores) {
-  Ahead<S> ahead(soon, keys, heads, head_stride, count);
-  const S* after[LANES];
-  const auto some = [&]<int H, int Q>(int64_t kv, int64_t m, int n) {
-    constexpr int GROUP = LANES / (H * Q);
-    const S* at[GROUP];
-    for (int g = 0; g < GROUP; ++g) at[g] = rows[n + g] + kv * head_stride;
-    if (m == 0) ahead.template take<H, GROUP>(after, n, kv);
-    const int64_t first = kv * count + m;
-    float* to = scores + first * BLOCK + n;
-    if constexpr (BYTES<P, S>)
-      dot_bytes<H, Q>((const uint8_t*)(queries + first * units), query_units + first, count, round_up(dims, 64), dims,
-                      at, head_stride, to, BLOCK, fold_all<LANES / 2>);
-    else
-      dot_keys<P, S, H, Q>(queries + first * units, count, units, at, after, head_stride, to);
-  };
-  constexpr int FEW = LANES < 4 ? LANES : 4;
-  for (int n0 = 0; n0 < keys; n0 += FEW)
-    for (int64_t kv = 0, step; kv < heads; kv += step) {
-      // Queries of several heads fill a vector where those of one do not.
-      step = LANES == 16 && count == 1 && kv + 4 <= heads ? 4 : LANES == 16 && count == 2 && kv + 2 <= heads ? 2 : 1;
-      if constexpr (BYTES<P, S>)
-        for (int64_t h = kv; h < kv + step; ++h)
-          for (int n = n0; n < n0 + FEW; ++n) ask_for_head(soon[n] + h * head_stride, dims);
-      if (step == 4) {
-        some.template operator()<LANES == 16 ? 4 : 1, 1>(kv, 0, n0);
-        continue;
-      }
-      if (step == 2) {
-        some.template operator()<LANES == 16 ? 2 : 1, 2>(kv, 0, n0);
-        continue;
-      }
-      in_fours(count, [&]<int Q>(int64_t m) {
-        constexpr int GROUP = LANES / Q;
-        if (GROUP <= FEW)
-          for (int n = n0; n < n0 + FEW; n += GROUP) some.template operator()<1, Q>(kv, m, n);
-        else if (n0 % GROUP == 0)
-          some.template operator()<1, Q>(kv, m, n0);
-      });
-    }
-}
-
 template <class P, class E, class S>
 void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void* memory) {
   typedef typename P::unit unit_t;
@@ -489,6 +203,7 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
     s.total[n] = 0;
   }
 
+  const int ahead = rows_ahead<S>(heads * p.head_dim, count);
   const S *k_rows[BLOCK], *v_rows[BLOCK], *k_soon[BLOCK], *v_soon[BLOCK];
   const int64_t row_end = task.row + task.rows, key_end = clamp(task.key_end, 0, span.len_k);
   const auto find_rows = [&](int64_t j0, int64_t keys) {
@@ -505,10 +220,10 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
       v_rows[n] = v;
     }
     for (int64_t n = 0, j = j0 + keys; n < BLOCK; ++n) {  // after the block's keys come its values, then more keys
-      const bool inside = n + AHEAD<S> < BLOCK;
+      const bool inside = n + ahead < BLOCK;
       if (!inside && j++ < key_end) step();
-      k_soon[n] = inside ? k_rows[n + AHEAD<S>] : v_rows[n + AHEAD<S> - BLOCK];
-      v_soon[n] = inside ? v_rows[n + AHEAD<S>] : k;
+      k_soon[n] = inside ? k_rows[n + ahead] : v_rows[n + ahead - BLOCK];
+      v_soon[n] = inside ? v_rows[n + ahead] : k;
     }
   };
   const auto next = [&](int64_t from) { return span.next(task.row, row_end, from); };
@@ -516,8 +231,11 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
     const int64_t run_end = span.run_end(task.row, row_end, j0);
     keys = clamp((run_end < key_end ? run_end : key_end) - j0, 1, BLOCK);
     find_rows(j0, keys);
-    dot_block<P, S>(s.queries, s.units, heads, count, units, p.head_dim, k_rows, k_soon, pages.k.head, int(keys),
-                    s.scores);
+    if constexpr (WHOLE)
+      dot_block_of_bytes((const uint8_t*)s.queries, s.units, heads, count, p.head_dim, k_rows, k_soon, pages.k.head,
+                         int(keys), s.scores);
+    else
+      dot_block<P, S>(s.queries, heads, count, units, k_rows, k_soon, pages.k.head, int(keys), s.products, s.scores);
 
     const bool scaled_keys = QUANTISED<S> && pages.k_scales, scaled_values = QUANTISED<S> && pages.v_scales;
     const bool plain =
@@ -537,34 +255,11 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
                               scaled_values ? s.v_scales : nullptr, s.factor + at);
       });
     }
-    const auto add = [&]<int ROWS>() {
-      Ahead<S> ahead(v_soon, keys, heads, pages.v.head, count);
-      const S* after[ROWS];
-      for (int64_t n = 0; n < keys; n += ROWS)
-        for (int64_t kv = 0; kv < heads; ++kv) {
-          ahead.template take<1, ROWS>(after, n, kv);
-          if constexpr (WHOLE)
-            for (const S* head : after) ask_for_head(head, dims);
-          in_fours(count, [&]<int Q>(int64_t m) {
-            static constexpr float ones[4] = {1, 1, 1, 1};
-            const int64_t at = kv * count + m;
-            const float* factor = n == 0 ? s.factor + at : ones;
-            if constexpr (WHOLE)
-              add_values<ROWS, Q>(s.scores + at * BLOCK, BLOCK, int(n), v_rows + n, kv * pages.v.head, width, dims,
-                                  s.out + at * width, factor);
-            else
-              Accumulate<P, S, Q, ROWS>::run((const unit_t*)s.scores + at * BLOCK + n / P::STEP, v_rows + n, after,
-                                             kv * pages.v.head, dims, s.out + at * dims, factor);
-          });
-        }
-    };
-    // With queries of several heads, memory is waited for, and best read row by row; with more, products are.
-    if constexpr (!QUANTISED<S>)
-      if (count > 1 && count <= 4) {
-        add.template operator()<8 / sizeof(S)>();
-        continue;
-      }
-    add.template operator()<MOST_VALUES>();
+    if constexpr (WHOLE)
+      add_block_of_bytes(s.scores, heads, count, v_rows, v_soon, pages.v.head, int(keys), dims, s.out, s.factor);
+    else
+      add_block<P, S>((const unit_t*)s.scores, heads, count, v_rows, v_soon, pages.v.head, int(keys), dims, s.out,
+                      s.factor);
   }
 
   const bool is_final = task.slot < 0;
