@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Generator, Iterator
 
@@ -14,14 +15,33 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from duplex_attn.backends import BACKENDS
 
-try:
-    from hypothesis import Phase, settings
-except ImportError:  # a machine with a card may lack it: its random tests are then left out
-    collect_ignore = [
+# A machine with a card may lack these: what needs them is then left out.
+NEEDED_BY = {
+    "hypothesis": [
         "runtime/test_model.py", "kernels/test_random.py", "kernels/test_visibility.py", "paged/test_plan.py",
         "integrations/test_transformers_masks.py",
-    ]  # fmt: skip
-else:
+    ],
+    "tokenizers": ["cli", "generate", "modules/test_text.py", "integrations/test_transformers_models.py"],
+    "click": ["cli"],
+    "safetensors": [
+        "cli", "generate", "integrations", "modules/test_bert.py", "modules/test_checkpoint.py", "modules/test_deberta.py",
+        "modules/test_gpt.py", "modules/test_seq2seq.py",
+    ],
+}  # fmt: skip
+
+
+def is_lacking(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return True
+    return False
+
+
+collect_ignore = sorted({path for package, paths in NEEDED_BY.items() if is_lacking(package) for path in paths})
+if not is_lacking("hypothesis"):
+    from hypothesis import Phase, settings
+
     # Phase.explain has Python traced line by line, which makes the interpreter of Triton several times slower.
     settings.register_profile("untraced", phases=[phase for phase in Phase if phase is not Phase.explain])
     settings.load_profile("untraced")

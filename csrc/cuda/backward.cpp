@@ -101,6 +101,19 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
     sizes.back() = (dim_v + 7) / 8 * 8;
     readable = new_tensor(dout, sizes);
   }
+  const int64_t wider = std::max(head_dim, dim_v);
+  const BackwardVariant* fused = nullptr;
+  if (!deterministic && !distances && dq.numel() > 0 && dk.numel() > 0 && dv.numel() > 0 && a.lengths.max_k > 0)
+    fused = fused_variant(device.capability, wider);
+  const BackwardMemory memory{4 * (q.numel() + k.numel() + v.numel() + out.numel()) + 4 * lse.numel() * (dlse ? 2 : 1),
+                              8 * numbers + (bulk ? 0 : 2 * readable.numel())};
+  if (fused && !memory.has_room_for(4 * numbers * fused->head_dim)) fused = nullptr;
+  // Cleared first: what a launch made ahead overlaps with is then a kernel of ours.
+  Tensor dq_sums = fused ? new_float(q, {numbers, fused->head_dim}) : none();
+  if (fused) {
+    torch::stable::zero_(dq_sums);
+    a.dq_sums = static_cast<float*>(dq_sums.data_ptr());
+  }
   l.ahead = numbers > 0 && device.overlaps;
   if (numbers > 0)
     sum_rows({a.lengths, int32_t(heads), a.head_dim_v, rows_of(dout), rows_of(out),
@@ -119,18 +132,6 @@ Gradients attention_backward(Tensor dout, OptionalTensor dlse, Tensor out, Tenso
       clear_outside({a.lengths, of_keys, int32_t(t.size(d - 2)), int32_t(t.size(d - 1)), rows_of(t), nullptr, 0, 0},
                     l.processors, l.stream);
   };
-  const int64_t wider = std::max(head_dim, dim_v);
-  const BackwardVariant* fused = nullptr;
-  if (!deterministic && !distances && dq.numel() > 0 && dk.numel() > 0 && dv.numel() > 0 && a.lengths.max_k > 0)
-    fused = fused_variant(device.capability, wider);
-  const BackwardMemory memory{4 * (q.numel() + k.numel() + v.numel() + out.numel()) + 4 * lse.numel() * (dlse ? 2 : 1),
-                              8 * numbers + (bulk ? 0 : 2 * readable.numel())};
-  if (fused && !memory.has_room_for(4 * numbers * fused->head_dim)) fused = nullptr;
-  Tensor dq_sums = fused ? new_float(q, {numbers, fused->head_dim}) : none();
-  if (fused) {
-    torch::stable::zero_(dq_sums);
-    a.dq_sums = static_cast<float*>(dq_sums.data_ptr());
-  }
   if (dq.numel() > 0) {
     a.dq = rows_of(dq);
     clear(dq, false);

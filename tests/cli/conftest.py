@@ -8,11 +8,6 @@ import pytest
 import torch
 from duplex_attn.text import default_text, train_tokenizer
 
-try:
-    import click as click
-except ImportError:  # a machine with a card may lack it
-    collect_ignore = ["test_bad_input.py", "test_doctor.py", "test_generate.py", "test_profile.py"]
-
 VOCAB = 600
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,15 +34,27 @@ LACKING = (
 )
 
 
+@pytest.fixture
+def lacking(tmp_path: Path) -> dict[str, str]:
+    """The environment in which those packages are not found."""
+    for name in LACKING:
+        (tmp_path / f"{name}.py").write_text("raise ModuleNotFoundError(f'there is no {__name__}', name=__name__)")
+    return {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def test_every_test_of_a_card_is_found_without_what_it_may_lack(lacking: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    found = subprocess.run(command, cwd=ROOT, env=os.environ | lacking, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+
+
 @pytest.mark.slow
-def test_every_stage_over_every_workload(rehearse: Run, tmp_path: Path) -> None:
+def test_every_stage_over_every_workload(rehearse: Run, tmp_path: Path, lacking: dict[str, str]) -> None:
     from benchmarks.gpu.limits import LIMITS
     from benchmarks.gpu.registry import workloads
     from benchmarks.gpu.store import wrong_with
 
-    for name in LACKING:
-        (tmp_path / f"{name}.py").write_text("raise ImportError(f'this machine has no {__name__}')")
-    ran = rehearse("--tests", "test_streams and cpu", PYTHONPATH=str(tmp_path), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    ran = rehearse("--tests", "test_streams and cpu", **lacking)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = found_in(tmp_path)
     assert list(wrong_with(found)) == []

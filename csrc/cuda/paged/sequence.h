@@ -177,7 +177,7 @@ DUPLEX_HOST_DEVICE inline bool union_of(const Batch& l, const int32_t* plan, int
   u = {row,    row_end, clamp32(m.shared_slot, 0, capacity - shared * stride),
        shared, stride,  clamp32(m.own_slot, 0, capacity - own * size),
        own,    size};
-  return row < row_end;
+  return row < row_end && shared + own > 0;
 }
 
 }  // namespace duplex::paged
