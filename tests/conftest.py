@@ -15,6 +15,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from duplex_attn.backends import BACKENDS
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run on CPU tensors
+
+from . import interpreter
+from .emulation.library import EMULATED
+from .lanes import CPU_LANES, GPU_LANES, Lane, forced, missing, repeats_another
+
 # A machine with a card may lack these: what needs them is then left out.
 NEEDED_BY = {
     "hypothesis": [
@@ -45,13 +52,6 @@ if not is_lacking("hypothesis"):
     # Phase.explain has Python traced line by line, which makes the interpreter of Triton several times slower.
     settings.register_profile("untraced", phases=[phase for phase in Phase if phase is not Phase.explain])
     settings.load_profile("untraced")
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run on CPU tensors
-
-from . import interpreter
-from .emulation.library import EMULATED
-from .lanes import CPU_LANES, GPU_LANES, Lane, forced, missing, repeats_another
 
 interpreter.hasten()
 interpreter.treat_rows_alike()
