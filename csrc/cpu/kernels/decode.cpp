@@ -203,39 +203,45 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
     s.total[n] = 0;
   }
 
-  const int ahead = rows_ahead<S>(heads * p.head_dim, count);
-  const S *k_rows[BLOCK], *v_rows[BLOCK], *k_soon[BLOCK], *v_soon[BLOCK];
+  // Memory is read row by row, or head by head where rows of a head lie side by side.
+  const bool by_head = pages.k.head > pages.k.row;
+  const int64_t together = by_head ? 1 : heads, last = heads - together;
+  const int ahead = rows_ahead<S>(together * p.head_dim, count);
+  const S *k_rows[BLOCK + MOST_AHEAD], *v_rows[BLOCK + MOST_AHEAD];  // of a block, and what is read after them
   const int64_t row_end = task.row + task.rows, key_end = clamp(task.key_end, 0, span.len_k);
-  const auto find_rows = [&](int64_t j0, int64_t keys) {
-    int64_t page = j0 / pages.page_size, slot = j0 % pages.page_size;
-    const S *k = nullptr, *v = nullptr;
-    const auto step = [&] {
-      k = pages.k.at<S>(table[page], slot, first_kv);
-      v = pages.v.at<S>(table[page], slot, first_kv);
-      if (++slot == pages.page_size) slot = 0, ++page;
-    };
-    for (int64_t n = 0; n < BLOCK; ++n) {  // past the end: the last key again, with weight 0, not what lies there
-      if (n < keys) step();
-      k_rows[n] = k;
-      v_rows[n] = v;
+  const auto find = [&](const View& view, int64_t j, int64_t end, int most, const S** to) {
+    int n = 0;
+    for (int64_t run; n < most && j < end; j += run) {
+      const int64_t slot = j % pages.page_size;
+      run = clamp(pages.page_size - slot, 0, end - j < most - n ? end - j : most - n);
+      const S* from = view.at<S>(table[j / pages.page_size], slot, first_kv);
+      for (int64_t i = 0; i < run; ++i) to[n++] = from + i * view.row;
     }
-    for (int64_t n = 0, j = j0 + keys; n < BLOCK; ++n) {  // after the block's keys come its values, then more keys
-      const bool inside = n + ahead < BLOCK;
-      if (!inside && j++ < key_end) step();
-      k_soon[n] = inside ? k_rows[n + ahead] : v_rows[n + ahead - BLOCK];
-      v_soon[n] = inside ? v_rows[n + ahead] : k;
-    }
+    for (const S* other = n ? to[n - 1] : to[-1]; n < most; ++n) to[n] = other;  // not what lies behind the end
+  };
+  const auto then = [&](const S** rows, const S* const* those, int64_t stride) {
+    for (int n = 0; n < ahead; ++n) rows[BLOCK + n] = those[n] + stride;
   };
   const auto next = [&](int64_t from) { return span.next(task.row, row_end, from); };
   for (int64_t j0 = next(task.key_begin), keys; j0 < key_end; j0 = next(j0 + keys)) {
     const int64_t run_end = span.run_end(task.row, row_end, j0);
     keys = clamp((run_end < key_end ? run_end : key_end) - j0, 1, BLOCK);
-    find_rows(j0, keys);
-    if constexpr (WHOLE)
-      dot_block_of_bytes((const uint8_t*)s.queries, s.units, heads, count, p.head_dim, k_rows, k_soon, pages.k.head,
-                         int(keys), s.scores);
-    else
-      dot_block<P, S>(s.queries, heads, count, units, k_rows, k_soon, pages.k.head, int(keys), s.products, s.scores);
+    find(pages.k, j0, j0 + keys, BLOCK, k_rows);
+    find(pages.v, j0, j0 + keys, BLOCK, v_rows);
+    if constexpr (WHOLE) {
+      then(k_rows, v_rows, 0);
+      dot_block_of_bytes((const uint8_t*)s.queries, s.units, heads, count, p.head_dim, k_rows, k_rows + ahead,
+                         pages.k.head, int(keys), s.scores);
+    } else {
+      for (int64_t kv = 0; kv < heads; kv += together) {
+        if (kv == last)
+          then(k_rows, v_rows, -last * pages.k.head);
+        else if (kv == 0)
+          then(k_rows, k_rows, pages.k.head);
+        dot_block<P, S>(s.queries + kv * count * units, {together, kv * pages.k.head, pages.k.head}, count, units,
+                        k_rows, k_rows + ahead, int(keys), s.products, s.scores + kv * count * BLOCK);
+      }
+    }
 
     const bool scaled_keys = QUANTISED<S> && pages.k_scales, scaled_values = QUANTISED<S> && pages.v_scales;
     const bool plain =
@@ -255,11 +261,23 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
                               scaled_values ? s.v_scales : nullptr, s.factor + at);
       });
     }
-    if constexpr (WHOLE)
-      add_block_of_bytes(s.scores, heads, count, v_rows, v_soon, pages.v.head, int(keys), dims, s.out, s.factor);
-    else
-      add_block<P, S>((const unit_t*)s.scores, heads, count, v_rows, v_soon, pages.v.head, int(keys), dims, s.out,
-                      s.factor);
+    const S* after[MOST_AHEAD + 1] = {v_rows[BLOCK - 1]};
+    find(pages.k, next(j0 + keys), key_end, ahead, after + 1);
+    if constexpr (WHOLE) {
+      then(v_rows, after + 1, 0);
+      add_block_of_bytes(s.scores, heads, count, v_rows, v_rows + ahead, pages.v.head, int(keys), dims, s.out,
+                         s.factor);
+    } else {
+      for (int64_t kv = 0; kv < heads; kv += together) {
+        if (kv == last)
+          then(v_rows, after + 1, -last * pages.v.head);
+        else if (kv == 0)
+          then(v_rows, v_rows, pages.v.head);
+        add_block<P, S>((const unit_t*)s.scores + kv * count * BLOCK, {together, kv * pages.v.head, pages.v.head},
+                        count, v_rows, v_rows + ahead, int(keys), dims, s.out + kv * count * dims,
+                        s.factor + kv * count);
+      }
+    }
   }
 
   const bool is_final = task.slot < 0;

@@ -23,20 +23,28 @@ constexpr bool AS_STORED = sizeof(S) * P::STEP == sizeof(typename P::unit);
 // Queries of a head that are computed at once; with more, products are waited for instead of memory.
 constexpr int FEW = 4;
 
+constexpr int MOST_AHEAD = BLOCK / 2;
+
 // Rows between what is computed and what is asked for: far enough for memory, within the nearest cache.
 template <class S>
 inline int rows_ahead(int64_t numbers_in_row, int64_t queries) {
   constexpr int64_t BYTES = QUANTISED<S> ? 16384 : 8192;
-  return int(clamp(BYTES / (numbers_in_row * int64_t(sizeof(S))), queries <= FEW ? 5 : 8, BLOCK / 2));
+  return int(clamp(BYTES / (numbers_in_row * int64_t(sizeof(S))), queries <= FEW ? 5 : 8, MOST_AHEAD));
 }
+
+// Where heads lie in a row.
+struct Heads {
+  int64_t count, first, stride;
+  int64_t at(int64_t h) const { return first + h * stride; }
+};
 
 // Asks for SIZE bytes from byte `at` of a head on.
 template <int SIZE>
 inline void ask_for(const void* head, int64_t at) {
   if constexpr (SIZE < LINE) {
-    if (at % LINE == 0) __builtin_prefetch((const char*)head + at);
+    if (at % LINE == 0) ask_for_line((const char*)head + at);
   } else {
-    for (int n = 0; n < SIZE; n += LINE) __builtin_prefetch((const char*)head + at + n);
+    for (int n = 0; n < SIZE; n += LINE) ask_for_line((const char*)head + at + n);
   }
 }
 
@@ -97,7 +105,7 @@ inline vfloat fold(vfloat a, vfloat b) {
   return (vfloat)shuffle((vint)a, (vint)b, low) + (vfloat)shuffle((vint)a, (vint)b, high);
 }
 template <int STRIDE>
-inline void fold_all(vfloat* v) {
+[[gnu::always_inline]] inline void fold_all(vfloat* v) {
 #pragma GCC unroll 8
   for (int n = 0; n < STRIDE; ++n) v[n] = fold<STRIDE>(v[n], v[n + STRIDE]);
   if constexpr (STRIDE > 1) fold_all<STRIDE / 2>(v);
@@ -114,8 +122,8 @@ inline void in_fours(int64_t count, const Act& act) {
 
 // sum[q * ROWS + r] = <q, k_r>, spread over lanes, for a head of Q queries and ROWS rows.
 template <class P, class S, int Q, int ROWS>
-inline void multiply_rows(const typename P::unit* queries, int64_t units, const S* const* rows, const S* const* soon,
-                          int64_t head, vfloat* sum) {
+[[gnu::always_inline]] inline void multiply_rows(const typename P::unit* queries, int64_t units, const S* const* rows,
+                                                 const S* const* soon, int64_t head, vfloat* sum) {
   const S *row[ROWS], *later[ROWS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
@@ -144,8 +152,8 @@ inline void multiply_rows(const typename P::unit* queries, int64_t units, const 
 // scores[(h * Q + q) * BLOCK + n] = <q, k_n> for the Q queries of each head and every row: LANES products, each spread
 // over a vector of its own until the end. products: as many numbers as there are scores, and LANES more.
 template <class P, class S, int Q>
-void dot_few(const typename P::unit* queries, int64_t units, int64_t heads, const S* const* rows, const S* const* soon,
-             int64_t head_stride, int keys, float* products, float* scores) {
+[[gnu::noinline]] void dot_few(const typename P::unit* queries, int64_t units, Heads heads, const S* const* rows,
+                               const S* const* soon, int keys, float* products, float* scores) {
   constexpr int ROWS = AS_STORED<P, S> ? 1 : LANES / Q < 4 ? LANES / Q : 4;  // widening costs more than reading
   alignas(64) float spread[LANES][LANES];
   int filled = 0;
@@ -160,34 +168,34 @@ void dot_few(const typename P::unit* queries, int64_t units, int64_t heads, cons
     filled = 0;
   };
   for (int n = 0; n < keys; n += ROWS)
-    for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t h = 0; h < heads.count; ++h) {
       vfloat sum[Q * ROWS];
-      multiply_rows<P, S, Q, ROWS>(queries + h * Q * units, units, rows + n, soon + n, h * head_stride, sum);
+      multiply_rows<P, S, Q, ROWS>(queries + h * Q * units, units, rows + n, soon + n, heads.at(h), sum);
 #pragma GCC unroll 16
       for (int c = 0; c < Q * ROWS; ++c) store(spread[filled + c], sum[c]);
       if ((filled += Q * ROWS) == LANES) finish();
     }
   if (filled) finish();
-  for (int64_t m = 0; m < heads * Q; ++m)
+  for (int64_t m = 0; m < heads.count * Q; ++m)
     for (int n = 0; n < keys; n += ROWS)
-      memcpy(scores + m * BLOCK + n, products + n * heads * Q + m * ROWS, ROWS * sizeof(float));
+      memcpy(scores + m * BLOCK + n, products + n * heads.count * Q + m * ROWS, ROWS * sizeof(float));
 }
 
 // The same of any number of queries, in tiles that registers hold: rows are read again for each four, while they are
 // near.
 template <class P, class S>
-void dot_many(const typename P::unit* queries, int64_t count, int64_t units, int64_t heads, const S* const* rows,
-              const S* const* soon, int64_t head_stride, int keys, float* scores) {
+[[gnu::noinline]] void dot_many(const typename P::unit* queries, int64_t count, int64_t units, Heads heads,
+                                const S* const* rows, const S* const* soon, int keys, float* scores) {
   constexpr int NEAR = LANES < 4 ? LANES : 4;  // rows
   for (int n0 = 0; n0 < keys; n0 += NEAR)
-    for (int64_t h = 0; h < heads; ++h)
+    for (int64_t h = 0; h < heads.count; ++h)
       in_fours(count, [&]<int Q>(int64_t m) {
         constexpr int ROWS = LANES / Q;
         if (n0 % ROWS != 0 && ROWS > NEAR) return;
         const int64_t first = h * count + m;
         for (int n = n0; n < n0 + NEAR; n += ROWS) {
           vfloat sum[LANES];
-          multiply_rows<P, S, Q, ROWS>(queries + first * units, units, rows + n, soon + n, h * head_stride, sum);
+          multiply_rows<P, S, Q, ROWS>(queries + first * units, units, rows + n, soon + n, heads.at(h), sum);
           fold_all<LANES / 2>(sum);
           alignas(64) float products[LANES];
           store(products, sum[0]);
@@ -223,8 +231,8 @@ struct Values<BFloat16, S> {
 // out[q * dims + x] = factor[q] * out + sum over ROWS rows of weights[q * BLOCK + n] * v_n[x], for a head of Q queries;
 // CHUNKS: of columns at once.
 template <class P, class S, int Q, int ROWS, int CHUNKS>
-inline void add_rows(const typename P::unit* weights, const S* const* rows, const S* const* soon, int64_t head,
-                     int64_t dims, float* out, const float* factor) {
+[[gnu::noinline]] void add_rows(const typename P::unit* weights, const S* const* rows, const S* const* soon,
+                                int64_t head, int64_t dims, float* out, const float* factor) {
   constexpr int WIDE = 2 * CHUNKS;
   const S *row[ROWS], *later[ROWS];
 #pragma GCC unroll 8
@@ -265,28 +273,25 @@ inline void add_rows(const typename P::unit* weights, const S* const* rows, cons
 
 // Scores of a block of keys, [head][query][BLOCK]; past the last key they are junk.
 template <class P, class S>
-void dot_block(const typename P::unit* queries, int64_t heads, int64_t count, int64_t units, const S* const* rows,
-               const S* const* soon, int64_t head_stride, int keys, float* products, float* scores) {
+void dot_block(const typename P::unit* queries, Heads heads, int64_t count, int64_t units, const S* const* rows,
+               const S* const* soon, int keys, float* products, float* scores) {
   // Sums of a head that fill the registers need not wait for those of others.
   const bool fills = !AS_STORED<P, S> && count == FEW;
-  if (count == 3 || count > FEW || fills)
-    return dot_many<P, S>(queries, count, units, heads, rows, soon, head_stride, keys, scores);
-  in_fours(count, [&]<int Q>(int64_t) {
-    dot_few<P, S, Q>(queries, units, heads, rows, soon, head_stride, keys, products, scores);
-  });
+  if (count == 3 || count > FEW || fills) return dot_many<P, S>(queries, count, units, heads, rows, soon, keys, scores);
+  in_fours(count, [&]<int Q>(int64_t) { dot_few<P, S, Q>(queries, units, heads, rows, soon, keys, products, scores); });
 }
 
 // Adds a block of values to the sums of every query, [head][query][dims], which its factor scales before.
 template <class P, class S>
-void add_block(const typename P::unit* weights, int64_t heads, int64_t count, const S* const* rows,
-               const S* const* soon, int64_t head_stride, int keys, int64_t dims, float* out, const float* factor) {
+void add_block(const typename P::unit* weights, Heads heads, int64_t count, const S* const* rows, const S* const* soon,
+               int keys, int64_t dims, float* out, const float* factor) {
   static constexpr float ones[4] = {1, 1, 1, 1};
   const auto add = [&]<int ROWS, int CHUNKS>() {
     for (int n = 0; n < keys; n += ROWS)
-      for (int64_t h = 0; h < heads; ++h)
+      for (int64_t h = 0; h < heads.count; ++h)
         in_fours(count, [&]<int Q>(int64_t m) {
           const int64_t at = h * count + m;
-          add_rows<P, S, Q, ROWS, CHUNKS>(weights + at * BLOCK + n / P::STEP, rows + n, soon + n, h * head_stride, dims,
+          add_rows<P, S, Q, ROWS, CHUNKS>(weights + at * BLOCK + n / P::STEP, rows + n, soon + n, heads.at(h), dims,
                                           out + at * dims, n == 0 ? factor + at : ones);
         });
   };
