@@ -163,7 +163,7 @@ void add_values(const float* weights, int n, const int8_t* const* rows, int64_t 
 
 // Asks for one head of a row, whose products do not ask for themselves.
 inline void ask_for_head(const int8_t* row, int64_t dims) {
-  for (int64_t x = 0; x < dims; x += LINE) ask_for_line<2>(row + x);
+  for (int64_t x = 0; x < dims; x += LINE) ask_for_line(row + x);
 }
 
 // Scores of every query with a block of keys, four of all heads at a time; past the last key they are junk.
