@@ -79,14 +79,11 @@ View from(View x, const Problem& p, int64_t b, int64_t row) {
 }
 
 // kv heads of a task: memory is read well in its order only, so where the heads of a key lie side by side, all that
-// leave every thread a task; where its keys do, as many as the kernel takes at once.
-int64_t decoded_together(const Problem& p, const DecodeKernel& kernel) {
-  const int64_t most = leaving_none_idle(p.heads_kv, p.batch);
-  return p.k.head < p.k.row ? most : std::clamp<int64_t>(kernel.at_once / (p.rows_q * p.group()), 1, most);
-}
+// leave every thread a task.
+int64_t decoded_together(const Problem& p) { return p.k.head < p.k.row ? leaving_none_idle(p.heads_kv, p.batch) : 1; }
 
 void decode(const Problem& p, const DecodeKernel& kernel) {
-  const int64_t together = decoded_together(p, kernel), parts = (p.heads_kv + together - 1) / together;
+  const int64_t together = decoded_together(p), parts = (p.heads_kv + together - 1) / together;
   parallel_tasks(p.batch * parts, kernel.scratch(p, p.rows_q), [&](int64_t index, void* scratch) {
     const int64_t b = index / parts, kv = index % parts * together, heads = std::min(together, p.heads_kv - kv);
     const Sequence s = sequence(p, b);

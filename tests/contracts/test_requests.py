@@ -12,7 +12,7 @@ import pytest
 from duplex_attn.backends import BACKENDS
 
 ASKING = re.compile(
-    r"duplex::(\w+)::(?:\(anonymous namespace\)::)?(dot_few<.+?>\(|dot_many<.+?>\(|add_rows<.+?>\(|Rows<.+>::attend\()"
+    r"duplex::(\w+)::(?:\(anonymous namespace\)::)?(dot_few<.+?>\(|dot_many<.+?>\(|add_rows<.+?>\(|\w+_block_of_bytes\(|Rows<.+>::attend\()"
 )
 
 

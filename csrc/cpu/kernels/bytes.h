@@ -161,11 +161,6 @@ void add_values(const float* weights, int n, const int8_t* const* rows, int64_t 
   }
 }
 
-// Asks for one head of a row, whose products do not ask for themselves.
-inline void ask_for_head(const int8_t* row, int64_t dims) {
-  for (int64_t x = 0; x < dims; x += LINE) ask_for_line(row + x);
-}
-
 // Scores of every query with a block of keys, four of all heads at a time; past the last key they are junk.
 inline void dot_block_of_bytes(const uint8_t* queries, const float* units, int64_t heads, int64_t count, int64_t dims,
                                const int8_t* const* rows, const int8_t* const* soon, int64_t head_stride, int keys,
@@ -179,13 +174,13 @@ inline void dot_block_of_bytes(const uint8_t* queries, const float* units, int64
     dot_bytes<H, Q>(queries + first * 3 * width, units + first, count, width, dims, at, head_stride,
                     scores + first * BLOCK + n);
   };
-  constexpr int FEW = 4;
-  for (int n0 = 0; n0 < keys; n0 += FEW)
+  constexpr int AT_ONCE = 4;
+  for (int n0 = 0; n0 < keys; n0 += AT_ONCE)
     for (int64_t kv = 0, step; kv < heads; kv += step) {
       // Queries of several heads fill a vector where those of one do not.
       step = count == 1 && kv + 4 <= heads ? 4 : count == 2 && kv + 2 <= heads ? 2 : 1;
       for (int64_t h = kv; h < kv + step; ++h)
-        for (int n = n0; n < n0 + FEW; ++n) ask_for_head(soon[n] + h * head_stride, dims);
+        for (int n = n0; n < n0 + AT_ONCE; ++n) prefetch_rows(soon[n] + h * head_stride, 0, 1, dims);
       if (step == 4) {
         some.template operator()<4, 1>(kv, 0, n0);
       } else if (step == 2) {
@@ -193,8 +188,8 @@ inline void dot_block_of_bytes(const uint8_t* queries, const float* units, int64
       } else {
         in_fours(count, [&]<int Q>(int64_t m) {
           constexpr int GROUP = LANES / Q;
-          if (GROUP <= FEW)
-            for (int n = n0; n < n0 + FEW; n += GROUP) some.template operator()<1, Q>(kv, m, n);
+          if (GROUP <= AT_ONCE)
+            for (int n = n0; n < n0 + AT_ONCE; n += GROUP) some.template operator()<1, Q>(kv, m, n);
           else if (n0 % GROUP == 0)
             some.template operator()<1, Q>(kv, m, n0);
         });
@@ -206,16 +201,16 @@ inline void dot_block_of_bytes(const uint8_t* queries, const float* units, int64
 inline void add_block_of_bytes(const float* weights, int64_t heads, int64_t count, const int8_t* const* rows,
                                const int8_t* const* soon, int64_t head_stride, int keys, int64_t dims, float* out,
                                const float* factor) {
-  constexpr int FEW = 8;
+  constexpr int AT_ONCE = 8;
   const int64_t width = round_up(dims, 64);
-  for (int n = 0; n < keys; n += FEW)
+  for (int n = 0; n < keys; n += AT_ONCE)
     for (int64_t kv = 0; kv < heads; ++kv) {
-      for (int r = n; r < n + FEW; ++r) ask_for_head(soon[r] + kv * head_stride, dims);
+      for (int r = n; r < n + AT_ONCE; ++r) prefetch_rows(soon[r] + kv * head_stride, 0, 1, dims);
       in_fours(count, [&]<int Q>(int64_t m) {
         static constexpr float ones[4] = {1, 1, 1, 1};
         const int64_t at = kv * count + m;
-        add_values<FEW, Q>(weights + at * BLOCK, n, rows + n, kv * head_stride, width, dims, out + at * width,
-                           n == 0 ? factor + at : ones);
+        add_values<AT_ONCE, Q>(weights + at * BLOCK, n, rows + n, kv * head_stride, width, dims, out + at * width,
+                               n == 0 ? factor + at : ones);
       });
     }
 }

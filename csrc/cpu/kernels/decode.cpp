@@ -1,6 +1,6 @@
-// Attention of a few queries over pages: bound by reading the cache, so a task reads each block of keys, then of
-// values, once, a few rows at a time with all of their heads, in the order in which they lie in memory. That is what
-// hardware prefetchers follow.
+// Attention of a few queries over pages: bound by reading the cache, so a task reads a block of keys, then of values,
+// in the order in which they lie in memory: row by row with all heads, or head by head. That is what hardware
+// prefetchers follow.
 //
 // Vectors lie along the head_dim for <q, k> and for the output, along the keys for the softmax between them.
 #include "cpu/kernels/bytes.h"
@@ -204,12 +204,12 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
   }
 
   // Memory is read row by row, or head by head where rows of a head lie side by side.
-  const bool by_head = pages.k.head > pages.k.row;
+  const bool by_head = !WHOLE && pages.k.head > pages.k.row;
   const int64_t together = by_head ? 1 : heads, last = heads - together;
   const int ahead = rows_ahead<S>(together * p.head_dim, count);
   const S *k_rows[BLOCK + MOST_AHEAD], *v_rows[BLOCK + MOST_AHEAD];  // of a block, and what is read after them
   const int64_t row_end = task.row + task.rows, key_end = clamp(task.key_end, 0, span.len_k);
-  const auto find = [&](const View& view, int64_t j, int64_t end, int most, const S** to) {
+  const auto find = [&](const View& view, int64_t j, int64_t end, int most, const S** to, const S* otherwise) {
     int n = 0;
     for (int64_t run; n < most && j < end; j += run) {
       const int64_t slot = j % pages.page_size;
@@ -217,17 +217,19 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
       const S* from = view.at<S>(table[j / pages.page_size], slot, first_kv);
       for (int64_t i = 0; i < run; ++i) to[n++] = from + i * view.row;
     }
-    for (const S* other = n ? to[n - 1] : to[-1]; n < most; ++n) to[n] = other;  // not what lies behind the end
+    for (const S* last_row = n ? to[n - 1] : otherwise; n < most; ++n) to[n] = last_row;  // not what lies behind it
   };
-  const auto then = [&](const S** rows, const S* const* those, int64_t stride) {
-    for (int n = 0; n < ahead; ++n) rows[BLOCK + n] = those[n] + stride;
+  // What is asked for while the last rows are read. Where heads of values lie otherwise than those of keys, other lines
+  // are asked for than will be read.
+  const auto then = [&](const S** rows, const S* const* following, int64_t offset) {
+    for (int n = 0; n < ahead; ++n) rows[BLOCK + n] = following[n] + offset;
   };
   const auto next = [&](int64_t from) { return span.next(task.row, row_end, from); };
   for (int64_t j0 = next(task.key_begin), keys; j0 < key_end; j0 = next(j0 + keys)) {
     const int64_t run_end = span.run_end(task.row, row_end, j0);
     keys = clamp((run_end < key_end ? run_end : key_end) - j0, 1, BLOCK);
-    find(pages.k, j0, j0 + keys, BLOCK, k_rows);
-    find(pages.v, j0, j0 + keys, BLOCK, v_rows);
+    find(pages.k, j0, j0 + keys, BLOCK, k_rows, nullptr);
+    find(pages.v, j0, j0 + keys, BLOCK, v_rows, nullptr);
     if constexpr (WHOLE) {
       then(k_rows, v_rows, 0);
       dot_block_of_bytes((const uint8_t*)s.queries, s.units, heads, count, p.head_dim, k_rows, k_rows + ahead,
@@ -261,16 +263,16 @@ void decode(const Problem& p, const Pages& pages, const ForwardTask& task, void*
                               scaled_values ? s.v_scales : nullptr, s.factor + at);
       });
     }
-    const S* after[MOST_AHEAD + 1] = {v_rows[BLOCK - 1]};
-    find(pages.k, next(j0 + keys), key_end, ahead, after + 1);
+    const S* after[MOST_AHEAD];
+    find(pages.k, next(j0 + keys), key_end, ahead, after, v_rows[BLOCK - 1]);
     if constexpr (WHOLE) {
-      then(v_rows, after + 1, 0);
+      then(v_rows, after, 0);
       add_block_of_bytes(s.scores, heads, count, v_rows, v_rows + ahead, pages.v.head, int(keys), dims, s.out,
                          s.factor);
     } else {
       for (int64_t kv = 0; kv < heads; kv += together) {
         if (kv == last)
-          then(v_rows, after + 1, -last * pages.v.head);
+          then(v_rows, after, -last * pages.v.head);
         else if (kv == 0)
           then(v_rows, v_rows, pages.v.head);
         add_block<P, S>((const unit_t*)s.scores + kv * count * BLOCK, {together, kv * pages.v.head, pages.v.head},
@@ -332,7 +334,7 @@ void add_parts(const Problem& p, int64_t row, const int64_t* slots, int count) {
 }  // namespace
 
 const DecodeKernel decode = {
-    ROWS_AT_MOST, 2 * LANES, LANES == 16 ? 4 : 1,
+    ROWS_AT_MOST, 2 * LANES,
     [](const Problem& p, int64_t rows) { return DecodeScratch<Float32>(p, rows * p.group(), nullptr).carver.bytes; },
     [](const Problem& p, const Pages& pages, const ForwardTask& task, void* scratch) {
       switch (p.dtype) {

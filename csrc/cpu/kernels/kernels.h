@@ -28,7 +28,6 @@ struct ForwardKernel {
 // Few queries of whole kv heads: reads each page once, in order. It takes head dims that are multiples of `dims`.
 struct DecodeKernel {
   int rows, dims;
-  int at_once;  // queries of several kv heads
 
   // Beyond them the forward kernel's tiles of queries cost less. A dense bias is added number by number here.
   int64_t most_rows(int64_t keys, bool bias) const {

@@ -55,7 +55,7 @@ inline void widen_rows(float* to, int64_t to_row, const E* from, int64_t from_ro
 template <class E>
 inline void prefetch_rows(const E* from, int64_t from_row, int rows, int64_t dim) {
   for (int r = 0; r < rows; ++r)
-    for (int64_t x = 0; x < dim; x += int64_t(64 / sizeof(E))) ask_for_line(from + r * from_row + x);
+    for (int64_t x = 0; x < dim; x += int64_t(LINE / sizeof(E))) ask_for_line(from + r * from_row + x);
 }
 
 // One step of a transpose: exchanges the off-diagonal blocks of STRIDE x STRIDE in every 2 STRIDE x 2 STRIDE.

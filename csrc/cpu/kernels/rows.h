@@ -1,7 +1,6 @@
-// Products of a few queries with rows of keys and values as they lie in a cache, of all heads, in the order of memory
-// and by the same few instructions from head to head: what hardware prefetchers follow best, so that reading hides what
-// is computed meanwhile. With parts of several rows by turns, reading and computing take their time one after the
-// other.
+// Products of a few queries with stored rows of keys and values, one row after the other, as many at once as widening
+// them needs: hardware prefetchers follow that best, so that reading hides what is computed meanwhile. Rows by turns, a
+// part of each, take reading and computing one after the other.
 //
 // Each line asks for the one at the same place of a later row. More at once would fill the queue of misses, and the
 // products' own loads wait behind them. A request that finds no place in the queue is lost, so every pass over the same
@@ -14,7 +13,6 @@
 namespace duplex::DUPLEX_ISA {
 
 constexpr int BLOCK = 64;  // keys whose weights are found at once
-constexpr int LINE = 64;   // bytes that memory brings at once
 
 // Whether stored numbers are multiplied as they lie, without being widened.
 template <class P, class S>
@@ -186,7 +184,7 @@ template <class P, class S, int Q>
 template <class P, class S>
 [[gnu::noinline]] void dot_many(const typename P::unit* queries, int64_t count, int64_t units, Heads heads,
                                 const S* const* rows, const S* const* soon, int keys, float* scores) {
-  constexpr int NEAR = LANES < 4 ? LANES : 4;  // rows
+  constexpr int NEAR = 4;  // rows
   for (int n0 = 0; n0 < keys; n0 += NEAR)
     for (int64_t h = 0; h < heads.count; ++h)
       in_fours(count, [&]<int Q>(int64_t m) {
@@ -275,10 +273,12 @@ template <class P, class S, int Q, int ROWS, int CHUNKS>
 template <class P, class S>
 void dot_block(const typename P::unit* queries, Heads heads, int64_t count, int64_t units, const S* const* rows,
                const S* const* soon, int keys, float* products, float* scores) {
-  // Sums of a head that fill the registers need not wait for those of others.
-  const bool fills = !AS_STORED<P, S> && count == FEW;
-  if (count == 3 || count > FEW || fills) return dot_many<P, S>(queries, count, units, heads, rows, soon, keys, scores);
-  in_fours(count, [&]<int Q>(int64_t) { dot_few<P, S, Q>(queries, units, heads, rows, soon, keys, products, scores); });
+  const auto few = [&]<int Q>() { dot_few<P, S, Q>(queries, units, heads, rows, soon, keys, products, scores); };
+  if (count == 1) return few.template operator()<1>();
+  if (count == 2) return few.template operator()<2>();
+  if constexpr (AS_STORED<P, S>)  // else sums of a head fill the registers and need not wait for those of others
+    if (count == 4) return few.template operator()<4>();
+  dot_many<P, S>(queries, count, units, heads, rows, soon, keys, scores);
 }
 
 // Adds a block of values to the sums of every query, [head][query][dims], which its factor scales before.
@@ -296,7 +296,7 @@ void add_block(const typename P::unit* weights, Heads heads, int64_t count, cons
         });
   };
   const bool wide = dims % (4 * LANES) == 0;
-  if ((QUANTISED<S> || count > FEW) && wide) return add.template operator()<8, 2>();
+  if (QUANTISED<S> || count > FEW) return wide ? add.template operator()<8, 2>() : add.template operator()<8, 1>();
   if constexpr (AS_STORED<P, S>)
     if (count > 1 && wide) return add.template operator()<8 / sizeof(S), 2>();
   add.template operator()<4, 1>();

@@ -100,11 +100,12 @@ inline vint shuffle(vint a, vint b, vint from) {
 #endif
 }
 
-// Asks for the line at an address, for the nearest cache or the next one. Without the empty statement GCC takes
-// functions that only ask for ones without effect, and drops calls of them.
-template <int LOCALITY = 3>
+constexpr int LINE = 64;  // bytes that memory brings at once
+
+// Asks for the line at an address. Without the empty statement GCC takes functions that only ask for ones without
+// effect, and drops their calls.
 inline void ask_for_line(const void* at) {
-  __builtin_prefetch(at, 0, LOCALITY);
+  __builtin_prefetch(at);
   asm volatile("");
 }
 
