@@ -1,6 +1,6 @@
-// Products of a few queries with stored rows of keys and values, one row after the other, as many at once as widening
-// them needs: hardware prefetchers follow that best, so that reading hides what is computed meanwhile. Rows by turns, a
-// part of each, take reading and computing one after the other.
+// Products of a few queries with stored rows of keys and values, one row after the other, or as many at once as
+// widening and adding up need: hardware prefetchers follow that best, so that reading hides what is computed meanwhile.
+// With more rows by turns, a part of each, reading and computing take their time one after the other.
 //
 // Each line asks for the one at the same place of a later row. More at once would fill the queue of misses, and the
 // products' own loads wait behind them. A request that finds no place in the queue is lost, so every pass over the same
@@ -21,9 +21,10 @@ constexpr bool AS_STORED = sizeof(S) * P::STEP == sizeof(typename P::unit);
 // Queries of a head that are computed at once; with more, products are waited for instead of memory.
 constexpr int FEW = 4;
 
-constexpr int MOST_AHEAD = BLOCK / 2;
+constexpr int MOST_AHEAD = BLOCK / 2;  // rows that are known behind a block
 
-// Rows between what is computed and what is asked for: far enough for memory, within the nearest cache.
+// Rows between what is computed and what is asked for: far enough for memory, within the nearest cache, and more than
+// are added up at once.
 template <class S>
 inline int rows_ahead(int64_t numbers_in_row, int64_t queries) {
   constexpr int64_t BYTES = QUANTISED<S> ? 16384 : 8192;
